@@ -1,0 +1,1 @@
+"""Robust training from weak adversaries."""

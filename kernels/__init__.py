@@ -1,0 +1,31 @@
+"""What the hot path computes; knows nothing of training. See `ops` for the ops, `backends` for who serves them."""
+
+from . import backends, ops, reference
+from .ops import (
+    attack_step,
+    augment,
+    cross_entropy_grad,
+    input_grad_step,
+    kl_grad,
+    local_ball_loss,
+    recall,
+    remember,
+    sgd_ema_step,
+    uniform_start,
+)
+
+__all__ = [
+    "attack_step",
+    "augment",
+    "backends",
+    "cross_entropy_grad",
+    "input_grad_step",
+    "kl_grad",
+    "local_ball_loss",
+    "ops",
+    "recall",
+    "reference",
+    "remember",
+    "sgd_ema_step",
+    "uniform_start",
+]

@@ -1,0 +1,98 @@
+"""Which backend serves which op, and why.
+
+Three backends: `triton` (CUDA), `native` (C++, CPU) and `reference` (plain PyTorch, anywhere). Each is
+a module with one function an op, named and typed like `reference`'s; one that lacks an op leaves it to
+the reference. The choice follows the device of the op's first tensor, and `use` overrides it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import ModuleType
+from typing import Literal
+
+from . import reference
+
+Backend = Literal["reference", "native", "triton"]
+
+OPS = (
+    "uniform_start",
+    "attack_step",
+    "cross_entropy_grad",
+    "kl_grad",
+    "input_grad_step",
+    "local_ball_loss",
+    "local_ball_loss_backward",
+    "augment",
+    "recall",
+    "remember",
+    "sgd_ema_step",
+)
+_BY_DEVICE: dict[str, Backend] = {"cpu": "native", "cuda": "triton"}
+_MODULES = {"native": ".native", "triton": ".triton"}
+_forced: list[Backend] = []
+_log = logging.getLogger("engine.kernels")
+
+
+@cache
+def load(name: Backend) -> tuple[ModuleType | None, str]:
+    """The backend's module and how it came to be there, or None and the reason it is missing."""
+    if name == "reference":
+        return reference, "always there"
+    try:
+        module = importlib.import_module(_MODULES[name], __package__)
+    except ImportError as error:
+        return None, str(error)
+    return module, getattr(module, "ORIGIN", "loaded")
+
+
+@cache
+def implementation(op: str, device: str, forced: Backend | None) -> Callable:
+    name = forced or _BY_DEVICE.get(device, "reference")
+    module, reason = load(name)
+    if module is None and forced:
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    if module is None:
+        _announce(name, reason)
+    return getattr(module, op, None) or getattr(reference, op)
+
+
+@cache
+def _announce(name: str, reason: str) -> None:
+    _log.warning("%s kernels are missing (%s); plain PyTorch serves their ops", name, reason)
+
+
+def dispatch(op: str, device: str) -> Callable:
+    return implementation(op, device, _forced[-1] if _forced else None)
+
+
+@contextlib.contextmanager
+def use(backend: Backend) -> Iterator[None]:
+    """Run every op in the block on one backend; ops it lacks fall to the reference.
+
+    Raises:
+        RuntimeError: at the first op, if that backend is not available.
+    """
+    _forced.append(backend)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def table() -> list[dict[str, str]]:
+    """One row per op and device: the backend that serves it and why."""
+    rows = []
+    for op in OPS:
+        for device, wanted in _BY_DEVICE.items():
+            module, reason = load(wanted)
+            if module is not None and hasattr(module, op):
+                rows.append({"op": op, "device": device, "backend": wanted, "why": reason})
+            else:
+                why = reason if module is None else f"{wanted} has no {op}"
+                rows.append({"op": op, "device": device, "backend": "reference", "why": why})
+    return rows

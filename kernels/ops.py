@@ -1,0 +1,594 @@
+"""The ops of the hot path: one definition each, three backends (see `backends`).
+
+Every function checks its arguments, then calls a `torch.library` operator in the namespace `engine`.
+Shapes: B samples, N samples in a dataset, C channels, H x W pixels, K classes. Images are float
+tensors in [0, 1], [B, C, H, W] (or [B, ...] for data that is not images), contiguous or channels_last;
+other strides are made contiguous first. `eps`, `alpha`, `lam`, `mu` and `lr` may be Python floats; pass
+0-d tensors on the device where a value changes during training or a CUDA graph is captured.
+`rng` is an int64 [2] device tensor (seed, step); see `reference` for how it is used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import dispatch
+
+Scalar = float | Tensor
+NORMS = ("Linf", "L2")
+_FLOATS = (torch.float32, torch.float64)
+_LOGITS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+_library = torch.library.Library("engine", "DEF")
+
+
+def _define(name: str, schema: str):
+    """Define `engine::name` and serve it, on every device, by the backend that `backends` picks.
+
+    The low-level registration costs about a tenth of `torch.library.custom_op` a call.
+    """
+    position = 1 if name == "local_ball_loss_backward" else 0
+
+    def run(*args):
+        first = args[position]
+        device = (first[0] if isinstance(first, list) else first).device.type
+        return dispatch(name, device)(*args)
+
+    _library.define(name + schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    return getattr(torch.ops.engine, name).default
+
+
+# ---- checks ----------------------------------------------------------------------------------
+
+
+def _need(ok: bool, message: str, error: type[Exception] = ValueError) -> None:
+    if not ok:
+        raise error(message)
+
+
+def _check_like(name: str, t: Tensor, like: Tensor, like_name: str) -> Tensor:
+    """Same shape and device; brought to the layout of `like` where it differs."""
+    _need(isinstance(t, Tensor), f"{name} must be a tensor, got {type(t).__name__}", TypeError)
+    _need(
+        t.shape == like.shape,
+        f"{name} has shape {tuple(t.shape)}, {like_name} has {tuple(like.shape)}",
+    )
+    _need(t.device == like.device, f"{name} is on {t.device}, {like_name} on {like.device}")
+    if t.stride() == like.stride():
+        return t
+    return torch.empty_like(like, dtype=t.dtype).copy_(t)
+
+
+def _check_images(name: str, x: Tensor) -> Tensor:
+    _need(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}", TypeError)
+    _need(x.dtype in _FLOATS, f"{name} must be float32 (or float64), got {x.dtype}", TypeError)
+    _need(x.dim() >= 2, f"{name} must be [B, ...], got shape {tuple(x.shape)}")
+    dense = x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+    return x if dense else x.contiguous()
+
+
+def _check_logits(name: str, t: Tensor) -> Tensor:
+    _need(isinstance(t, Tensor), f"{name} must be a tensor, got {type(t).__name__}", TypeError)
+    _need(t.dtype in _LOGITS, f"{name} must be a float tensor, got {t.dtype}", TypeError)
+    _need(t.dim() == 2 and t.shape[1] >= 1, f"{name} must be [B, K], got {tuple(t.shape)}")
+    return t.contiguous()
+
+
+def _check_target(target: Tensor, logits: Tensor) -> Tensor:
+    _need(target.dtype == torch.int64, f"target must be int64, got {target.dtype}", TypeError)
+    _need(
+        target.shape == logits.shape[:1],
+        f"target must have shape ({logits.shape[0]},), got {tuple(target.shape)}",
+    )
+    _need(target.device == logits.device, f"target is on {target.device}, not {logits.device}")
+    return target.contiguous()
+
+
+def _check_scalar(name: str, value: Scalar, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float32, device=like.device)
+    _need(value.numel() == 1, f"{name} must be one number, got shape {tuple(value.shape)}")
+    _need(value.is_floating_point(), f"{name} must be a float tensor, got {value.dtype}", TypeError)
+    _need(value.device == like.device, f"{name} is on {value.device}, not {like.device}")
+    return value.reshape(())
+
+
+def _check_norm(norm: str) -> None:
+    _need(norm in NORMS, f"norm must be 'Linf' or 'L2', got {norm!r}")
+
+
+def _check_rng(rng: Tensor, like: Tensor) -> None:
+    _need(
+        isinstance(rng, Tensor) and rng.dtype == torch.int64 and rng.shape == (2,),
+        "rng must be an int64 tensor (seed, step)",
+        TypeError,
+    )
+    _need(rng.device == like.device, f"rng is on {rng.device}, not {like.device}")
+
+
+def _check_index(index: Tensor, images: Tensor, name: str) -> Tensor:
+    _need(index.dtype == torch.int64, f"index must be int64, got {index.dtype}", TypeError)
+    _need(index.dim() == 1, f"index must be [B], got {tuple(index.shape)}")
+    _need(index.device == images.device, f"index is on {index.device}, {name} on {images.device}")
+    if index.device.type == "cpu" and index.numel():
+        low, high = int(index.min()), int(index.max())
+        _need(low >= 0 and high < len(images), f"index must lie in [0, {len(images)})", IndexError)
+    return index.contiguous()
+
+
+# ---- attack ----------------------------------------------------------------------------------
+
+
+_uniform_start = _define(
+    "uniform_start",
+    "(Tensor x, Tensor eps, Tensor rng, str norm, int stream) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::uniform_start")
+def _(x, eps, rng, norm, stream):
+    return torch.empty_like(x)
+
+
+def uniform_start(
+    x: Tensor, eps: Scalar, rng: Tensor, *, norm: str = "Linf", stream: int = 0
+) -> Tensor:
+    """A uniform random point of the ball of radius `eps` around `x`, clipped to [0, 1].
+
+    Args:
+        x: [B, ...] in [0, 1].
+        eps: radius in pixel units, >= 0.
+        rng: int64 [2], (seed, step). Not advanced.
+        norm: "Linf" or "L2".
+        stream: keeps draws within one step apart, in [0, 2^31).
+    Returns:
+        Shape, dtype and layout of `x`.
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    x = _check_images("x", x)
+    _check_norm(norm)
+    _check_rng(rng, x)
+    _need(0 <= stream < 1 << 31, f"stream must lie in [0, 2^31), got {stream}")
+    return _uniform_start(x, _check_scalar("eps", eps, x), rng, norm, stream)
+
+
+_attack_step = _define(
+    "attack_step",
+    "(Tensor x, Tensor z, Tensor grad, Tensor eps, Tensor alpha, str norm) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::attack_step")
+def _(x, z, grad, eps, alpha, norm):
+    return torch.empty_like(x)
+
+
+def attack_step(
+    x: Tensor, z: Tensor, grad: Tensor, eps: Scalar, alpha: Scalar, *, norm: str = "Linf"
+) -> Tensor:
+    """One projected ascent step: from `z` along `grad`, back into the ball around `x` and into [0, 1].
+
+    Linf: clip(z + alpha sign(grad)) to [x - eps, x + eps]; L2: z + alpha grad / ||grad||, projected
+    radially (Madry et al., arXiv 1706.06083). A gradient value of NaN counts as 0; under L2 a
+    sample whose gradient is zero, infinite or NaN does not move.
+
+    Args:
+        x: [B, ...] float32, centre of the ball, in [0, 1].
+        z: like `x`, the current iterate.
+        grad: shape of `x`, any float dtype.
+        eps, alpha: radius and step size in pixel units, >= 0.
+    Returns:
+        The next iterate, shape, dtype and layout of `x`.
+    """
+    x = _check_images("x", x)
+    z, grad = _check_like("z", z, x, "x"), _check_like("grad", grad, x, "x")
+    _need(z.dtype == x.dtype, f"z is {z.dtype}, x is {x.dtype}", TypeError)
+    _need(grad.is_floating_point(), f"grad must be a float tensor, got {grad.dtype}", TypeError)
+    _check_norm(norm)
+    return _attack_step(
+        x, z, grad, _check_scalar("eps", eps, x), _check_scalar("alpha", alpha, x), norm
+    )
+
+
+_cross_entropy_grad = _define(
+    "cross_entropy_grad",
+    "(Tensor logits, Tensor target, float scale) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::cross_entropy_grad")
+def _(logits, target, scale):
+    return torch.empty_like(logits)
+
+
+def cross_entropy_grad(logits: Tensor, target: Tensor, *, scale: float = 1.0) -> Tensor:
+    """`scale` times the gradient of the summed cross-entropy: softmax(logits) - onehot(target).
+
+    Handing this to autograd as the output gradient starts an attack's backward pass without forming
+    a loss. The step only uses the gradient's sign or direction, so `scale` matters only for range
+    in 16 bits.
+
+    Args:
+        logits: [B, K], float; mathematics in float32 at least.
+        target: int64 [B], in [0, K).
+    Returns:
+        [B, K], dtype of `logits`.
+    """
+    logits = _check_logits("logits", logits)
+    return _cross_entropy_grad(logits, _check_target(target, logits), float(scale))
+
+
+_kl_grad = _define(
+    "kl_grad",
+    "(Tensor p_logits, Tensor q_logits, float scale) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::kl_grad")
+def _(p_logits, q_logits, scale):
+    return torch.empty_like(q_logits)
+
+
+def kl_grad(p_logits: Tensor, q_logits: Tensor, *, scale: float = 1.0) -> Tensor:
+    """`scale` times the gradient of sum KL(softmax(p) || softmax(q)) with respect to `q_logits`.
+
+    Args:
+        p_logits, q_logits: [B, K], float; mathematics in float32 at least.
+    Returns:
+        softmax(q) - softmax(p), [B, K], dtype of `q_logits`.
+    """
+    q_logits = _check_logits("q_logits", q_logits)
+    p_logits = _check_like("p_logits", _check_logits("p_logits", p_logits), q_logits, "q_logits")
+    return _kl_grad(p_logits, q_logits, float(scale))
+
+
+_input_grad_step = _define(
+    "input_grad_step",
+    "(Tensor x, Tensor z, Tensor stem_grad, Tensor weight, int stride, int padding, Tensor eps, Tensor alpha, str norm) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::input_grad_step")
+def _(x, z, stem_grad, weight, stride, padding, eps, alpha, norm):
+    return torch.empty_like(x)
+
+
+def input_grad_step(
+    x: Tensor,
+    z: Tensor,
+    stem_grad: Tensor,
+    weight: Tensor,
+    *,
+    stride: int,
+    padding: int,
+    eps: Scalar,
+    alpha: Scalar,
+    norm: str = "Linf",
+) -> Tensor:
+    """The input gradient of a network's first convolution and the attack step, in one op.
+
+    Equals `attack_step(x, z, conv2d_input_gradient(stem_grad, weight), ...)`.
+
+    Args:
+        x, z: [B, C, H, W] float32.
+        stem_grad: [B, O, H', W'], gradient at the convolution's output.
+        weight: [O, C, kh, kw], its weight (groups 1, dilation 1). Where a normalisation by standard
+            deviation precedes the convolution, divide the weight by it.
+        stride, padding: of the convolution, the same in both directions.
+        eps, alpha, norm: as for `attack_step`.
+    Returns:
+        The next iterate, shape, dtype and layout of `x`.
+    """
+    x = _check_images("x", x)
+    z = _check_like("z", z, x, "x")
+    _need(x.dim() == 4, f"x must be [B, C, H, W], got {tuple(x.shape)}")
+    _need(weight.dim() == 4, f"weight must be [O, C, kh, kw], got {tuple(weight.shape)}")
+    out_channels, channels, kh, kw = weight.shape
+    b, c, h, w = x.shape
+    _need(channels == c, f"weight takes {channels} channels, x has {c}")
+    _need(stride >= 1 and padding >= 0, f"stride {stride} or padding {padding} out of range")
+    expected = (
+        b,
+        out_channels,
+        (h + 2 * padding - kh) // stride + 1,
+        (w + 2 * padding - kw) // stride + 1,
+    )
+    _need(
+        stem_grad.shape == expected,
+        f"stem_grad has shape {tuple(stem_grad.shape)}, expected {expected}",
+    )
+    for name, t in (("stem_grad", stem_grad), ("weight", weight)):
+        _need(t.device == x.device, f"{name} is on {t.device}, x on {x.device}")
+    _check_norm(norm)
+    eps, alpha = _check_scalar("eps", eps, x), _check_scalar("alpha", alpha, x)
+    return _input_grad_step(x, z, stem_grad, weight, stride, padding, eps, alpha, norm)
+
+
+# ---- loss ------------------------------------------------------------------------------------
+
+
+_local_ball_loss = _define(
+    "local_ball_loss",
+    "(Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, float label_smoothing) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("engine::local_ball_loss")
+def _(adv, target, ball, clean, lam, mu, label_smoothing):
+    dtype = torch.float64 if adv.dtype == torch.float64 else torch.float32
+    return adv.new_empty((), dtype=dtype), adv.new_empty(6, dtype=dtype)
+
+
+_local_ball_loss_backward = _define(
+    "local_ball_loss_backward",
+    "(Tensor grad_loss, Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, float label_smoothing) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("engine::local_ball_loss_backward")
+def _(grad_loss, adv, target, ball, clean, lam, mu, label_smoothing):
+    def like(t):
+        return adv.new_empty(0) if t is None else torch.empty_like(t)
+
+    return torch.empty_like(adv), like(ball), like(clean)
+
+
+def _loss_setup(ctx, inputs, output) -> None:
+    adv, target, ball, clean, lam, mu, ctx.label_smoothing = inputs
+    ctx.save_for_backward(adv, target, ball, clean, lam, mu)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _loss_backward(ctx, grad_loss, _grad_stats):
+    adv, target, ball, clean, lam, mu = ctx.saved_tensors
+    grad_adv, grad_ball, grad_clean = _local_ball_loss_backward(
+        grad_loss, adv, target, ball, clean, lam, mu, ctx.label_smoothing
+    )
+    return (
+        grad_adv,
+        None,
+        None if ball is None else grad_ball,
+        None if clean is None else grad_clean,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "engine::local_ball_loss", _loss_backward, setup_context=_loss_setup
+)
+
+
+def local_ball_loss(
+    adv: Tensor,
+    target: Tensor,
+    ball: Tensor | None = None,
+    clean: Tensor | None = None,
+    *,
+    lam: Scalar = 1.0,
+    mu: Scalar = 1.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """CE(adv, target) + lam KL(adv || ball) + mu KL(clean || adv), batch means, in one pass.
+
+    The project's own formula, written to the abstract of arXiv 2110.14030 (docs/method.md). With
+    neither `ball` nor `clean` it is plain (label-smoothed) cross-entropy. Differentiable once, in
+    all three sets of logits.
+
+    Args:
+        adv, ball, clean: logits [B, K], float; mathematics in float32 at least.
+        target: int64 [B], in [0, K).
+        lam, mu: weights >= 0.
+        label_smoothing: in [0, 1), applied to the cross-entropy only.
+    Returns:
+        loss: 0-d; 0 for an empty batch.
+        stats: [6], without gradient: mean cross-entropy, mean local KL, mean global KL, then the
+            number of correct predictions of adv, ball and clean.
+    """
+    adv = _check_logits("adv", adv)
+    target = _check_target(target, adv)
+    _need(0.0 <= label_smoothing < 1.0, f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    others = {"ball": ball, "clean": clean}
+    for name, t in others.items():
+        if t is not None:
+            others[name] = _check_like(name, _check_logits(name, t), adv, "adv")
+    lam, mu = _check_scalar("lam", lam, adv), _check_scalar("mu", mu, adv)
+    return _local_ball_loss(
+        adv, target, others["ball"], others["clean"], lam, mu, float(label_smoothing)
+    )
+
+
+# ---- data ------------------------------------------------------------------------------------
+
+
+_augment = _define(
+    "augment",
+    "(Tensor images, Tensor index, Tensor rng, int pad, bool flip, int stream) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("engine::augment")
+def _(images, index, rng, pad, flip, stream):
+    b = index.shape[0]
+    return (
+        images.new_empty((b, *images.shape[1:]), dtype=torch.float32),
+        images.new_empty((b, 3), dtype=torch.int32),
+    )
+
+
+def augment(
+    images: Tensor,
+    index: Tensor,
+    rng: Tensor,
+    *,
+    pad: int = 0,
+    flip: bool = False,
+    stream: int = 2,
+) -> tuple[Tensor, Tensor]:
+    """A training batch from a resident uint8 dataset: gather, zero-pad and crop, mirror, scale to [0, 1].
+
+    Args:
+        images: uint8 [N, C, H, W], contiguous.
+        index: int64 [B], in [0, N).
+        rng: int64 [2], (seed, step).
+        pad: crops start within `pad` pixels of the image's corner, in [0, min(H, W)).
+        flip: mirror half of the samples left to right.
+    Returns:
+        x: float32 [B, C, H, W] in [0, 1].
+        where: int32 [B, 3], (dy, dx, mirrored) of every sample, as `recall` and `remember` take it.
+    """
+    _need(images.dtype == torch.uint8, f"images must be uint8, got {images.dtype}", TypeError)
+    _need(images.dim() == 4, f"images must be [N, C, H, W], got {tuple(images.shape)}")
+    _need(images.is_contiguous(), "images must be contiguous")
+    _need(0 <= pad < min(images.shape[2:]), f"pad must be in [0, {min(images.shape[2:])}): {pad}")
+    _check_rng(rng, images)
+    index = _check_index(index, images, "images")
+    return _augment(images, index, rng, int(pad), bool(flip), stream)
+
+
+_recall = _define(
+    "recall",
+    "(Tensor memory, Tensor index, Tensor where, Tensor x, Tensor eps, str norm) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::recall")
+def _(memory, index, where, x, eps, norm):
+    return torch.empty_like(x)
+
+
+def _check_memory(memory: Tensor, index: Tensor, where: Tensor, x: Tensor) -> Tensor:
+    _need(memory.dtype == torch.int8, f"memory must be int8, got {memory.dtype}", TypeError)
+    _need(memory.dim() == 4 and memory.is_contiguous(), "memory must be a contiguous [N, C, H, W]")
+    _need(x.shape[1:] == memory.shape[1:], f"x {tuple(x.shape)} does not fit the memory's images")
+    index = _check_index(index, memory, "memory")
+    _need(len(index) == len(x), f"index has {len(index)} entries for {len(x)} images")
+    _need(
+        where.dtype == torch.int32 and where.shape == (len(x), 3),
+        f"where must be int32 [{len(x)}, 3]",
+        TypeError,
+    )
+    for name, t in (("where", where), ("x", x)):
+        _need(t.device == memory.device, f"{name} is on {t.device}, memory on {memory.device}")
+    return index
+
+
+def recall(
+    memory: Tensor,
+    index: Tensor,
+    where: Tensor,
+    x: Tensor,
+    eps: Scalar,
+    *,
+    norm: str = "Linf",
+) -> Tensor:
+    """The attack's start from the adversary memory: `x` plus each sample's stored perturbation.
+
+    The perturbation takes the same crop and mirror as the image did, is zero where the crop shows
+    padding, and is projected into the ball and [0, 1].
+
+    Args:
+        memory: int8 [N, C, H, W], in steps of eps / 127.
+        index: int64 [B]; where: int32 [B, 3] as from `augment`.
+        x: float32 [B, C, H, W], the augmented batch.
+    Returns:
+        Like `x`.
+    """
+    x = _check_images("x", x)
+    _check_norm(norm)
+    index = _check_memory(memory, index, where, x)
+    return _recall(memory, index, where.contiguous(), x, _check_scalar("eps", eps, x), norm)
+
+
+_remember = _define(
+    "remember",
+    "(Tensor(a!) memory, Tensor index, Tensor where, Tensor x, Tensor z, Tensor eps) -> ()",
+)
+
+
+@torch.library.register_fake("engine::remember")
+def _(memory, index, where, x, z, eps):
+    return None
+
+
+def remember(
+    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, z: Tensor, eps: Scalar
+) -> None:
+    """Write the perturbation z - x back into `memory`, in place, through the inverse crop and mirror.
+
+    Pixels that the crop cut away keep what they had. Arguments as for `recall`; an index that occurs
+    twice keeps one of the two perturbations.
+    """
+    x = _check_images("x", x)
+    z = _check_like("z", z, x, "x")
+    index = _check_memory(memory, index, where, x)
+    _remember(memory, index, where.contiguous(), x, z, _check_scalar("eps", eps, x))
+
+
+# ---- optimiser -------------------------------------------------------------------------------
+
+
+_sgd_ema_step = _define(
+    "sgd_ema_step",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] averages, Tensor lr, Tensor found_inf, float momentum, float[] weight_decay, bool nesterov, float ema_decay) -> ()",
+)
+
+
+@torch.library.register_fake("engine::sgd_ema_step")
+def _(*args):
+    return None
+
+
+def sgd_ema_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    averages: list[Tensor],
+    *,
+    lr: Scalar,
+    found_inf: Tensor,
+    momentum: float = 0.9,
+    weight_decay: list[float],
+    nesterov: bool = False,
+    ema_decay: float = 0.0,
+) -> None:
+    """Momentum SGD with weight decay and the weights' moving average, in place, in one pass.
+
+    d = g + wd p;  m = momentum m + d;  p -= lr (d + momentum m if nesterov else m);
+    e += (1 - ema_decay) (p - e). Nothing changes where `found_inf` is not 0.
+
+    Args:
+        params, momenta: float32 tensors; grads: the same shapes, any float dtype. At least one.
+        averages: like `params`, or empty for no moving average.
+        lr: learning rate; found_inf: float32 0-d or [1], device-held overflow flag.
+        weight_decay: one number per parameter.
+    """
+    _need(len(params) > 0, "params is empty")
+    lists = {"grads": grads, "momenta": momenta, "weight_decay": weight_decay}
+    if averages:
+        lists["averages"] = averages
+    for name, values in lists.items():
+        _need(len(values) == len(params), f"{name} has {len(values)} for {len(params)} params")
+    for name, tensors in (("grads", grads), ("momenta", momenta), ("averages", averages)):
+        for p, t in zip(params, tensors, strict=False):
+            _need(t.shape == p.shape, f"{name}: {tuple(t.shape)} for a {tuple(p.shape)} parameter")
+            _need(t.device == p.device, f"{name}: on {t.device}, parameter on {p.device}")
+    _sgd_ema_step(
+        params,
+        grads,
+        momenta,
+        averages,
+        _check_scalar("lr", lr, params[0]),
+        _check_scalar("found_inf", found_inf, params[0]),
+        float(momentum),
+        [float(d) for d in weight_decay],
+        bool(nesterov),
+        float(ema_decay),
+    )
