@@ -1,1 +1,44 @@
-all:
+# `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
+# the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
+.PHONY: all train test test-all test-gpu check bench clean help
+
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := $(wildcard kernels/csrc/*/* kernels/csrc/*)
+# Where there is a GPU-less machine and a choice, PyTorch's CPU wheels are far smaller:
+#   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_FLAGS ?=
+
+help: ## show the commands
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -e 's/:.*## /\t/' | expand -t 12
+
+all: .venv/ready ## set up .venv with the engine and everything it needs
+
+.venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'engine: Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[gpu,tensorboard,test,check]'
+	@touch .venv/ready
+
+train: .venv/ready ## get Fashion-MNIST, train with the local-ball method, evaluate, report
+	@$(BIN)/python -m engine data fetch fashion-mnist
+	@$(BIN)/python -m engine train fashion-mnist
+
+test: .venv/ready ## the whole test suite but its slow forms
+	@$(BIN)/python -m engine data fetch fashion-mnist || echo 'engine: tests on Fashion-MNIST will be skipped'
+	@$(BIN)/python -m pytest -m 'not slow'
+
+test-all: .venv/ready ## the slow forms too
+	@$(BIN)/python -m pytest
+
+test-gpu: .venv/ready ## the tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu -rs
+
+check: .venv/ready ## lint, format, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m mypy
+
+clean: ## remove what a build leaves
+	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache

@@ -1,1 +1,69 @@
-"""Robust training from weak adversaries."""
+"""Fast adversarial training: robust networks from weak adversaries and local balls.
+
+import engine
+result = engine.train(model, (images, labels), engine.Linf("8/255"))
+report = engine.evaluate(result.model, x, y, engine.Linf("8/255"))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import EngineError
+
+if TYPE_CHECKING:
+    # The top-level folder kernels/ is mounted here by the build; type checkers do not see that.
+    kernels: Any
+    from .adversary import Attack
+    from .api import attack, evaluate, train
+    from .memory import AdversaryMemory
+    from .objectives import PGD, LocalBall, Objective, Outcome
+    from .schedule import Schedule
+    from .threat import L2, Linf, ThreatModel
+    from .trainer import Hooks, Result
+
+# Loaded on first use: `import engine` and `engine --help` do not wait for torch.
+_HOMES = {
+    "PGD": "objectives",
+    "AdversaryMemory": "memory",
+    "Attack": "adversary",
+    "Hooks": "trainer",
+    "L2": "threat",
+    "Linf": "threat",
+    "LocalBall": "objectives",
+    "Objective": "objectives",
+    "Outcome": "objectives",
+    "Result": "trainer",
+    "Schedule": "schedule",
+    "ThreatModel": "threat",
+    "attack": "api",
+    "evaluate": "api",
+    "train": "api",
+}
+
+__all__ = [
+    "L2",
+    "PGD",
+    "AdversaryMemory",
+    "Attack",
+    "EngineError",
+    "Hooks",
+    "Linf",
+    "LocalBall",
+    "Objective",
+    "Outcome",
+    "Result",
+    "Schedule",
+    "ThreatModel",
+    "attack",
+    "evaluate",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return value

@@ -1,0 +1,167 @@
+"""The attack inside training: k projected gradient steps that compute input gradients and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal, cast
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from . import kernels, rng
+from .models import Network, stem_of
+from .threat import Number, ThreatModel
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Projected gradient ascent on the cross-entropy (Madry et al., arXiv 1706.06083).
+
+    Weak adversaries take one or two steps, strong ones ten (forty on MNIST).
+    """
+
+    steps: Annotated[int, Field(ge=1, description="gradient steps k [count]")] = 2
+    alpha: Annotated[
+        Annotated[Number, Field(gt=0)] | None,
+        Field(
+            description="step size [pixel units]; left out: 0.5 eps from memory, else 1.25 eps "
+            "for one step, 0.75 eps for two, 2.5 eps / k for more"
+        ),
+    ] = None
+    start: Annotated[
+        Literal["random", "memory"],
+        Field(
+            description="where it starts: a random point of the ball, or the sample's last adversary"
+        ),
+    ] = "random"
+    batch_norm: Annotated[
+        Literal["eval", "batch"],
+        Field(
+            description="BatchNorm in attack passes: running statistics, or the batch's own; "
+            "neither updates them"
+        ),
+    ] = "eval"
+
+    def step_size(self, eps: float) -> float:
+        """Step size in pixel units for a ball of radius `eps`."""
+        if self.alpha is not None:
+            return self.alpha
+        if self.start == "memory":
+            return 0.5 * eps
+        return eps * {1: 1.25, 2: 0.75}.get(self.steps, 2.5 / self.steps)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        *,
+        start: Tensor | None = None,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the attack.
+
+        Args:
+            model: [0, 1] images to logits [B, K].
+            x: float32 [B, ...] in [0, 1]; y: int64 [B].
+            start: where to begin, like `x`; left out: a uniform random point of the ball.
+            state: int64 [2] random state (see `engine.rng`), read only.
+        Returns:
+            The adversaries, like `x`, and the logits at the start, [B, K]: the first step's
+            forward pass has computed them anyway.
+        """
+        z = start
+        if z is None:
+            z = kernels.uniform_start(x, threat.eps, state, norm=threat.norm, stream=rng.START)
+        alpha = self.step_size(threat.eps)
+        first = None
+        with passes_without_training(model, self.batch_norm):
+            for _ in range(self.steps):
+                z, logits = ascend(
+                    model,
+                    x,
+                    z,
+                    lambda logits: kernels.cross_entropy_grad(logits, y),
+                    eps=threat.eps,
+                    alpha=alpha,
+                    norm=threat.norm,
+                )
+                first = logits if first is None else first
+        assert first is not None
+        return z, first
+
+
+def ascend(
+    model: nn.Module,
+    centre: Tensor,
+    z: Tensor,
+    logits_grad: Callable[[Tensor], Tensor],
+    *,
+    eps: float | Tensor,
+    alpha: float | Tensor,
+    norm: str,
+) -> tuple[Tensor, Tensor]:
+    """One step of projected ascent from `z` in the ball around `centre`: one forward pass, one input gradient.
+
+    The backward pass starts at `logits_grad(logits)`: no loss is formed. In a network that exposes its
+    stem it ends at the stem's output, and one op does the rest.
+
+    Returns:
+        The next point, like `z`, and the detached logits at `z`.
+    """
+    stem = stem_of(model)
+    with torch.enable_grad():
+        if stem is None:
+            point = z.detach().requires_grad_()
+            logits = model(point)
+        else:
+            network = cast(Network, model)
+            with torch.no_grad():
+                point = network.stem(z)
+            logits = network.body(point.requires_grad_())
+        (grad,) = torch.autograd.grad(logits, point, logits_grad(logits.detach()))
+    if stem is None:
+        return kernels.attack_step(centre, z, grad, eps, alpha, norm=norm), logits.detach()
+    z = kernels.input_grad_step(
+        centre,
+        z,
+        grad,
+        stem.weight,
+        stride=stem.stride,
+        padding=stem.padding,
+        eps=eps,
+        alpha=alpha,
+        norm=norm,
+    )
+    return z, logits.detach()
+
+
+@contextlib.contextmanager
+def passes_without_training(model: nn.Module, batch_norm: str = "eval") -> Iterator[None]:
+    """Passes in the block change no BatchNorm statistics and drop nothing out.
+
+    With "eval" BatchNorm uses its running statistics, with "batch" those of the batch at hand. Every
+    module's own mode comes back afterwards.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    tracked: list[nn.Module] = []
+    model.eval()
+    if batch_norm == "batch":
+        for module, _ in modes:
+            if isinstance(module, BatchNorm) and module.track_running_stats:
+                # With tracking off a training-mode BatchNorm reads the batch and writes nothing.
+                module.training, module.track_running_stats = True, False
+                tracked.append(module)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module in tracked:
+            module.track_running_stats = True  # type: ignore[assignment]

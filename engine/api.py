@@ -1,0 +1,120 @@
+"""The Python face: train, attack and evaluate any module on any images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from . import rng
+from .adversary import Attack
+from .data.loader import ResidentLoader, TensorLoader
+from .errors import EngineError
+from .evaluation import Report, evaluate, evaluation_mode
+from .memory import AdversaryMemory
+from .objectives import LocalBall, Objective
+from .optim import Optimiser
+from .schedule import Schedule
+from .threat import ThreatModel
+from .trainer import Hooks, Result, Trainer
+
+__all__ = ["Report", "attack", "evaluate", "train"]
+
+
+def train(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor] | Iterable,
+    threat: ThreatModel,
+    *,
+    attack: Attack | None = None,
+    objective: Objective | None = None,
+    epochs: int = 10,
+    batch_size: int = 128,
+    lr: float = 0.05,
+    optimiser: str = "sgd",
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    ema: float = 0.0,
+    schedule: Schedule | None = None,
+    validation: tuple[Tensor, Tensor] | None = None,
+    pad: int = 0,
+    flip: bool = False,
+    seed: int = 0,
+    hooks: Hooks | None = None,
+) -> Result:
+    """Train `model` in place, on its own device.
+
+    Args:
+        model: any module from images in [0, 1] to logits [B, K], normalisation inside.
+        data: (images, labels), images uint8 [N, C, H, W] or float32 [N, ...] in [0, 1], labels
+            int64 [N]; or anything with a length that yields such (x, y) batches, a DataLoader for one
+            (`batch_size`, `pad` and `flip` are then its own business).
+        attack: default two steps from a random start. From memory it needs (images, labels).
+        objective: default `LocalBall()`.
+        validation: held-out (x, y), floats in [0, 1], to choose `Result.best`.
+        pad, flip: random crop and mirroring of uint8 images.
+    Returns:
+        The trained network (its moving average with `ema` > 0) and the best epoch's state dict.
+    Raises:
+        EngineError: for data that does not fit, or a loss that is no longer finite.
+    """
+    attack, objective = attack or Attack(), objective or LocalBall()
+    where = next(model.parameters()).device
+    torch.manual_seed(seed)
+    memory, loader = None, None
+    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
+        images, labels = data
+        loader = ResidentLoader(
+            images, labels, batch_size, seed=seed, pad=pad, flip=flip, device=where
+        )
+        if attack.start == "memory":
+            if images.dim() != 4:
+                raise EngineError("the adversary memory holds images [N, C, H, W] only")
+            memory = AdversaryMemory(len(images), images.shape[1:], threat, seed=seed, device=where)
+    elif attack.start == "memory":
+        raise EngineError("attack.start = memory needs (images, labels) tensors, not a loader")
+    return Trainer(
+        model,
+        loader or TensorLoader(data, where),
+        objective=objective,
+        threat=threat,
+        attack=attack,
+        optimiser=Optimiser(
+            model, name=optimiser, momentum=momentum, weight_decay=weight_decay, ema=ema
+        ),
+        schedule=schedule or Schedule(),
+        lr=lr,
+        epochs=epochs,
+        validation=validation,
+        memory=memory,
+        seed=seed,
+        device=where,
+        hooks=hooks,
+    ).run()
+
+
+def attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int = 10,
+    alpha: float | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Adversaries of `x` by projected gradient ascent on the cross-entropy.
+
+    Args:
+        model: [0, 1] images to logits; attacked in evaluation mode, restored afterwards.
+        x: float32 [B, ...] in [0, 1]; y: int64 [B].
+        alpha: step size in pixel units; default as for `Attack`.
+    Returns:
+        Like `x`, inside the threat ball and [0, 1].
+    """
+    with evaluation_mode(model):
+        found, _ = Attack(steps=steps, alpha=alpha)(
+            model, x, y, threat, state=rng.state(seed, x.device)
+        )
+    return found

@@ -1,0 +1,343 @@
+"""The command line: `engine train|eval|report|compare|data|export|doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import EngineError
+
+# Heavy modules are imported inside the commands: `engine --help` answers at once.
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a mistake as one EngineError line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise EngineError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits 0, 2 on a user's mistake, 130 on Ctrl-C."""
+    sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def run(argv: list[str]) -> int:
+    logging.basicConfig(format="engine: %(message)s", level=logging.WARNING)
+    try:
+        parser = build_parser()
+        arguments, rest = parser.parse_known_args(argv)
+        command: Callable[..., int] = arguments.run
+        if rest and not arguments.overridable:
+            raise EngineError(f"unknown argument {rest[0]} (see engine {arguments.command} --help)")
+        return command(arguments, rest) if arguments.overridable else command(arguments)
+    except EngineError as error:
+        print(f"engine: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("engine: interrupted; what was saved before is whole", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; there is nobody left to tell.
+        sys.stderr.close()
+        return 0
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="engine", description="Fast adversarial training on a local ball.")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
+
+    def add(
+        name: str, function: Callable[..., int], text: str, overridable: bool = False
+    ) -> Parser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=function, overridable=overridable)
+        return sub
+
+    train = commands.add_parser(
+        "train",
+        help="train by a recipe, evaluate, report",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    train.set_defaults(run=_train, overridable=True)
+    train.add_argument("recipe", nargs="?")
+    train.add_argument("--run-dir", type=Path)
+    train.add_argument("--json", action="store_true")
+    train.add_argument("--no-eval", action="store_true")
+    train.add_argument("-h", "--help", action="store_true")
+
+    evaluate = add("eval", _eval, "evaluate a run's checkpoint again", overridable=True)
+    evaluate.add_argument("run_dir", type=Path, metavar="RUN")
+    evaluate.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    evaluate.add_argument("--json", action="store_true")
+
+    report = add("report", _report, "rebuild a run's report.html")
+    report.add_argument("run_dir", type=Path, metavar="RUN")
+
+    compare = add("compare", _compare, "train several recipes side by side", overridable=True)
+    compare.add_argument("recipes", nargs="+", metavar="RECIPE")
+    compare.add_argument(
+        "--seeds", type=int, default=3, help="seeds 0..N-1 of every recipe [count]"
+    )
+    compare.add_argument("--out", type=Path, help="folder for the runs and compare.json")
+    compare.add_argument("--json", action="store_true")
+
+    data = add("data", _data, "list, fetch, verify or describe datasets")
+    data.add_argument("action", choices=("list", "fetch", "verify", "info"))
+    data.add_argument("name", nargs="?")
+
+    doctor = add("doctor", _doctor, "what this machine has, and which backend serves each op")
+    doctor.add_argument("--json", action="store_true")
+    return parser
+
+
+# ---- commands --------------------------------------------------------------------------------
+
+
+def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from . import recipe as recipes
+
+    overrides = _overrides(rest)
+    if arguments.help:
+        _train_help(arguments.recipe, overrides)
+        return 0
+    if arguments.recipe is None:
+        raise EngineError(f"which recipe? one of {', '.join(recipes.names())}, or a .toml file")
+    recipe = recipes.load(arguments.recipe, overrides)
+
+    from . import report, runner
+    from .progress import stderr
+    from .runs import Run
+
+    # Everything that can be wrong with the input shows before a run folder exists.
+    runner.check(recipe, evaluated=not arguments.no_eval)
+    run = Run.create(recipe, arguments.run_dir)
+    stderr.print(
+        f"{recipe.name}: {recipe.objective.name} on {recipe.data.name}, {recipe.model.name}, "
+        f"{recipe.threat.norm} eps {recipe.threat.eps:.4g}, "
+        f"{recipe.objective.passes(recipe.attack).total} passes a step -> {run.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    try:
+        result = runner.train(recipe, run)
+        if arguments.no_eval:
+            row = runner.summary(run, result, None)
+        else:
+            row = runner.summary(run, result, runner.evaluate_run(run))
+            row["report"] = str(report.build(run))
+    except KeyboardInterrupt:
+        print(f"engine: interrupted; {run.path} keeps the last whole epoch", file=sys.stderr)
+        return 130
+    _show(row, arguments.json)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from . import recipe as recipes
+    from . import report, runner
+    from .runs import Run
+
+    overrides = _overrides(rest)
+    if stray := [
+        key for key in overrides if not key.startswith("evaluation.") and key != "threads"
+    ]:
+        raise EngineError(f"--{stray[0]}: only --evaluation.* can be changed for a finished run")
+    Run.open(arguments.run_dir)
+    recipe = recipes.load(str(arguments.run_dir / "recipe.toml"), overrides)
+    run = Run(arguments.run_dir, recipe)
+    found = runner.evaluate_run(run, arguments.checkpoint)
+    report.build(run)
+    row = {
+        "recipe": recipe.name,
+        "clean": found.clean,
+        "pgd": found.pgd,
+        "autoattack": found.autoattack,
+        "worst_case": found.worst_case,
+        "examples": found.examples,
+        "eval_seconds": round(found.seconds, 2),
+        "run_dir": str(run.path),
+    }
+    _show(row, arguments.json)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from . import report
+    from .runs import Run
+
+    print(report.build(Run.open(arguments.run_dir)))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from . import compare
+
+    rows = compare.run(
+        arguments.recipes, _overrides(rest), seeds=arguments.seeds, out=arguments.out
+    )
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        compare.show(rows)
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from . import data
+    from .progress import stdout
+
+    if arguments.action == "list":
+        table = Table("dataset", "images", "training", "test", "classes", "lies in")
+        for name in data.names():
+            about = data.info(name)
+            table.add_row(
+                name,
+                "x".join(map(str, about.shape)),
+                str(about.train),
+                str(about.test),
+                str(len(about.classes)),
+                str(about.folder or ("scikit-learn" if not about.files else "not fetched")),
+            )
+        stdout.print(table)
+        return 0
+    if arguments.name is None:
+        known = ", ".join(data.names())
+        raise EngineError(f"engine data {arguments.action}: which dataset? {known}")
+    if arguments.action == "fetch":
+        print(data.fetch(arguments.name))
+        return 0
+    if arguments.action == "info":
+        print(json.dumps(asdict(data.info(arguments.name)), indent=2, default=str))
+        return 0
+    checks = data.verify(arguments.name)
+    for check in checks:
+        print(f"{'ok ' if check.ok else 'BAD'} {check.file}: {check.detail}")
+    return 0 if all(check.ok for check in checks) else 2
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from . import kernels, models
+    from . import recipe as recipes
+    from .progress import stdout
+    from .runs import environment
+
+    found = {
+        "environment": environment(),
+        "kernels": kernels.backends.table(),
+        "models": sorted(models.MODELS),
+        "recipes": recipes.names(),
+    }
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for key, value in found["environment"].items():
+        stdout.print(f"{key:14} {value}", highlight=False, soft_wrap=True)
+    table = Table("op", "device", "backend", "why")
+    for row in found["kernels"]:
+        table.add_row(row["op"], row["device"], row["backend"], row["why"])
+    stdout.print(table)
+    stdout.print("models:", ", ".join(found["models"]), highlight=False, soft_wrap=True)
+    stdout.print("recipes:", ", ".join(found["recipes"]), highlight=False, soft_wrap=True)
+    return 0
+
+
+# ---- helpers ---------------------------------------------------------------------------------
+
+
+def _overrides(rest: list[str]) -> dict[str, str]:
+    """`--attack.steps 2` and `--attack.steps=2` as {"attack.steps": "2"}."""
+    found: dict[str, str] = {}
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--") or len(word) < 3:
+            raise EngineError(f"unexpected argument {word!r}: options look like --attack.steps 2")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, "")
+            if not value or value.startswith("--"):
+                raise EngineError(f"--{key} needs a value")
+        found[key] = value
+    return found
+
+
+def _train_help(name: str | None, overrides: dict[str, str]) -> None:
+    from rich.table import Table
+
+    from . import recipe as recipes
+    from .progress import stdout
+
+    recipe = recipes.load(name, overrides) if name else recipes.Recipe()
+    stdout.print(
+        "usage: engine train RECIPE [--run-dir DIR] [--json] [--no-eval] [--FIELD VALUE ...]\n\n"
+        f"RECIPE: {', '.join(recipes.names())}, or a path ending in .toml\n"
+        "  --run-dir DIR   where the run goes (default: runs/RECIPE-DATE-TIME)\n"
+        "  --json          one closing JSON object on stdout; progress goes to stderr\n"
+        "  --no-eval       train only; `engine eval RUN` evaluates later\n\n"
+        f"Fields, with the values of {name or 'an empty recipe'} (`engine train NAME --help` for another's):",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    values: dict[str, Any] = {}
+    for dotted, *_ in recipes.options(type(recipe.objective)):
+        value: Any = recipe
+        for part in dotted.split("."):
+            value = getattr(value, part)
+        values[dotted] = value
+    table = Table("field", "value", "meaning [unit]", box=None, pad_edge=False)
+    for dotted, _, _, description in recipes.options(type(recipe.objective)):
+        value = values[dotted]
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        table.add_row(f"--{dotted}", shown, description.replace("[", r"\["))
+    stdout.print(table)
+
+
+def _show(row: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(row))
+        return
+    from rich.table import Table
+
+    from .progress import stdout
+
+    table = Table("", "", show_header=False)
+    for key, value in row.items():
+        if value is None:
+            continue
+        name = _TITLES.get(key, key)
+        share = key in ("clean", "pgd", "autoattack", "worst_case")
+        table.add_row(name, f"{100 * value:.2f} %" if share else str(value), end_section=False)
+    stdout.print(table)
+
+
+_TITLES = {
+    "clean": "clean accuracy",
+    "pgd": "PGD accuracy",
+    "autoattack": "AutoAttack accuracy",
+    "worst_case": "worst case of all attacks",
+    "examples": "test images",
+    "train_seconds": "training seconds (no evaluation)",
+    "eval_seconds": "evaluation seconds",
+    "passes_per_step": "passes per step",
+    "best_epoch": "best epoch (validation PGD)",
+    "run_dir": "run folder",
+}
+
+
+if __name__ == "__main__":
+    main()

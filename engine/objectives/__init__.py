@@ -1,0 +1,13 @@
+"""Training losses, one file a method. A new one joins `AnyObjective` and gets a recipe."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from .base import Objective, Outcome, Passes
+from .local_ball import LocalBall
+from .pgd import PGD
+
+AnyObjective = Annotated[LocalBall | PGD, Field(discriminator="name")]
+
+__all__ = ["PGD", "AnyObjective", "LocalBall", "Objective", "Outcome", "Passes"]

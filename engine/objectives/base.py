@@ -1,0 +1,119 @@
+"""The face every objective shares."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..adversary import Attack
+from ..rng import state as rng_state
+from ..threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a training step costs in passes of the whole batch; each costs about one forward pass F."""
+
+    forward: int
+    input_grad: int
+    weight_grad: int
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.input_grad + self.weight_grad
+
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(
+            self.forward + other.forward,
+            self.input_grad + other.input_grad,
+            self.weight_grad + other.weight_grad,
+        )
+
+
+def attack_passes(steps: int) -> Passes:
+    """k forward passes and k input gradients."""
+    return Passes(steps, steps, 0)
+
+
+def trained_passes(sets: int) -> Passes:
+    """Forward and full backward passes of `sets` batches."""
+    return Passes(sets, sets, sets)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an objective hands to the training step.
+
+    Attributes:
+        loss: 0-d, differentiable in the weights.
+        adversary: like the batch; what the adversary memory stores.
+        stats: 0-d device tensors to log: means of the loss terms, and `adv_accuracy`.
+    """
+
+    loss: Tensor
+    adversary: Tensor
+    stats: dict[str, Tensor]
+
+
+class Objective(abc.ABC):
+    """A training loss with the attack it needs; holds options only, no state of a run."""
+
+    @abc.abstractmethod
+    def passes(self, attack: Attack) -> Passes:
+        """What one step costs."""
+
+    @abc.abstractmethod
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        start: Tensor | None,
+        state: Tensor,
+    ) -> Outcome:
+        """The loss on one batch; arguments as for `__call__`."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        *,
+        start: Tensor | None = None,
+        state: Tensor | None = None,
+    ) -> Outcome:
+        """The loss on one batch.
+
+        Args:
+            model: [0, 1] images to logits [B, K], in training mode.
+            x: float32 [B, ...] in [0, 1]; y: int64 [B].
+            start: where the attack begins (from an `AdversaryMemory`); left out: a random point.
+            state: random state int64 [2], not advanced; left out: one kept for the device, seeded
+                from `torch.initial_seed()` and advanced by every call.
+        """
+        if state is not None:
+            return self.compute(model, x, y, threat, attack, start, state)
+        shared = _shared_state(x.device)
+        outcome = self.compute(model, x, y, threat, attack, start, shared)
+        shared[1] += 1
+        return outcome
+
+
+_states: dict[torch.device, Tensor] = {}
+
+
+def _shared_state(device: torch.device) -> Tensor:
+    if device not in _states or int(_states[device][0]) != _seed():
+        _states[device] = rng_state(_seed(), device)
+    return _states[device]
+
+
+def _seed() -> int:
+    return torch.initial_seed() & ((1 << 63) - 1)

@@ -1,0 +1,189 @@
+"""The local-ball objective: robust on a ball centred on each weak adversary, the balls tied together.
+
+Written to the abstract of Lu & Kumar, "Improving Local Effectiveness for Global robust training"
+(arXiv 2110.14030). The paper's own formula is not public to us; this one is ours (docs/method.md):
+
+    CE(f(a), y)  +  lambda KL(p(a) || p(b))  +  mu KL(p(x) || p(a))
+
+a is the k-step adversary of x, b the worst point found by one ascent step in the ball of radius
+rho * eps around a, p = softmax(f).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, cast
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from .. import kernels, rng
+from ..adversary import Attack, ascend, passes_without_training
+from ..models import Network, stem_of
+from ..threat import ThreatModel
+from .base import Objective, Outcome, Passes, attack_passes, trained_passes
+
+
+@dataclass(frozen=True)
+class LocalBall(Objective):
+    """Local-ball robust training; see the module's docstring for the formula."""
+
+    name: Literal["local-ball"] = "local-ball"
+    local_weight: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="lambda, weight of the local term")
+    ] = 3.0
+    global_weight: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="mu, weight of the global term")
+    ] = 0.0
+    rho: Annotated[
+        float, Field(gt=0, le=1, description="radius of the local ball [fraction of eps, (0..1]]")
+    ] = 0.5
+    direction: Annotated[
+        Literal["kl", "ce", "gradient-norm"],
+        Field(
+            description="local term: b along the KL gradient at a random point of the ball; along the "
+            "cross-entropy gradient at the centre (shares its forward pass); or no b and the "
+            "first-order bound rho eps ||grad CE(a)||_dual (double backward)"
+        ),
+    ] = "kl"
+    distance: Annotated[
+        Literal["kl", "squared"],
+        Field(description="both terms by KL, or by the mean squared difference of the logits"),
+    ] = "kl"
+    anchor: Annotated[
+        Literal["clean", "start"],
+        Field(
+            description="global term against the clean image, or against the attack's start, whose "
+            "logits are there already (held constant: no pass)"
+        ),
+    ] = "clean"
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=1, description="label smoothing of the cross-entropy [0..1)")
+    ] = 0.0
+
+    def passes(self, attack: Attack) -> Passes:
+        cost = attack_passes(attack.steps) + trained_passes(1)
+        if self.local_weight > 0:
+            if self.direction == "kl":
+                cost += attack_passes(1) + trained_passes(1)
+            elif self.direction == "ce":
+                cost += Passes(0, 1, 0) + trained_passes(1)
+            else:
+                # The gradient itself, then a backward pass through it: about one more of each.
+                cost += Passes(1, 2, 1)
+        if self.global_weight > 0 and self.anchor == "clean":
+            cost += trained_passes(1)
+        return cost
+
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        start: Tensor | None,
+        state: Tensor,
+    ) -> Outcome:
+        adversary, start_logits = attack(model, x, y, threat, start=start, state=state)
+        local = self.local_weight > 0
+        at_ball = slope = at_anchor = None
+        if local and self.direction == "gradient-norm":
+            centre = adversary.detach().requires_grad_()
+            at_centre = model(centre)
+            slope = self._dual_norm(at_centre, centre, y, threat)
+        elif local and self.direction == "ce":
+            at_centre, ball = self._along_cross_entropy(model, adversary, y, threat)
+            at_ball = model(ball)
+        elif local:
+            at_centre = model(adversary)
+            at_ball = model(self._along_kl(model, adversary, at_centre, threat, state))
+        else:
+            at_centre = model(adversary)
+        if self.global_weight > 0:
+            at_anchor = model(x) if self.anchor == "clean" else start_logits
+
+        fused = self.distance == "kl"
+        loss, stats = kernels.local_ball_loss(
+            at_centre,
+            y,
+            at_ball if fused else None,
+            at_anchor if fused else None,
+            lam=self.local_weight,
+            mu=self.global_weight,
+            label_smoothing=self.label_smoothing,
+        )
+        terms = {"ce": stats[0], "adv_accuracy": stats[3] / max(len(y), 1)}
+        if at_ball is not None:
+            terms["local"] = stats[1]
+        if at_anchor is not None:
+            terms["global"] = stats[2]
+        if not fused and at_ball is not None:
+            terms["local"] = (at_centre - at_ball).square().mean()
+            loss = loss + self.local_weight * terms["local"]
+        if not fused and at_anchor is not None:
+            terms["global"] = (at_anchor - at_centre).square().mean()
+            loss = loss + self.global_weight * terms["global"]
+        if slope is not None:
+            terms["local"] = slope
+            loss = loss + self.local_weight * slope
+        return Outcome(loss, adversary, {k: v.detach() for k, v in terms.items()})
+
+    def _along_kl(
+        self,
+        model: nn.Module,
+        centre: Tensor,
+        at_centre: Tensor,
+        threat: ThreatModel,
+        state: Tensor,
+    ) -> Tensor:
+        """b: one ascent step of length rho eps on KL(p(a) || p(b)) from a random point of the ball."""
+        radius = self.rho * threat.eps
+        near = kernels.uniform_start(centre, radius, state, norm=threat.norm, stream=rng.LOCAL)
+        target = at_centre.detach()
+        # The centre's logits come from a training-mode pass; b's must be comparable with them.
+        with passes_without_training(model, "batch" if model.training else "eval"):
+            ball, _ = ascend(
+                model,
+                centre,
+                near,
+                lambda logits: kernels.kl_grad(target, logits),
+                eps=radius,
+                alpha=radius,
+                norm=threat.norm,
+            )
+        return ball
+
+    def _along_cross_entropy(
+        self, model: nn.Module, centre: Tensor, y: Tensor, threat: ThreatModel
+    ) -> tuple[Tensor, Tensor]:
+        """The centre's logits, with their graph, and b: rho eps along the cross-entropy gradient there."""
+        radius = self.rho * threat.eps
+        stem = stem_of(model)
+        if stem is None:
+            point = centre.detach().requires_grad_()
+            logits = model(point)
+        else:
+            network = cast(Network, model)
+            point = network.stem(centre)
+            logits = network.body(point)
+        # Retained: the training backward pass runs through the same graph.
+        (grad,) = torch.autograd.grad(
+            logits, point, kernels.cross_entropy_grad(logits.detach(), y), retain_graph=True
+        )
+        step = {"eps": radius, "alpha": radius, "norm": threat.norm}
+        if stem is None:
+            return logits, kernels.attack_step(centre, centre, grad, **step)
+        return logits, kernels.input_grad_step(
+            centre, centre, grad, stem.weight, stride=stem.stride, padding=stem.padding, **step
+        )
+
+    def _dual_norm(
+        self, at_centre: Tensor, centre: Tensor, y: Tensor, threat: ThreatModel
+    ) -> Tensor:
+        """rho eps ||grad CE||_dual, batch mean: by how much CE can grow in the local ball, to first order."""
+        total = torch.nn.functional.cross_entropy(at_centre, y, reduction="sum")
+        (grad,) = torch.autograd.grad(total, centre, create_graph=True)
+        norm = grad.flatten(1).norm(p=1 if threat.norm == "Linf" else 2, dim=1)
+        return self.rho * threat.eps * norm.mean()

@@ -1,0 +1,43 @@
+"""PGD adversarial training (Madry et al., arXiv 1706.06083): cross-entropy at the adversary. 2k + 3 F."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from .. import kernels
+from ..adversary import Attack
+from ..threat import ThreatModel
+from .base import Objective, Outcome, Passes, attack_passes, trained_passes
+
+
+@dataclass(frozen=True)
+class PGD(Objective):
+    """min E[CE(f(a), y)], a from k projected gradient steps."""
+
+    name: Literal["pgd"] = "pgd"
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=1, description="label smoothing of the cross-entropy [0..1)")
+    ] = 0.0
+
+    def passes(self, attack: Attack) -> Passes:
+        return attack_passes(attack.steps) + trained_passes(1)
+
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        start: Tensor | None,
+        state: Tensor,
+    ) -> Outcome:
+        adversary, _ = attack(model, x, y, threat, start=start, state=state)
+        loss, stats = kernels.local_ball_loss(
+            model(adversary), y, label_smoothing=self.label_smoothing
+        )
+        return Outcome(loss, adversary, {"ce": stats[0], "adv_accuracy": stats[3] / max(len(y), 1)})

@@ -1,0 +1,77 @@
+"""What a person sees while it runs; all on stderr, so that stdout holds results only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+stderr = Console(stderr=True)
+stdout = Console()
+
+_REFRESH_STEPS = 10
+
+
+@contextmanager
+def bar() -> Iterator[Progress]:
+    """A live progress bar; where stderr is no terminal, only the lines printed beside it show."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        yield progress
+
+
+class TrainingBar:
+    """Steps, loss and adversarial accuracy while training; one line an epoch."""
+
+    def __init__(self, progress: Progress, name: str, epochs: int) -> None:
+        self.progress, self.epochs = progress, epochs
+        self.task = progress.add_task(f"training {name}", total=None, note="")
+
+    def step(self, done: int, total: int, stats: dict[str, Tensor]) -> None:
+        # Reading a device value waits for the device: rarely, then.
+        if done % _REFRESH_STEPS == 0 or done == total:
+            note = f"loss {float(stats['loss']):.3f}  adv {float(stats['adv_accuracy']):.0%}"
+            self.progress.update(self.task, completed=done, total=total, note=note)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        validation = ""
+        if "val_pgd" in row:
+            validation = f"   val clean {row['val_clean']:.1%}  PGD {row['val_pgd']:.1%}"
+        self.progress.console.print(
+            f"epoch {row['epoch']:>3}/{self.epochs}  {row['train_seconds']:7.1f} s  "
+            f"loss {row['loss']:.3f}  adv {row['adv_accuracy']:.1%}{validation}",
+            highlight=False,
+        )
+
+
+class EvaluationBar:
+    """Which attack runs and how far it is."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task = progress.add_task("evaluating", total=None, note="")
+
+    def __call__(self, attack: str, done: int, total: int) -> None:
+        self.progress.update(
+            self.task, description=f"evaluating: {attack}", completed=done, total=total
+        )

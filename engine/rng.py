@@ -1,0 +1,14 @@
+"""Random state as one device tensor (seed, step): see `kernels.reference` for what is drawn from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# One stream for each place that draws within a step.
+START, LOCAL, AUGMENT, RESTART = 0, 1, 2, 3
+
+
+def state(seed: int, device: torch.device | str = "cpu", step: int = 0) -> Tensor:
+    """int64 [2] (seed, step) on `device`; advance with `rng[1] += 1` once a step."""
+    return torch.tensor([seed, step], dtype=torch.int64, device=device)

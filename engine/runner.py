@@ -1,0 +1,249 @@
+"""From a recipe to a trained, evaluated, reported run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import evaluation, models
+from .data import datasets
+from .data.loader import ResidentLoader
+from .errors import EngineError
+from .memory import AdversaryMemory
+from .optim import Optimiser
+from .progress import EvaluationBar, TrainingBar, bar
+from .recipe import Recipe
+from .runs import Run
+from .trainer import Hooks, Result, Trainer
+
+# One dataset serves the check, the training, the evaluation and the report of a process.
+_load = lru_cache(maxsize=4)(datasets.load)
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and validation images of a recipe: uint8 [N, C, H, W], int64 [N]."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    classes: tuple[str, ...]
+
+
+def split(recipe: Recipe) -> Split:
+    """The training set cut in two by a permutation that depends on the dataset alone.
+
+    So every seed and every recipe on a dataset validates on the same images.
+    """
+    data = _load(recipe.data.name, "train")
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    held_out, rest = order[: recipe.data.validation], order[recipe.data.validation :]
+    if recipe.data.train_examples is not None:
+        rest = rest[: recipe.data.train_examples]
+    if len(rest) == 0:
+        raise EngineError(
+            f"data.validation = {recipe.data.validation} leaves none of the {len(order)} images to train on"
+        )
+    return Split(
+        (data.images[rest], data.labels[rest]),
+        (data.images[held_out], data.labels[held_out]),
+        data.classes,
+    )
+
+
+def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torch.Size) -> Any:
+    """The recipe's network for images [C, H, W] = `shape`; `images` give the statistics to normalise by."""
+    mean = std = None
+    if recipe.model.normalise:
+        if images is None:
+            # Overwritten by the checkpoint's own.
+            mean, std = (0.0,) * shape[0], (1.0,) * shape[0]
+        else:
+            scaled = images[:10_000].float() / 255.0
+            mean = tuple(scaled.mean(dim=(0, 2, 3)).tolist())
+            std = tuple(scaled.std(dim=(0, 2, 3)).tolist())
+    return models.build(
+        recipe.model.name,
+        in_channels=shape[0],
+        image_size=shape[-1],
+        classes=classes,
+        mean=mean,
+        std=std,
+    )
+
+
+def check(recipe: Recipe, *, evaluated: bool = True) -> None:
+    """Meet every mistake in a recipe before a run folder exists.
+
+    Raises:
+        EngineError: for data that is absent or damaged, a network that does not fit it, a batch
+            larger than the training set, more test images than there are.
+    """
+    parts = split(recipe)
+    images, _ = parts.train
+    build_model(recipe, images, len(parts.classes), images.shape[1:])
+    if recipe.data.pad >= min(images.shape[2:]):
+        raise EngineError(f"data.pad = {recipe.data.pad} is as large as the images")
+    if recipe.optim.batch_size > len(images):
+        raise EngineError(
+            f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training images"
+        )
+    if evaluated:
+        test_set(recipe)
+
+
+def train(recipe: Recipe, run: Run) -> Result:
+    """Train as the recipe says, logging and saving into the run folder."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    where = device()
+    parts = split(recipe)
+    images, labels = parts.train
+    model = build_model(recipe, images, len(parts.classes), images.shape[1:]).to(where)
+    optim = recipe.optim
+    memory = None
+    if recipe.attack.start == "memory":
+        memory = AdversaryMemory(
+            len(images), images.shape[1:], recipe.threat, seed=recipe.seed, device=where
+        )
+    board = _tensorboard(run.path)
+    with bar() as progress:
+        shown = TrainingBar(progress, recipe.name, optim.epochs)
+
+        def epoch(row: dict[str, Any]) -> None:
+            run.log(row)
+            shown.epoch(row)
+            for name, value in row.items():
+                if board is not None and name not in ("epoch", "step"):
+                    board.add_scalar(name, value, row["step"])
+
+        trainer = Trainer(
+            model,
+            ResidentLoader(
+                images,
+                labels,
+                optim.batch_size,
+                seed=recipe.seed,
+                pad=recipe.data.pad,
+                flip=recipe.data.flip,
+                device=where,
+            ),
+            objective=recipe.objective,
+            threat=recipe.threat,
+            attack=recipe.attack,
+            optimiser=Optimiser(
+                model,
+                name=optim.name,
+                momentum=optim.momentum,
+                weight_decay=optim.weight_decay,
+                ema=optim.ema,
+            ),
+            schedule=recipe.schedule,
+            lr=optim.lr,
+            epochs=optim.epochs,
+            validation=as_floats(*parts.validation, where),
+            validation_steps=recipe.validation.steps,
+            validate_every=recipe.validation.every,
+            memory=memory,
+            seed=recipe.seed,
+            device=where,
+            hooks=Hooks(
+                shown.step,
+                epoch,
+                lambda name, net, row: run.save(name, net, epoch=row["epoch"], recipe=recipe.name),
+            ),
+        )
+        result = trainer.run()
+    if board is not None:
+        board.close()
+    return result
+
+
+def load_model(run: Run, checkpoint: str = "best") -> Any:
+    """The run's network with a checkpoint's weights, in evaluation mode."""
+    data = _load(run.recipe.data.name, "test")
+    model = build_model(run.recipe, None, len(data.classes), data.images.shape[1:])
+    run.load_into(model, checkpoint)
+    return model.to(device()).eval()
+
+
+def test_set(recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The first `evaluation.examples` test images as floats in [0, 1], on the device."""
+    data = _load(recipe.data.name, "test")
+    n = recipe.evaluation.examples
+    if n is not None and n > len(data.images):
+        raise EngineError(
+            f"evaluation.examples = {n}, but {recipe.data.name} has {len(data.images)} test images"
+        )
+    return as_floats(data.images[:n], data.labels[:n], device())
+
+
+def evaluate_run(run: Run, checkpoint: str = "best") -> evaluation.Report:
+    """Evaluate a checkpoint on the test images and write evaluation.json."""
+    recipe = run.recipe
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    x, y = test_set(recipe)
+    with bar() as progress:
+        report = evaluation.evaluate(
+            load_model(run, checkpoint),
+            x,
+            y,
+            recipe.threat,
+            pgd_steps=recipe.evaluation.pgd_steps,
+            pgd_restarts=recipe.evaluation.pgd_restarts,
+            autoattack_version=recipe.evaluation.autoattack,
+            batch_size=recipe.evaluation.batch_size,
+            seed=recipe.seed,
+            progress=EvaluationBar(progress),
+        )
+    fields = evaluation.robustbench_fields(
+        report, name=recipe.name, architecture=recipe.model.name, dataset=recipe.data.name
+    )
+    run.write_json("evaluation.json", {**fields, "checkpoint": checkpoint})
+    return report
+
+
+def summary(run: Run, result: Result, report: evaluation.Report | None) -> dict[str, Any]:
+    """The closing table of a run, as written to summary.json."""
+    recipe = run.recipe
+    row: dict[str, Any] = {"recipe": recipe.name}
+    if report is not None:
+        row |= {
+            "clean": report.clean,
+            "pgd": report.pgd,
+            "autoattack": report.autoattack,
+            "examples": report.examples,
+            "eval_seconds": round(report.seconds, 2),
+        }
+    row |= {
+        "train_seconds": round(result.train_seconds, 2),
+        "passes_per_step": recipe.objective.passes(recipe.attack).total,
+        "steps": result.steps,
+        "best_epoch": result.best_epoch,
+        "run_dir": str(run.path),
+    }
+    run.write_json("summary.json", row)
+    return row
+
+
+def as_floats(images: Tensor, labels: Tensor, where: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 images as float32 in [0, 1], both on the device."""
+    return images.to(where).float() / 255.0, labels.to(where)
+
+
+def _tensorboard(path: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(path))

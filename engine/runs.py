@@ -1,0 +1,202 @@
+"""A run folder: the recipe, the environment, the log, the checkpoints, the evaluation, the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import files
+from . import recipe as recipes
+from .errors import EngineError
+from .recipe import Recipe
+
+
+class Run:
+    """One run folder.
+
+    Files: `recipe.toml` (every field), `environment.json`, `metrics.jsonl` (a row an epoch),
+    `best.safetensors` and `last.safetensors` (plain state dicts), `evaluation.json`, `summary.json`,
+    `report.html` with its pictures in `pictures/`.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path, self.recipe = path, recipe
+
+    @classmethod
+    def create(cls, recipe: Recipe, path: Path | None = None) -> Run:
+        """Make a new folder: `path`, or runs/NAME-DATE-TIME.
+
+        Raises:
+            EngineError: if it holds a run already or cannot be written.
+        """
+        if path is None:
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            path = Path("runs") / f"{_plain(recipe.name)}-{stamp}"
+            number = 2
+            while path.exists():
+                path = path.with_name(f"{_plain(recipe.name)}-{stamp}-{number}")
+                number += 1
+        if (path / "recipe.toml").exists():
+            raise EngineError(f"{path} holds a run already: choose another --run-dir")
+        if path.exists() and not path.is_dir():
+            raise EngineError(f"{path} is a file: choose another --run-dir")
+        run = cls(path, recipe)
+        files.write_text(path / "recipe.toml", recipes.dump(recipe))
+        files.write_json(path / "environment.json", environment())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing run folder.
+
+        Raises:
+            EngineError: if it is none, or its recipe is damaged.
+        """
+        if not (path / "recipe.toml").is_file():
+            raise EngineError(f"{path} is not a run folder: it has no recipe.toml")
+        return cls(path, recipes.load(str(path / "recipe.toml")))
+
+    # ---- log -----------------------------------------------------------------------------
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl, in one write."""
+        line = (json.dumps(row) + "\n").encode()
+        try:
+            handle = os.open(
+                self.path / "metrics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+            )
+            try:
+                os.write(handle, line)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise EngineError(
+                f"cannot write {self.path}/metrics.jsonl: {error.strerror}"
+            ) from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged rows; a line cut short by a crash is left out."""
+        path = self.path / "metrics.jsonl"
+        rows = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return rows
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run, or {} where it is not there."""
+        path = self.path / name
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except (OSError, json.JSONDecodeError) as error:
+            raise EngineError(f"{path} is damaged: {error}") from None
+
+    def write_json(self, name: str, value: object) -> None:
+        files.write_json(self.path / name, value)
+
+    # ---- checkpoints ---------------------------------------------------------------------
+
+    def save(self, name: str, model: nn.Module, **about: object) -> None:
+        """Write `name`.safetensors atomically; `about` goes into its metadata as text."""
+        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        with files.atomic(self.path / f"{name}.safetensors") as temporary:
+            save_file(tensors, temporary, metadata={k: str(v) for k, v in about.items()})
+
+    def load_into(self, model: nn.Module, name: str = "best") -> None:
+        """Load a checkpoint of this run into `model`.
+
+        Raises:
+            EngineError: if it is missing, damaged, or of another network.
+        """
+        load_weights(model, self.path / f"{name}.safetensors")
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a safetensors state dict into `model`; EngineError in one line where that cannot be."""
+    if not path.is_file():
+        raise EngineError(f"no checkpoint at {path}")
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise EngineError(f"{path} is damaged: {error}") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise EngineError(f"{path} does not fit the network: {reason}") from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and commit: what a number in a report was measured on."""
+    return {
+        "engine": _version("robust-engine"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "numpy": _version("numpy"),
+        "pyautoattack": _version("pyautoattack"),
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": _commit(),
+        "command": " ".join(sys.argv),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The source tree's commit, with `+` where files have changed since; None outside a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(here)]
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def _plain(name: str) -> str:
+    """A recipe's name as a folder's: no separators, nothing hidden."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".-") or "run"

@@ -1,0 +1,43 @@
+"""Learning rates over a run."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One-cycle (linear warm-up, cosine to nothing) or piecewise constant."""
+
+    name: Annotated[
+        Literal["one-cycle", "piecewise"],
+        Field(description="shape of the learning rate over a run"),
+    ] = "one-cycle"
+    warmup: Annotated[
+        float, Field(ge=0, lt=1, description="one-cycle: share of the run spent warming up [0..1)")
+    ] = 0.2
+    milestones: Annotated[
+        tuple[Fraction, ...],
+        Field(
+            description="piecewise: points of the run where the rate drops [fractions of the run]"
+        ),
+    ] = (0.5, 0.75)
+    factor: Annotated[
+        float, Field(gt=0, le=1, description="piecewise: what a drop multiplies the rate by")
+    ] = 0.1
+
+    def at(self, step: int, total: int) -> float:
+        """Share of the peak learning rate at `step` (from 0) of `total`."""
+        progress = step / max(total, 1)
+        if self.name == "piecewise":
+            return self.factor ** sum(progress >= m for m in self.milestones)
+        if progress < self.warmup:
+            # The first step already moves: (step + 1) keeps it off zero.
+            return min((step + 1) / (self.warmup * total), 1.0)
+        return 0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup)))

@@ -1,0 +1,56 @@
+"""The threat model: which perturbations the network has to withstand."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+Norm = Literal["Linf", "L2"]
+_ALIASES = {"linf": "Linf", "l_inf": "Linf", "l2": "L2", "l_2": "L2"}
+
+
+def parse_number(value: object) -> object:
+    """`8/255` as people write it; anything else is left for the type check."""
+    if isinstance(value, str) and value.count("/") == 1:
+        over, under = value.split("/")
+        try:
+            return float(over) / float(under)
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{value!r} is not a number") from error
+    return value
+
+
+Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """A ball around each image, intersected with the pixel box [0, 1].
+
+    Args:
+        norm: "Linf" or "L2" (also "linf", "l_inf", "l2", "l_2").
+        eps: radius in pixel units, >= 0; a number or text such as "8/255".
+    Raises:
+        pydantic.ValidationError (a ValueError): for an unknown norm or a negative radius.
+    """
+
+    norm: Annotated[
+        Norm,
+        BeforeValidator(lambda v: _ALIASES.get(str(v).lower(), v)),
+        Field(description="Linf or L2"),
+    ] = "Linf"
+    eps: Annotated[
+        Number, Field(ge=0, description="radius of the threat ball [pixel units, 0..1]")
+    ] = 8 / 255
+
+
+def Linf(eps: float | str) -> ThreatModel:
+    """The Linf ball of radius `eps` (pixel units)."""
+    return ThreatModel(norm="Linf", eps=eps)  # type: ignore[arg-type]
+
+
+def L2(eps: float | str) -> ThreatModel:
+    """The L2 ball of radius `eps` (pixel units)."""
+    return ThreatModel(norm="L2", eps=eps)  # type: ignore[arg-type]

@@ -1,0 +1,314 @@
+"""Objectives: what they compute, against formulas written out here, and what they cost in passes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+
+from engine import L2, PGD, Attack, Linf, LocalBall
+from engine import rng as engine_rng
+from engine.models import Network
+from engine.objectives import Passes
+
+from .conftest import Foreign, Tiny
+
+# ---- passes ----------------------------------------------------------------------------------
+
+
+class _Counted(torch.autograd.Function):
+    """A linear layer that counts the sample passes of each kind that really run through it."""
+
+    @staticmethod
+    def forward(ctx, h, weight, counts):
+        ctx.save_for_backward(h, weight)
+        ctx.counts = counts
+        counts["forward"] += len(h)
+        return h @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight = ctx.saved_tensors
+        grad_h = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            ctx.counts["input_grad"] += len(grad)
+            grad_h = grad @ weight
+        # needs_input_grad is True for any leaf weight; the engine drops what nobody asked for, so
+        # whether this edge's result is wanted has to be asked of the graph.
+        if ctx.needs_input_grad[1] and torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            ctx.counts["weight_grad"] += len(grad)
+            grad_weight = grad.t() @ h
+        return grad_h, grad_weight, None
+
+
+class CountingStem(Network):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 3, 3, padding=1)
+        self.weight = nn.Parameter(torch.randn(4, 108) * 0.1)
+        self.counts = {"forward": 0, "input_grad": 0, "weight_grad": 0}
+
+    def body(self, h):
+        return _Counted.apply(torch.tanh(h).flatten(1), self.weight, self.counts)
+
+
+class CountingForeign(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(36, 20)
+        self.weight = nn.Parameter(torch.randn(4, 20) * 0.1)
+        self.counts = {"forward": 0, "input_grad": 0, "weight_grad": 0}
+
+    def forward(self, x):
+        return _Counted.apply(torch.tanh(self.first(x.flatten(1))), self.weight, self.counts)
+
+
+CHEAP = [
+    PGD(),
+    LocalBall(),
+    LocalBall(global_weight=1.0),
+    LocalBall(direction="ce"),
+    LocalBall(direction="ce", global_weight=1.0),
+    LocalBall(local_weight=0.0, global_weight=2.0),
+    LocalBall(global_weight=1.0, anchor="start"),
+    LocalBall(global_weight=1.0, distance="squared"),
+]
+
+
+@pytest.mark.parametrize("network", [CountingStem, CountingForeign])
+@pytest.mark.parametrize("steps", [1, 2, 10])
+@pytest.mark.parametrize("objective", CHEAP, ids=str)
+def test_passes_declared_are_the_passes_made(objective, steps, network, batch):
+    model, attack = network(), Attack(steps=steps)
+    x, y = batch
+    objective(model, x, y, Linf(0.1), attack).loss.backward()
+    made = {k: v / len(x) for k, v in model.counts.items()}
+    declared = objective.passes(attack)
+    assert made == {
+        "forward": declared.forward,
+        "input_grad": declared.input_grad,
+        "weight_grad": declared.weight_grad,
+    }
+
+
+def test_documented_totals():
+    for k in (1, 2, 10):
+        attack = Attack(steps=k)
+        assert PGD().passes(attack).total == 2 * k + 3
+        assert LocalBall(global_weight=1.0).passes(attack).total == 2 * k + 2 + 9
+        assert LocalBall(direction="ce").passes(attack).total == 2 * k + 7
+    assert Passes(1, 2, 3).total == 6
+
+
+# ---- formulas --------------------------------------------------------------------------------
+
+
+def _kl(p_logits, q_logits):
+    return F.kl_div(
+        q_logits.log_softmax(1), p_logits.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+
+
+def _project(z, x, eps, norm):
+    if norm == "Linf":
+        return torch.clamp(z, x - eps, x + eps).clamp(0, 1)
+    delta = z - x
+    size = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return (x + delta * (eps / size).clamp(max=1)).clamp(0, 1)
+
+
+def _direction(grad, norm):
+    if norm == "Linf":
+        return grad.sign()
+    return grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+def _plain_attack(model, x, y, z, threat, alpha, steps):
+    """The textbook loop, with a loss formed and its gradient taken down to the pixels."""
+    for _ in range(steps):
+        z = z.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(z), y, reduction="sum"), z)
+        z = _project(z + alpha * _direction(grad, threat.norm), x, threat.eps, threat.norm)
+    return z.detach()
+
+
+THREATS = [Linf(0.1), L2(0.5)]
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_attack_is_the_textbook_attack(model, batch, threat, steps):
+    x, y = batch
+    start = _project(x + 0.05 * torch.randn_like(x), x, threat.eps, threat.norm)
+    attack = Attack(steps=steps)
+    found, first = attack(model, x, y, threat, start=start, state=engine_rng.state(0))
+    expected = _plain_attack(model, x, y, start, threat, attack.step_size(threat.eps), steps)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(first, model(start).detach())
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_pgd_loss(model, batch, threat):
+    x, y = batch
+    attack = Attack(steps=2)
+    outcome = PGD()(model, x, y, threat, attack, start=x, state=engine_rng.state(0))
+    adversary = _plain_attack(model, x, y, x, threat, attack.step_size(threat.eps), 2)
+    torch.testing.assert_close(outcome.loss, F.cross_entropy(model(adversary), y))
+    assert outcome.stats["adv_accuracy"] == (model(adversary).argmax(1) == y).float().mean()
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_local_ball_loss_along_cross_entropy(model, batch, threat):
+    """direction = ce has no draw of its own, so every term can be written out."""
+    x, y = batch
+    attack = Attack(steps=2)
+    objective = LocalBall(local_weight=2.0, global_weight=0.7, rho=0.4, direction="ce")
+    outcome = objective(model, x, y, threat, attack, start=x, state=engine_rng.state(0))
+    a = _plain_attack(model, x, y, x, threat, attack.step_size(threat.eps), 2)
+    radius = 0.4 * threat.eps
+    point = a.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(point), y, reduction="sum"), point)
+    b = _project(a + radius * _direction(grad, threat.norm), a, radius, threat.norm)
+    expected = (
+        F.cross_entropy(model(a), y) + 2.0 * _kl(model(a), model(b)) + 0.7 * _kl(model(x), model(a))
+    )
+    torch.testing.assert_close(outcome.loss, expected)
+    torch.testing.assert_close(outcome.stats["local"], _kl(model(a), model(b)).detach())
+    outcome.loss.backward()
+    got = [p.grad.clone() for p in model.parameters()]
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, atol=1e-6, rtol=1e-4)
+
+
+def test_kl_direction_finds_a_worse_point_than_chance(batch):
+    torch.manual_seed(0)
+    x, y = batch
+    model = Tiny()
+    with torch.no_grad():
+        model.fc.weight.mul_(10)
+    threat, attack = Linf(0.2), Attack(steps=1)
+    state = engine_rng.state(3)
+    outcome = LocalBall(rho=0.5)(model, x, y, threat, attack, start=x, state=state)
+    a = outcome.adversary
+    random_points = [
+        a + 0.1 * (2 * torch.rand(a.shape, generator=torch.Generator().manual_seed(i)) - 1)
+        for i in range(10)
+    ]
+    by_chance = max(float(_kl(model(a), model(b.clamp(0, 1))).detach()) for b in random_points)
+    assert float(outcome.stats["local"]) > 2 * by_chance
+
+
+def test_variants_and_stats(model, batch):
+    x, y = batch
+    threat, attack = Linf(0.1), Attack(steps=1)
+    for direction, distance, anchor in itertools.product(
+        ("kl", "ce", "gradient-norm"), ("kl", "squared"), ("clean", "start")
+    ):
+        objective = LocalBall(
+            global_weight=1.0, direction=direction, distance=distance, anchor=anchor
+        )
+        outcome = objective(model, x, y, threat, attack, start=x + 0.0, state=engine_rng.state(5))
+        total = outcome.stats["ce"] + 3.0 * outcome.stats["local"] + 1.0 * outcome.stats["global"]
+        torch.testing.assert_close(outcome.loss.detach(), total, atol=1e-6, rtol=1e-5)
+        assert outcome.stats["local"] > 0
+        # At the start x itself the global term's anchor is the clean image either way.
+        assert outcome.stats["global"] > 0
+
+
+def test_gradient_norm_is_the_first_order_bound(batch):
+    x, y = batch
+    torch.manual_seed(0)
+    model, threat = Foreign(), L2(0.3)
+    outcome = LocalBall(direction="gradient-norm", rho=0.5, local_weight=1.0)(
+        model, x, y, threat, Attack(steps=1), start=x, state=engine_rng.state(0)
+    )
+    a = outcome.adversary.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(a), y, reduction="sum"), a)
+    expected = 0.15 * grad.flatten(1).norm(dim=1).mean()
+    torch.testing.assert_close(outcome.stats["local"], expected)
+
+
+# ---- properties ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+@pytest.mark.parametrize("objective", [PGD(), LocalBall(global_weight=1.0)], ids=str)
+def test_adversary_stays_in_the_threat_ball(model, batch, threat, objective):
+    x, y = batch
+    outcome = objective(model, x, y, threat, Attack(steps=3))
+    delta = (outcome.adversary - x).flatten(1)
+    size = delta.abs().amax(1) if threat.norm == "Linf" else delta.norm(dim=1)
+    assert (size <= threat.eps * (1 + 1e-5)).all()
+    assert outcome.adversary.min() >= 0
+    assert outcome.adversary.max() <= 1
+
+
+def test_same_state_same_adversary_and_next_state_another(model, batch):
+    x, y = batch
+    run = lambda state: PGD()(model, x, y, Linf(0.1), Attack(steps=1), state=state).adversary  # noqa: E731
+    first = run(engine_rng.state(1, step=0))
+    assert torch.equal(first, run(engine_rng.state(1, step=0)))
+    assert not torch.equal(first, run(engine_rng.state(1, step=1)))
+    assert not torch.equal(first, run(engine_rng.state(2, step=0)))
+
+
+def test_own_loop_draws_afresh_every_call(model, batch):
+    x, y = batch
+    torch.manual_seed(7)
+    one = PGD()(model, x, y, Linf(0.1), Attack(steps=1)).adversary
+    two = PGD()(model, x, y, Linf(0.1), Attack(steps=1)).adversary
+    assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("batch_norm", ["eval", "batch"])
+@pytest.mark.parametrize(
+    "objective", [PGD(), LocalBall(global_weight=1.0), LocalBall(direction="ce")], ids=str
+)
+def test_attack_passes_leave_batch_norm_alone(objective, batch_norm, batch):
+    """Running statistics move once for every trained set of images, and never for an attack."""
+    x, y = batch
+    model = Tiny(batch_norm=True).train()
+    attack = Attack(steps=4, batch_norm=batch_norm)
+    objective(model, x, y, Linf(0.1), attack).loss.backward()
+    assert model.bn.num_batches_tracked == objective.passes(attack).weight_grad
+    assert model.training
+    assert model.bn.training
+    assert model.bn.track_running_stats
+
+
+def test_batch_norm_policy_changes_the_attack(batch):
+    x, y = batch
+    torch.manual_seed(0)
+    model = Tiny(batch_norm=True).train()
+    model.bn.running_mean.fill_(3.0)
+    state = engine_rng.state(0)
+    found = {
+        policy: Attack(steps=3, batch_norm=policy)(model, x, y, Linf(0.1), state=state)[0]
+        for policy in ("eval", "batch")
+    }
+    assert not torch.equal(found["eval"], found["batch"])
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: Linf(-0.1), "eps"),
+        (lambda: Attack(steps=0), "steps"),
+        (lambda: LocalBall(rho=0.0), "rho"),
+        (lambda: LocalBall(rho=1.5), "rho"),
+        (lambda: LocalBall(local_weight=-1), "local_weight"),
+    ],
+)
+def test_options_out_of_range_name_the_field(make, field):
+    with pytest.raises(ValidationError, match=field):
+        make()
+
+
+def test_radius_as_people_write_it():
+    assert Linf("8/255").eps == pytest.approx(8 / 255)
+    assert L2("128/255").norm == "L2"
