@@ -202,9 +202,10 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
     if dotted not in known:
         raise EngineError(f"unknown option --{key}{nearest(dotted, list(known), '--')}")
     value: Any = text
-    if get_origin(_bare(known[dotted])) is tuple:
+    kind = _bare(known[dotted])
+    if get_origin(kind) is tuple:
         value = tuple(part for part in text.split(",") if part)
-    elif text.lower() in ("none", "null"):
+    elif text.lower() == "none" and type(None) in get_args(kind):
         value = None
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})

@@ -1,0 +1,372 @@
+"""Getting a data set onto this machine: from where it lies already, from Debian, from its publisher.
+
+Whatever the source, a file is written under a temporary name beside its place, read and checked there
+(see `datasets`: the SHA-256 is of its content), and only then renamed; an interrupt or a fault leaves
+nothing behind, and of two processes that fetch at once each renames a whole file.
+
+`$ENGINE_MIRROR` (http://, https:// or file://) stands in for apt and the publisher; a file is looked
+for at MIRROR/NAME/FILE.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import os
+import queue
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from engine.data import readers
+from engine.data.datasets import (
+    SUMS,
+    Spec,
+    data_root,
+    find_spec,
+    home_of,
+    present,
+    read_parts,
+    size_limit,
+    system_folders,
+)
+from engine.errors import EngineError
+from engine.files import atomic
+from engine.progress import stderr
+
+_APT_SECONDS = 60
+# what a network that swallows packets costs: apt counts its time twice
+_APT_CONNECT_SECONDS = 4
+_ANSWER_SECONDS = 5
+_STALL_SECONDS = 30
+
+
+def fetch(name: str, root: Path | str | None = None, progress: bool = True) -> Path:
+    """Get the files of a data set, unless they are there, and return the folder that holds them.
+
+    In this order: what lies whole in ROOT/NAME already; what a package of the system has installed
+    (used where it lies); Debian's package through apt, which needs no root; the publisher's site.
+    `progress` shows bars on stderr. EngineError: unknown name; no source works, in which case the line
+    says which files to place where.
+    """
+    spec = find_spec(name)
+    if not spec.files:
+        folder = home_of(spec)
+        assert folder is not None
+        return folder
+    folder = data_root(root) / spec.name
+    missing = [file for file in spec.files if not _is_whole(spec, folder, file)]
+    if not missing:
+        return folder
+    if os.path.lexists(folder / SUMS):
+        raise EngineError(
+            f"{folder}: has a {SUMS} of its own, and {missing[0]} is missing or differs from it:"
+            f" restore that file, or remove {SUMS} to fetch the published data"
+        )
+    systems = [f for f in system_folders(spec) if all(_is_whole(spec, f, n) for n in spec.files)]
+    if systems and not present(spec, folder, spec.all_parts):
+        return systems[0]
+    _need_writable(folder)
+
+    sources: list[Callable[[Spec, Path, list[str], bool], None]] = []
+    if systems:
+        sources.append(lambda *args: _from_folder(systems[0], *args))
+    mirror = os.environ.get("ENGINE_MIRROR")
+    if mirror:
+        base = f"{mirror.rstrip('/')}/{spec.name}"
+        sources.append(lambda *args: _from_url(base, *args))
+    else:
+        if spec.debian and shutil.which("apt-get"):
+            sources.append(_from_apt)
+        sources.append(lambda *args: _from_url(spec.url.rstrip("/"), *args))
+
+    reasons = []
+    for source in sources:
+        try:
+            source(spec, folder, missing, progress)
+            return folder
+        except EngineError as e:
+            reasons.append(str(e))
+        missing = [file for file in missing if not _is_whole(spec, folder, file)]
+        if not missing:  # another process has got them meanwhile
+            return folder
+    raise EngineError(
+        f"cannot fetch {spec.name} ({'; '.join(reasons)}): place {', '.join(missing)} in {folder}"
+        f" (see {spec.homepage}), or set ENGINE_MIRROR to a copy"
+    )
+
+
+def _is_whole(spec: Spec, folder: Path, file: str) -> bool:
+    parts = spec.files[file]
+    found = present(spec, folder, parts)
+    if sum(map(len, found.values())) < len(parts):
+        return False
+    try:
+        for path, held in found.items():
+            read_parts(spec, path, held)
+    except EngineError:
+        return False
+    return True
+
+
+# ---- sources: each lands all of `files` in `folder`, or raises EngineError ----------------------
+
+
+def _from_folder(source: Path, spec: Spec, folder: Path, files: list[str], progress: bool) -> None:
+    for file in files:
+        for path in present(spec, source, spec.files[file]):
+            limit = _packed_limit(spec, file)
+            with (
+                readers.open_file(path, str(path), limit) as data,
+                _landing(spec, folder, file, str(path)) as out,
+            ):
+                shutil.copyfileobj(data, out)
+
+
+def _from_apt(spec: Spec, folder: Path, files: list[str], progress: bool) -> None:
+    members = {f"usr/share/datasets/{spec.name}/{f}": _packed_limit(spec, f) for f in files}
+    try:
+        with tempfile.TemporaryDirectory(prefix="robust-engine-") as scratch:
+            with _spinner(f"{spec.debian} from Debian, by apt", progress):
+                package = _apt_download(str(spec.debian), Path(scratch))
+            contents = _read_deb(package, members)
+    except OSError as e:
+        raise EngineError(f"{spec.debian} by apt-get: {e.strerror or e}") from None
+    for member, data in contents.items():
+        file = Path(member).name
+        with _landing(spec, folder, file, f"{package.name}: {file}") as out:
+            out.write(data)
+
+
+def _from_url(base: str, spec: Spec, folder: Path, files: list[str], progress: bool) -> None:
+    try:
+        parts = urlsplit(base)
+    except ValueError as e:
+        raise EngineError(f"{base!r} is no address: {e}") from None
+    if parts.scheme not in ("http", "https", "file"):
+        raise EngineError(f"{base!r} begins with none of http://, https://, file://")
+    if parts.scheme != "file":
+        _await_answer(f"{base}/{files[0]}")
+    for file in files:
+        url, limit = f"{base}/{file}", _packed_limit(spec, file)
+        with _landing(spec, folder, file, url) as out, _Sink(out, file, limit, progress) as sink:
+            if parts.scheme == "file":
+                path = Path(url2pathname(parts.path)) / file
+                with readers.open_file(path, str(path), limit) as data:
+                    sink.total = path.stat().st_size
+                    shutil.copyfileobj(data, sink)
+            else:
+                _http(url, sink)
+
+
+def _packed_limit(spec: Spec, file: str) -> int:
+    return readers.packed_limit(size_limit(spec.files[file]))
+
+
+# ---- apt -------------------------------------------------------------------------------------
+
+
+def _apt_download(package: str, scratch: Path) -> Path:
+    """The .deb of a package, which apt checks against the archive's signed lists."""
+    timeout = f"Timeout={_APT_CONNECT_SECONDS}"
+    command = ["apt-get", "-q", "-o", "Acquire::Retries=0", "-o", f"Acquire::http::{timeout}"]
+    command += ["-o", f"Acquire::https::{timeout}", "download", package]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=scratch,
+            env={**os.environ, "LC_ALL": "C"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_APT_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"apt-get: no {package} within {_APT_SECONDS} s") from None
+    if packages := sorted(scratch.glob(f"{package}_*.deb")):
+        return packages[0]
+    complaints = [line[3:].split() for line in done.stderr.splitlines() if line.startswith("E: ")]
+    raise EngineError(f"apt-get: {' '.join(complaints[0]) if complaints else f'no {package}'}")
+
+
+def _read_deb(package: Path, members: dict[str, int]) -> dict[str, bytes]:
+    """Named files out of a .deb, in memory."""
+    with tempfile.TemporaryFile() as tar:
+        if shutil.which("dpkg-deb"):  # which knows every compression that a .deb may have
+            command = ["dpkg-deb", "--fsys-tarfile", str(package)]
+            done = subprocess.run(command, stdout=tar, stderr=subprocess.DEVNULL)
+            if done.returncode:
+                raise EngineError(f"{package.name}: dpkg-deb cannot unpack it")
+        else:
+            _unpack_deb(package, tar)
+        tar.seek(0)
+        return readers.read_tar(tar, package.name, members)
+
+
+def _unpack_deb(package: Path, tar: BinaryIO) -> None:
+    """Write the data.tar of a .deb (an ar archive; see deb(5)) to `tar`."""
+    with package.open("rb") as file:
+        if file.read(8) != b"!<arch>\n":
+            raise EngineError(f"{package.name}: not a .deb")
+        while header := file.read(60):
+            name, size = header[:16].strip().rstrip(b"/"), header[48:58].strip()
+            if len(header) < 60 or not size.isdigit():
+                raise EngineError(f"{package.name}: damaged")
+            if name.startswith(b"data.tar"):
+                break
+            file.seek(int(size) + int(size) % 2, os.SEEK_CUR)
+        else:
+            raise EngineError(f"{package.name}: no data in it")
+        if name != b"data.tar.xz":  # which Debian's own packages have
+            raise EngineError(f"{package.name}: its data need dpkg-deb, which is missing")
+        try:
+            with lzma.open(io.BytesIO(file.read(int(size)))) as data:
+                shutil.copyfileobj(data, tar)
+        except (lzma.LZMAError, EOFError) as e:
+            raise EngineError(f"{package.name}: damaged ({e})") from None
+
+
+# ---- http ------------------------------------------------------------------------------------
+
+
+def _await_answer(url: str) -> None:
+    """EngineError unless the server answers, with whatever, in time.
+
+    A connection's own timeout counts anew for each address and not at all for the name's look-up.
+    """
+    import pooch
+
+    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            pooch.HTTPDownloader(timeout=_ANSWER_SECONDS)(url, None, None, check_only=True)
+            outcome.put(None)
+        except Exception as e:
+            outcome.put(e)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        error = outcome.get(timeout=_ANSWER_SECONDS)
+    except queue.Empty:
+        raise EngineError(f"{url}: no answer within {_ANSWER_SECONDS} s") from None
+    if error is not None:
+        raise EngineError(f"{url}: {_reason(error)}")
+
+
+def _http(url: str, sink: _Sink) -> None:
+    import pooch
+
+    download = pooch.HTTPDownloader(
+        progressbar=sink,
+        chunk_size=1 << 18,
+        timeout=_STALL_SECONDS,
+        headers={"Accept-Encoding": "identity"},  # else some servers unpack .gz files on the way
+    )
+    try:
+        download(url, sink, None)
+    except (OSError, ValueError) as e:  # those of requests are OSErrors
+        raise EngineError(f"{url}: {_reason(e)}") from None
+
+
+def _reason(error: Exception) -> str:
+    import requests
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        return f"{error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke"
+    if isinstance(error, requests.ConnectionError):
+        return "cannot connect"
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+class _Sink:
+    """Where a download goes: shows its progress and ends it beyond `limit` bytes.
+
+    Has the faces of an output file and of a progress bar, as pooch wants them.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, limit: int, show: bool) -> None:
+        self._file, self._name, self._limit, self._done = file, name, limit, 0
+        self._bar = _progress_bar() if show else None
+
+    def __enter__(self) -> _Sink:
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task(self._name, total=None)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    @property
+    def total(self) -> int:
+        return self._limit
+
+    @total.setter
+    def total(self, size: int) -> None:
+        if self._bar:
+            self._bar.update(self._task, total=size or None)
+
+    def write(self, chunk: bytes) -> int:
+        self._done += len(chunk)
+        if self._done > self._limit:
+            raise EngineError(f"{self._name}: more than {self._limit:,} bytes, all it may have")
+        if self._bar:
+            self._bar.update(self._task, completed=self._done)
+        try:
+            return self._file.write(chunk)
+        except OSError as e:  # here, where it cannot be taken for a fault of the source
+            raise EngineError(f"cannot write {self._name}: {e.strerror}") from None
+
+    def flush(self) -> None: ...
+
+    def update(self, size: int) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _progress_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    return Progress(*columns, TransferSpeedColumn(), console=stderr, transient=True)
+
+
+def _spinner(text: str, show: bool) -> AbstractContextManager[object]:
+    return stderr.status(text) if show else nullcontext()
+
+
+# ---- landing ---------------------------------------------------------------------------------
+
+
+def _need_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise EngineError(f"cannot make the folder {folder}: {e.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise EngineError(f"cannot write into the folder {folder}: set ENGINE_DATA to another one")
+
+
+@contextmanager
+def _landing(spec: Spec, folder: Path, file: str, origin: str) -> Iterator[BinaryIO]:
+    """A file that becomes FOLDER/FILE if the block ends well and its content is right, or vanishes."""
+    with atomic(folder / file) as draft:
+        with draft.open("wb") as out:
+            yield out
+        read_parts(spec, draft, spec.files[file], where=origin)

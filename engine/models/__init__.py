@@ -1,0 +1,72 @@
+"""Networks of the field, by name. Images in [0, 1] go in, logits come out; normalisation is inside.
+
+State-dict keys are those of RobustBench, or of the network's own source where RobustBench has none.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+
+from engine.errors import EngineError
+
+from .network import Network, Stem, stem_of
+from .resnet import PreActResNet18, ResNet18
+from .small import FastAtMnist, SmallCnn, TinyCnn
+from .wide_resnet import WideResNet34x10
+
+__all__ = ["MODELS", "Network", "Stem", "build", "stem_of"]
+
+# Each is called with (in_channels, image_size, classes).
+MODELS: dict[str, Callable[[int, int, int], Network]] = {
+    "tiny-cnn": TinyCnn,
+    "fast-at-mnist": FastAtMnist,
+    "small-cnn": SmallCnn,
+    "resnet18": ResNet18,
+    "preact-resnet18": PreActResNet18,
+    "wide-resnet34-10": WideResNet34x10,
+}
+
+
+def build(
+    name: str,
+    *,
+    in_channels: int,
+    image_size: int,
+    classes: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Network:
+    """A freshly initialised network, drawn from torch's global generator.
+
+    Args:
+        name: a key of `MODELS`.
+        in_channels: channels of the images, >= 1.
+        image_size: height and width in pixels, >= 1; some networks ask for more.
+        classes: number of logits, >= 2.
+        mean, std: for normalisation inside the model, one number a channel; both or neither. With
+            neither the state dict has no `mu` and `sigma`.
+    Raises:
+        EngineError: for an unknown name, an image size that does not fit, or numbers out of range.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.0)[0]
+        raise EngineError(
+            f"unknown model {name!r}: did you mean {near!r}? There are {', '.join(MODELS)}"
+        )
+    for what, value, least in (
+        ("in_channels", in_channels, 1),
+        ("image_size", image_size, 1),
+        ("classes", classes, 2),
+    ):
+        if value < least:
+            raise EngineError(f"{what} of model {name} must be at least {least}, got {value}")
+    if (mean is None) != (std is None):
+        raise EngineError(f"model {name} needs both mean and std to normalise, or neither")
+    model = MODELS[name](in_channels, image_size, classes)
+    if mean is not None and std is not None:
+        try:
+            model.normalise(mean, std)
+        except ValueError as error:
+            raise EngineError(f"model {name}: {error}") from error
+    return model

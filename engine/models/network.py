@@ -1,0 +1,104 @@
+"""What every network here has in common: a stem, which an attack can differentiate by itself, and a body."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+class Network(nn.Module):
+    """An image classifier in two parts, `forward(x) = body(stem(x))`.
+
+    The stem is the normalisation and the first convolution, nothing else, so that an attack may stop
+    its backward pass at the stem's output and leave the rest to `kernels.ops.input_grad_step`. For
+    that, `body` must not write into its argument: it is a leaf there that autograd watches.
+
+    Input [B, C, H, W], float in [0, 1]; output logits [B, K]. A subclass implements `body` and, where
+    its first convolution is not called `conv1`, sets `stem_name`.
+    """
+
+    stem_name = "conv1"
+    mu: Tensor | None
+    sigma: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A buffer that is None has no key in the state dict: a network without normalisation loads a
+        # checkpoint that has none, one with it a checkpoint that has `mu` and `sigma`.
+        self.register_buffer("mu", None)
+        self.register_buffer("sigma", None)
+
+    def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Make the stem start with (x - mean) / std, kept as buffers `mu` and `sigma`, [1, C, 1, 1].
+
+        Args:
+            mean, std: one number a channel, in pixel units; std > 0.
+        Raises:
+            ValueError: if there are not as many as input channels, or a std is not positive.
+        """
+        weight = self.stem_conv.weight
+        channels = self.stem_conv.in_channels
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(f"{name} has {len(values)} values, the images {channels} channels")
+        if not all(s > 0 for s in std):
+            raise ValueError(f"std must be positive, got {tuple(std)}")
+        shape = (1, channels, 1, 1)
+        self.mu = torch.tensor(mean, dtype=weight.dtype, device=weight.device).view(shape)
+        self.sigma = torch.tensor(std, dtype=weight.dtype, device=weight.device).view(shape)
+
+    @property
+    def stem_conv(self) -> nn.Conv2d:
+        return cast(nn.Conv2d, self.get_submodule(self.stem_name))
+
+    def stem(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] in [0, 1] -> [B, O, H', W'], the first convolution's output."""
+        if self.mu is not None and self.sigma is not None:
+            x = (x - self.mu) / self.sigma
+        return self.stem_conv(x)
+
+    def body(self, h: Tensor) -> Tensor:
+        """[B, O, H', W'] -> logits [B, K]; leaves `h` as it is."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x))
+
+
+@dataclass(frozen=True, eq=False)
+class Stem:
+    """The linear part of a stem, as `kernels.ops.input_grad_step` takes it.
+
+    Attributes:
+        weight: [O, C, kh, kw], detached; the convolution's weight over the standard deviation of its
+            input channel. True at the time of asking: ask again when the weights have changed.
+        stride, padding: the same in both directions.
+    """
+
+    weight: Tensor
+    stride: int
+    padding: int
+
+
+def stem_of(model: nn.Module) -> Stem | None:
+    """The stem of a network that exposes one, else None: then attack it through autograd to the pixels.
+
+    Besides the networks here it serves any module with `stem`, `body` and `stem_conv` (and a buffer
+    `sigma` if it divides its input) that keeps the promises of `Network`. The convolution must be a
+    plain one: no groups, no dilation, zero padding, stride and padding alike in both directions.
+    """
+    conv = getattr(model, "stem_conv", None)
+    exposed = callable(getattr(model, "stem", None)) and callable(getattr(model, "body", None))
+    if not exposed or not isinstance(conv, nn.Conv2d) or isinstance(conv.padding, str):
+        return None
+    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+    (stride, stride_x), (padding, padding_x) = conv.stride, conv.padding
+    if not plain or stride != stride_x or padding != padding_x:
+        return None
+    weight = conv.weight.detach()
+    sigma = getattr(model, "sigma", None)
+    return Stem(weight if sigma is None else weight / sigma, stride, padding)

@@ -1,0 +1,98 @@
+"""ResNet-18 and pre-activation ResNet-18 for small images: 3x3 stem, no first pooling (He et al.,
+arXiv 1512.03385 and 1603.05027). Parameter names are RobustBench's (its `ResNet` and `PreActResNet`).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .network import Network
+
+_WIDTHS = (64, 128, 256, 512)
+
+
+def _conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(channels, out_channels, stride)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != out_channels:
+            self.shortcut.append(nn.Conv2d(channels, out_channels, 1, stride=stride, bias=False))
+            self.shortcut.append(nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x)).relu_()
+        out = self.bn2(self.conv2(out))
+        out += self.shortcut(x)
+        return out.relu_()
+
+
+class _PreActBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = _conv3x3(channels, out_channels, stride)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = _conv3x3(out_channels, out_channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != out_channels:
+            self.shortcut.append(nn.Conv2d(channels, out_channels, 1, stride=stride, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(self.bn1(x).relu_())
+        out = self.conv2(self.bn2(out).relu_())
+        # From x itself, not from its activation: see `PreActResNet18`.
+        out += self.shortcut(x)
+        return out
+
+
+class _Residual18(Network):
+    """conv1, four stages of two blocks, mean over the image, linear."""
+
+    def __init__(
+        self, block: type[_BasicBlock] | type[_PreActBlock], in_channels: int, classes: int
+    ) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, _WIDTHS[0])
+        channels = _WIDTHS[0]
+        for number, width in enumerate(_WIDTHS, start=1):
+            first = block(channels, width, 1 if number == 1 else 2)
+            self.add_module(f"layer{number}", nn.Sequential(first, block(width, width, 1)))
+            channels = width
+        self.linear = nn.Linear(channels, classes)
+
+    def body(self, h: Tensor) -> Tensor:
+        for number in range(1, len(_WIDTHS) + 1):
+            h = self.get_submodule(f"layer{number}")(h)
+        return self.linear(h.mean((2, 3)))
+
+
+class ResNet18(_Residual18):
+    """RobustBench's `ResNet18`; any image size (32 in the literature)."""
+
+    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
+        super().__init__(_BasicBlock, in_channels, classes)
+        self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
+
+    def body(self, h: Tensor) -> Tensor:
+        return super().body(self.bn1(h).relu_())
+
+
+class PreActResNet18(_Residual18):
+    """RobustBench's `PreActResNet(PreActBlock, [2, 2, 2, 2])`; any image size (32 in the literature).
+
+    Of the variants in use this one takes the shortcut from a block's input and has no batch norm
+    before the linear layer, as Wong2020Fast and Andriushchenko2020Understanding. Rice2020Overfitting's
+    (`PreActBlockV2`: shortcut from the activated input, final batch norm) is another network; its
+    checkpoints have keys `bn.*` and do not load here.
+    """
+
+    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
+        super().__init__(_PreActBlock, in_channels, classes)

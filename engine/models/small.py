@@ -1,0 +1,117 @@
+"""Small networks for 8x8 to 32x32 images; they train in minutes on a CPU."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from engine.errors import EngineError
+
+from .network import Network
+
+
+class TinyCnn(Network):
+    """Two convolutions and two linear layers, for scikit-learn's 8x8 digits; any image size."""
+
+    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.fc1 = nn.Linear(32 * ((image_size + 1) // 2) ** 2, 64)
+        self.fc2 = nn.Linear(64, classes)
+
+    def body(self, h: Tensor) -> Tensor:
+        h = self.conv2(h.relu()).relu()
+        return self.fc2(self.fc1(h.flatten(1)).relu())
+
+
+class FastAtMnist(Network):
+    """The MNIST network of "Fast is better than free" (Wong, Rice, Kolter, arXiv 2001.03994).
+
+    The original is an nn.Sequential: layers are called by their number. Image sizes divisible by 4.
+    """
+
+    stem_name = "0"
+
+    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
+        super().__init__()
+        if image_size % 4:
+            raise EngineError(
+                f"fast-at-mnist needs an image size divisible by 4, got {image_size}; "
+                "pad the images or take tiny-cnn"
+            )
+        layers = (
+            nn.Conv2d(in_channels, 16, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * (image_size // 4) ** 2, 100),
+            nn.ReLU(),
+            nn.Linear(100, classes),
+        )
+        for number, layer in enumerate(layers):
+            self.add_module(str(number), layer)
+
+    def body(self, h: Tensor) -> Tensor:
+        for layer in list(self.children())[1:]:
+            h = layer(h)
+        return h
+
+
+class SmallCnn(Network):
+    """The MNIST network of TRADES (Zhang et al., arXiv 1901.08573). Images of 16x16 or more.
+
+    Initialised as there: Kaiming-normal convolutions and a last layer of zeros. So an untrained one
+    gives every class the same logit, and its first input gradient is zero. In training mode it drops
+    half the units before fc2.
+    """
+
+    stem_name = "feature_extractor.conv1"
+
+    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
+        super().__init__()
+        side = ((image_size - 4) // 2 - 4) // 2
+        if side < 1:
+            raise EngineError(
+                f"small-cnn needs images of 16x16 or more, got {image_size}x{image_size}; "
+                "take tiny-cnn"
+            )
+        self.feature_extractor = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(in_channels, 32, 3),
+                relu1=nn.ReLU(),
+                conv2=nn.Conv2d(32, 32, 3),
+                # Pooling first commutes with ReLU, values and gradients, and leaves it a quarter.
+                maxpool1=nn.MaxPool2d(2),
+                relu2=nn.ReLU(),
+                conv3=nn.Conv2d(32, 64, 3),
+                relu3=nn.ReLU(),
+                conv4=nn.Conv2d(64, 64, 3),
+                maxpool2=nn.MaxPool2d(2),
+                relu4=nn.ReLU(),
+            )
+        )
+        last = nn.Linear(200, classes)
+        self.classifier = nn.Sequential(
+            OrderedDict(
+                fc1=nn.Linear(64 * side**2, 200),
+                relu1=nn.ReLU(),
+                drop=nn.Dropout(0.5),
+                fc2=nn.Linear(200, 200),
+                relu2=nn.ReLU(),
+                fc3=last,
+            )
+        )
+        for layer in self.feature_extractor:
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def body(self, h: Tensor) -> Tensor:
+        for layer in list(self.feature_extractor)[1:]:
+            h = layer(h)
+        return self.classifier(h.flatten(1))

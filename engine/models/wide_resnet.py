@@ -1,0 +1,63 @@
+"""WideResNet (Zagoruyko and Komodakis, arXiv 1605.07146), as TRADES and RobustBench define it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from torch import Tensor, nn
+
+from .network import Network
+
+
+class _Block(nn.Module):
+    def __init__(self, channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.convShortcut = (
+            None
+            if channels == out_channels
+            else nn.Conv2d(channels, out_channels, 1, stride=stride, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self.bn1(x).relu_()
+        out = self.conv2(self.bn2(self.conv1(active)).relu_())
+        out += x if self.convShortcut is None else self.convShortcut(active)
+        return out
+
+
+class WideResNet34x10(Network):
+    """WRN-34-10; any image size (32 in the literature). Names and initialisation as in RobustBench.
+
+    Checkpoints of RobustBench entries with `sub_block1=True` (Zhang2019Theoretically among them) hold
+    a block that no forward pass uses. Drop it to load one:
+
+        model.load_state_dict({k: v for k, v in state.items() if not k.startswith("sub_block1.")})
+    """
+
+    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
+        super().__init__()
+        blocks, widths = (34 - 4) // 6, (160, 320, 640)
+        channels = 16
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        for number, width in enumerate(widths, start=1):
+            first = _Block(channels, width, 1 if number == 1 else 2)
+            rest = (_Block(width, width, 1) for _ in range(blocks - 1))
+            # The inner name is there for the state dict only: block1.layer.0...
+            stage = nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
+            self.add_module(f"block{number}", stage)
+            channels = width
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(channels, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    def body(self, h: Tensor) -> Tensor:
+        for name in ("block1", "block2", "block3"):
+            h = self.get_submodule(name)(h)
+        return self.fc(self.bn1(h).relu_().mean((2, 3)))

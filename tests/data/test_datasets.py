@@ -1,0 +1,295 @@
+"""`load`, `info` and `verify` on data sets whole, damaged, absent and of the user's own."""
+
+import gzip
+import hashlib
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine import data
+from engine.data import datasets
+from engine.errors import EngineError
+
+from . import official
+
+REAL = datasets.home_of(datasets.find_spec("fashion-mnist"))  # looked up before `alone` hides it
+DIGITS_TRAIN = "3b5d4b834352dc234b889424da81aabc"
+
+
+def refused(*args) -> str:
+    with pytest.raises(EngineError) as caught:
+        data.load(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- digits ------------------------------------------------------------------------------------
+
+
+def test_digits_need_no_file_and_their_split_is_fixed():
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    assert train.images.shape == (1_437, 1, 8, 8)
+    assert test.images.shape == (360, 1, 8, 8)
+    assert train.images.dtype == torch.uint8
+    assert (train.images.min(), train.images.max()) == (0, 255)
+    assert sorted(train.labels.unique().tolist()) == list(range(10))
+    # results on digits can be compared only as long as this holds
+    both = train.images.numpy().tobytes() + train.labels.numpy().tobytes()
+    assert hashlib.sha256(both).hexdigest().startswith(DIGITS_TRAIN)
+
+
+def test_digits_splits_are_apart_and_together_all_of_them():
+    from sklearn.datasets import load_digits
+
+    sets = [data.load("digits", split) for split in ("train", "test")]
+    rows = torch.cat([torch.cat([s.images.flatten(1), s.labels[:, None]], 1) for s in sets])
+    bunch = load_digits()
+    pixels = np.rint(bunch.data / 16 * 255)
+    want = np.concatenate([pixels, bunch.target[:, None]], 1).astype(int).tolist()
+    assert sorted(rows.tolist()) == sorted(want)
+
+
+# ---- round trips -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "mnist", "cifar10", "cifar100"])
+def test_official_files_load_as_they_were_made(root, name):
+    official.install(root, name, train=203, test=7, seed=3)
+    for split, count, seed in (("train", 203, 3), ("test", 7, 4)):
+        got = data.load(name, split, root)
+        images, labels = official.random_arrays(name, count, seed)
+        assert got.images.dtype == torch.uint8
+        assert got.images.is_contiguous()
+        assert got.labels.dtype == torch.int64
+        assert (got.images.numpy() == images).all()
+        assert (got.labels.numpy() == labels).all()
+        assert (got.name, got.split) == (name, split)
+        got.images.add_(1)  # the caller's own memory
+    assert all(check.ok for check in data.verify(name, root))
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
+def test_unpacked_files_load_the_same(root, monkeypatch, tmp_path, name):
+    official.publish(monkeypatch, root, name)
+    packed = data.load(name, "train", root)
+    spec = datasets.find_spec(name)
+    arrays = official.random_arrays(name, 30), official.random_arrays(name, 20, 1)
+    for place in ("", spec.folder):
+        other = tmp_path / f"other-{place}"
+        official.write(other / name / place, official.part_bytes(name, *arrays))
+        plain = data.load(name, "train", other)
+        assert torch.equal(plain.images, packed.images)
+        assert torch.equal(plain.labels, packed.labels)
+
+
+def test_the_published_sizes_are_the_ones_asked_of_the_files():
+    for name in ("fashion-mnist", "mnist", "cifar10", "cifar100"):
+        spec = datasets.find_spec(name)
+        assert len(spec.classes) == len(set(spec.classes)) == (100 if name == "cifar100" else 10)
+        for split, parts in spec.parts.items():
+            if spec.archive:
+                record = len(spec.label_ranges) + 3_072
+                assert sum(part.size for part in parts) == spec.counts[split] * record
+            else:
+                images, labels = parts
+                assert images.size == 16 + 784 * spec.counts[split]
+                assert labels.size == 8 + spec.counts[split]
+
+
+@pytest.mark.skipif(REAL is None, reason="Fashion-MNIST is not on this machine")
+def test_the_real_fashion_mnist(monkeypatch):
+    monkeypatch.setattr(datasets, "system_folders", lambda spec: [REAL])
+    start = time.perf_counter()
+    train = data.load("fashion-mnist", "train")
+    assert time.perf_counter() - start < 5  # 0.3 s on an idle machine
+    test = data.load("fashion-mnist", "test")
+    assert train.images.shape == (60_000, 1, 28, 28)
+    assert test.images.shape == (10_000, 1, 28, 28)
+    assert train.labels.bincount().tolist() == [6_000] * 10
+    assert test.labels.bincount().tolist() == [1_000] * 10
+
+
+# ---- where files are looked for ------------------------------------------------------------------
+
+
+def test_the_root(monkeypatch, tmp_path):
+    assert datasets.data_root("x") == Path.cwd() / "x"
+    assert datasets.data_root() == tmp_path / "cache" / "robust-engine"
+    monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert datasets.data_root() == tmp_path / "home" / ".cache" / "robust-engine"
+    monkeypatch.setenv("ENGINE_DATA", "~/a b")
+    assert datasets.data_root() == tmp_path / "home" / "a b"
+    official.install(tmp_path / "home" / "a b", "mnist")
+    assert len(data.load("mnist", "test").images) == 100
+
+
+def test_debians_files_are_read_where_they_lie(monkeypatch, tmp_path, root):
+    official.publish(monkeypatch, tmp_path / "share" / "datasets", "fashion-mnist")
+    assert len(data.load("fashion-mnist", "train", root).images) == 30
+    assert data.info("fashion-mnist", root).folder == tmp_path / "share/datasets/fashion-mnist"
+    assert all(check.ok for check in data.verify("fashion-mnist", root))
+    assert not root.exists()
+    # but a file of the user's own comes first
+    official.install(root, "fashion-mnist", train=11)
+    assert len(data.load("fashion-mnist", "train", root).images) == 11
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def test_unknown_names():
+    assert "did you mean fashion-mnist?" in refused("fashionmnist", "train")
+    assert "known are digits" in refused("imagenet-21k", "train")
+    assert "it is train or test" in refused("digits", "val")
+    for call in (data.info, data.verify, data.fetch):
+        with pytest.raises(EngineError, match=r"did you mean cifar10\?"):
+            call("CIFAR-10")
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "mnist", "cifar10", "cifar100"])
+def test_absent(root, name):
+    assert refused(name, "train", root).endswith(f"run `engine data fetch {name}`")
+    info = data.info(name, root)
+    assert info.folder is None
+    checks = data.verify(name, root)
+    assert [Path(c.file).name for c in checks] == list(info.files)
+    assert {c.detail for c in checks} == {"missing"}
+    assert not root.exists()
+
+
+def test_one_file_missing(root):
+    folder = official.install(root, "mnist")
+    (folder / "t10k-labels-idx1-ubyte.gz").unlink()
+    assert "t10k-labels-idx1-ubyte: missing: run `engine data fetch mnist`" in refused(
+        "mnist", "test", root
+    )
+    assert len(data.load("mnist", "train", root).images) == 200
+    assert [c.ok for c in data.verify("mnist", root)] == [True, True, True, False]
+    assert data.info("mnist", root).folder is None
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 4
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_flipped_bit_anywhere_in_a_packed_file_is_found(root, monkeypatch, name, signed):
+    official.publish(monkeypatch, root, name)
+    path = next(iter(datasets.present(s := datasets.find_spec(name), root / name, s.all_parts)))
+    if signed:
+        official.sign(root / name)
+    size = path.stat().st_size
+    for at in (20, size // 3, size // 2, size - 2):
+        flip(path, at)
+        assert str(path) in refused(name, "train", root)
+        assert not data.verify(name, root)[0].ok
+        flip(path, at)
+    assert data.load(name, "train", root)
+
+
+def test_a_flipped_bit_of_a_plain_file_is_found_by_its_checksum(root, monkeypatch):
+    official.publish(monkeypatch, root, "mnist")
+    packed = root / "mnist" / "train-images-idx3-ubyte.gz"
+    plain = packed.with_suffix("")
+    plain.write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    data.load("mnist", "train", root)
+    flip(plain, 5_000)
+    message = refused("mnist", "train", root)
+    assert str(plain) in message
+    assert "its content has SHA-256" in message
+    assert message.endswith("`engine data fetch mnist` replaces it")
+
+
+def test_random_data_are_not_taken_for_the_published(root):
+    folder = official.install(root, "cifar10")
+    (folder / datasets.SUMS).unlink()
+    assert "data_batch_1.bin: its content has SHA-256" in refused("cifar10", "train", root)
+
+
+def test_own_sums(root):
+    folder = official.install(root, "mnist", train=12)
+    assert data.info("mnist", root).own_sums
+    assert data.verify("mnist", root)[0].detail == "whole, by the folder's own SHA256SUMS"
+    sums = folder / datasets.SUMS
+    listed = sums.read_text()
+    sums.write_text(listed.replace("train-images", "other"))
+    assert "not listed in the folder's own SHA256SUMS" in refused("mnist", "train", root)
+    for junk in (b"", b"\xff\x00" * 99, b"x" * 3_000_000):
+        sums.write_bytes(junk)
+        assert "SHA256SUMS" in refused("mnist", "train", root)
+    sums.unlink()
+    sums.symlink_to("nowhere")
+    assert "SHA256SUMS: cannot read it" in refused("mnist", "train", root)
+
+
+def test_images_and_labels_of_different_number(root):
+    folder = official.install(root, "mnist")
+    labels = gzip.compress(official.idx_bytes(np.zeros(199)))
+    official.write(folder, {"train-labels-idx1-ubyte.gz": labels})
+    official.sign(folder)
+    assert "200 train images, but 199 train labels" in refused("mnist", "train", root)
+
+
+def test_a_label_out_of_range(root):
+    folder = official.install(root, "mnist", train=3)
+    labels = gzip.compress(official.idx_bytes(np.array([0, 10, 1])))
+    official.write(folder, {"train-labels-idx1-ubyte.gz": labels})
+    official.sign(folder)
+    assert "train-labels-idx1-ubyte.gz: label 10 of sample 1 is not in 0..9" in refused(
+        "mnist", "train", root
+    )
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 60_000_000, b"no idx"])
+def test_junk_in_place_of_a_file(root, content):
+    folder = official.install(root, "mnist")
+    (folder / datasets.SUMS).unlink()
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(content)
+    assert refused("mnist", "train", root).startswith(f"{path}: ")
+
+
+def test_what_is_no_plain_file(root):
+    folder = official.install(root, "mnist")
+    (folder / datasets.SUMS).unlink()
+    path = folder / "train-images-idx3-ubyte.gz"
+    for make in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")):
+        path.unlink(missing_ok=True) if not path.is_dir() else path.rmdir()
+        make()
+        assert f"{path}: not a regular file" in refused("mnist", "train", root)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file(root):
+    path = official.install(root, "mnist") / "train-images-idx3-ubyte.gz"
+    path.chmod(0)
+    assert f"{path}: cannot read it: Permission denied" in refused("mnist", "train", root)
+
+
+@pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_1"])
+def test_pickles_are_refused_unopened(root, tmp_path, name):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    import pickle
+
+    official.write(root / "cifar10", {name: pickle.dumps(Bomb())})
+    message = refused("cifar10", "train", root)
+    assert "Python pickles are never unpacked here: put cifar-10-binary.tar.gz" in message
+    # nor when it bears the name of the binary archive
+    shutil.rmtree(root)
+    archive = official.tar_gz({"cifar-10-batches-py/data_batch_1": pickle.dumps(Bomb())})
+    official.write(root / "cifar10", {"cifar-10-binary.tar.gz": archive})
+    assert "take the binary version" in refused("cifar10", "train", root)
+    assert not (tmp_path / "executed").exists()

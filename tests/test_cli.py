@@ -1,0 +1,252 @@
+"""The command line as a person meets it: real commands in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from engine import EngineError, cli
+from engine.runs import Run
+
+FAST = ["--optim.epochs", "2", "--evaluation.examples", "40", "--evaluation.autoattack", "apgd"]
+FAST += ["--evaluation.pgd_restarts", "1", "--evaluation.pgd_steps", "10"]
+
+
+def engine_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "engine", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One short quickstart run, in a folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("a folder")
+    done = engine_process("train", "quickstart", "--json", *FAST, "--run-dir", "my run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_json_is_one_object_with_the_promised_fields(finished):
+    _folder, done = finished
+    row = json.loads(done.stdout)
+    assert {
+        "recipe",
+        "clean",
+        "pgd",
+        "autoattack",
+        "examples",
+        "train_seconds",
+        "eval_seconds",
+        "passes_per_step",
+        "run_dir",
+    } <= set(row)
+    assert row["recipe"] == "quickstart"
+    assert row["examples"] == 40
+    assert 0 <= row["autoattack"] <= row["clean"] <= 1
+    assert "epoch" in done.stderr
+
+
+def test_run_folder_holds_all_there_is_to_know(finished):
+    folder, _done = finished
+    run = folder / "my run"
+    for name in (
+        "recipe.toml",
+        "environment.json",
+        "metrics.jsonl",
+        "evaluation.json",
+        "summary.json",
+        "best.safetensors",
+        "last.safetensors",
+        "report.html",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    rows = Run.open(run).metrics()
+    assert [r["epoch"] for r in rows] == [1, 2]
+    assert {
+        "loss",
+        "ce",
+        "local",
+        "adv_accuracy",
+        "val_clean",
+        "val_pgd",
+        "train_seconds",
+        "lr",
+    } <= set(rows[0])
+    assert Run.open(run).recipe.optim.epochs == 2
+    assert json.loads((run / "environment.json").read_text())["torch"]
+    assert all(t.is_contiguous() for t in load_file(run / "best.safetensors").values())
+    assert not [p for p in run.iterdir() if p.name.startswith(".")]
+
+
+def test_evaluation_again_gives_the_same_numbers(finished):
+    folder, done = finished
+    again = engine_process("eval", "my run", "--json", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    first, second = json.loads(done.stdout), json.loads(again.stdout)
+    for key in ("clean", "pgd", "autoattack", "examples"):
+        assert first[key] == second[key]
+
+
+def test_report_is_rebuilt(finished):
+    folder, _ = finished
+    (folder / "my run" / "report.html").unlink()
+    done = engine_process("report", "my run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "my run" / "report.html").exists()
+
+
+def test_a_second_run_does_not_overwrite_the_first(finished):
+    folder, _ = finished
+    before = (folder / "my run" / "best.safetensors").read_bytes()
+    again = engine_process("train", "quickstart", *FAST, "--run-dir", "my run", cwd=folder)
+    assert again.returncode == 2
+    assert "holds a run already" in again.stderr
+    assert (folder / "my run" / "best.safetensors").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named(finished, tmp_path):
+    folder, _ = finished
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "my run", copy)
+    whole = (copy / "best.safetensors").read_bytes()
+    (copy / "best.safetensors").write_bytes(whole[: len(whole) // 2])
+    done = engine_process("eval", str(copy), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "best.safetensors is damaged" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+MISTAKES = [
+    (["train"], "which recipe"),
+    (["train", "quickstrat"], "did you mean quickstart"),
+    (["train", "quickstart", "--attack.step", "2"], "did you mean --attack.steps"),
+    (["train", "quickstart", "--attack.steps"], "needs a value"),
+    (["train", "quickstart", "--attack.steps", "0"], "attack.steps"),
+    (["train", "quickstart", "--threat.eps", "-8/255"], "threat.eps"),
+    (["train", "quickstart", "--objective.rho", "0"], "objective.rho"),
+    (["train", "quickstart", "--data.name", "nothing"], "nothing"),
+    (["train", "quickstart", "--model.name", "fast-at-mnst"], "fast-at-mnist"),
+    (["train", "quickstart", "--optim.batch_size", "100000"], "batch_size"),
+    (["train", "quickstart", "--evaluation.examples", "100000"], "examples"),
+    (["train", "quickstart", "--data.validation", "100000"], "validation"),
+    (["train", "quickstart", "--data.pad", "8"], "pad"),
+    (["train", "quickstart", "more"], "unexpected argument"),
+    (["train", "cifar10", "--data.name", "cifar10"], "engine data fetch cifar10"),
+    (["eval", "."], "not a run folder"),
+    (["report", "nowhere"], "not a run folder"),
+    (["data", "fetch"], "which dataset"),
+    (["data", "fetch", "imagenet"], "imagenet"),
+    (["frain"], "invalid choice"),
+    (["doctor", "--no-such"], "--no-such"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_mistakes_give_one_line_and_status_2(words, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENGINE_DATA", str(tmp_path / "no-data"))
+    assert cli.run(words) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len([line for line in err.splitlines() if line.startswith("engine: ")]) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.run(["train", "quickstart", "--run-dir", str(tmp_path / "file" / "run")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_disk_full_leaves_no_half_written_file(tmp_path, monkeypatch):
+    from engine import files
+
+    files.write_text(tmp_path / "a", "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(EngineError, match="No space left"):
+        files.write_text(tmp_path / "a", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_ctrl_c_is_one_line_status_130_and_whole_files(tmp_path):
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "engine",
+            "train",
+            "quickstart",
+            "--run-dir",
+            "run",
+            "--optim.epochs",
+            "500",
+        ],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = tmp_path / "run"
+    deadline = time.monotonic() + 120
+    while not (run / "last.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "interrupted" in err.splitlines()[-1]
+    assert load_file(run / "last.safetensors")
+    assert Run.open(run).metrics()
+    assert not [p for p in run.iterdir() if p.name.startswith(".")]
+
+
+def test_train_help_lists_every_field_with_its_meaning(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.run(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    for word in ("--attack.steps", "--threat.eps", "--objective.rho", "--optim.lr", "[pixel units"):
+        assert word in out
+
+
+def test_doctor_shows_a_backend_for_every_op(capsys):
+    assert cli.run(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    from engine.kernels.backends import OPS
+
+    assert {row["op"] for row in found["kernels"]} == set(OPS)
+    assert all(row["why"] for row in found["kernels"])
+
+
+def test_compare_summarises_and_resumes(tmp_path, capsys):
+    words = ["compare", "quickstart", "--seeds", "2", "--out", str(tmp_path / "out"), "--json"]
+    words += [*FAST, "--evaluation.autoattack", "none", "--optim.epochs", "1"]
+    assert cli.run(words) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first[0]["seeds"] == 2
+    assert first[0]["pgd_sd"] >= 0
+    began = time.monotonic()
+    assert cli.run(words) == 0
+    assert json.loads(capsys.readouterr().out) == first
+    assert time.monotonic() - began < 5
+    assert cli.run([*words, "--attack.steps", "1"]) == 2
