@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any, NoReturn
 
 from .errors import EngineError
 
-# Heavy modules are imported inside the commands: `engine --help` answers at once.
+# Heavy modules are imported inside the commands: `engine --help` answers at once, and the OpenMP
+# runtime that torch loads still listens. By default its idle threads spin, and where another process
+# wants the core, every parallel region then waits for a time slice: steps ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class Parser(argparse.ArgumentParser):

@@ -37,13 +37,13 @@ class Optimiser:
         self.steps = 0
         trained = {id(p) for p in self.params}
         pairs = list(zip(model.parameters(), self.average.parameters(), strict=True))
-        self._averages = [e for p, e in pairs if id(p) in trained] if ema > 0 else []
+        self._averages: list[Tensor] = [e for p, e in pairs if id(p) in trained] if ema > 0 else []
         buffers = zip(model.buffers(), self.average.buffers(), strict=True)
         self._buffers = [(b, e) for b, e in buffers if ema > 0]
         device = self.params[0].device
         self._found_inf = torch.zeros((), device=device)
         self._lr = torch.zeros((), device=device)
-        self._momenta = [torch.zeros_like(p) for p in self.params] if name == "sgd" else []
+        self._momenta: list[Tensor] = [torch.zeros_like(p) for p in self.params] if name == "sgd" else []
         self._adamw = (
             torch.optim.AdamW(self.params, lr=self._lr, weight_decay=weight_decay, fused=True)
             if name == "adamw"

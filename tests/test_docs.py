@@ -1,0 +1,92 @@
+"""What README and docs show runs as shown."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import engine
+from engine import Attack, Linf, recipe
+
+from .conftest import Tiny, blobs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def code_blocks(file: str, language: str = "python") -> list[str]:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_readme_python_face_runs_on_a_module_that_is_not_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = blobs(512)
+    x_test, y_test = blobs(64, seed=4)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(36, 32), nn.ReLU(), nn.Linear(32, 4))
+    names = {
+        "network": network,
+        "images": images,
+        "labels": labels,
+        "x_test": x_test.float() / 255,
+        "y_test": y_test,
+    }
+    first, loop = code_blocks("README.md")
+    torch.manual_seed(0)
+    exec(compile(first, "README.md", "exec"), names)
+    assert names["report"].clean > 0.9
+    assert names["report"].autoattack is not None
+    assert names["adversaries"].shape == names["x_test"].shape
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+    batches = list(zip(images.float().div(255).split(64), labels.split(64), strict=True))
+    names |= {"optimiser": optimiser, "batches": batches}
+    before = network[1].weight.clone()
+    exec(compile(loop, "README.md", "exec"), names)
+    assert not torch.equal(before, network[1].weight)
+
+
+def test_the_method_in_the_docs_works_and_costs_what_it_says(batch, monkeypatch):
+    (source,) = code_blocks("docs/adding-a-method.md")
+    module = types.ModuleType("engine.objectives.alp")
+    module.__package__ = "engine.objectives"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "adding-a-method.md", "exec"), vars(module))
+    objective, attack = module.ALP(weight=0.5), Attack(steps=3)
+    x, y = batch
+    model = Tiny()
+    outcome = objective(model, x, y, Linf(0.1), attack)
+    clean, adversarial = model(x), model(outcome.adversary)
+    expected = nn.functional.cross_entropy(adversarial, y) + 0.5 * nn.functional.mse_loss(
+        clean, adversarial
+    )
+    torch.testing.assert_close(outcome.loss, expected)
+    assert objective.passes(attack).total == 2 * 3 + 6
+
+
+def test_docs_name_real_commands_and_recipes():
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z-]+)", text)):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for name in set(re.findall(r"engine (?:train|compare) ([a-z][a-z0-9-]+)", text)):
+        assert name in recipe.names(), name
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/architecture.md", "docs/method.md"])
+def test_links_between_documents_lead_somewhere(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert ((ROOT / file).parent / target).exists(), target
+
+
+def test_architecture_names_every_module():
+    text = (ROOT / "docs/architecture.md").read_text()
+    for path in (ROOT / "engine").iterdir():
+        if path.suffix == ".py" and not path.name.startswith("__"):
+            assert path.name in text or path.name == "errors.py", path.name
+    assert engine.__doc__
