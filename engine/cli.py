@@ -98,6 +98,15 @@ def build_parser() -> Parser:
     data.add_argument("action", choices=("list", "fetch", "verify", "info"))
     data.add_argument("name", nargs="?")
 
+    kernels = add("kernels", _kernels, "what the compiler makes of each Triton kernel, with no GPU")
+    kernels.add_argument("--arch", action="append", help="sm_80, sm_90 or sm_100; may be repeated")
+    kernels.add_argument("--json", action="store_true")
+
+    bench = add("bench", _bench, "measure on this machine")
+    bench.add_argument("what", choices=("ops",))
+    bench.add_argument("--quick", action="store_true", help="under a minute")
+    bench.add_argument("--json", action="store_true")
+
     doctor = add("doctor", _doctor, "what this machine has, and which backend serves each op")
     doctor.add_argument("--json", action="store_true")
     return parser
@@ -232,6 +241,23 @@ def _data(arguments: argparse.Namespace) -> int:
     return 0 if all(check.ok for check in checks) else 2
 
 
+def _kernels(arguments: argparse.Namespace) -> int:
+    from .kernels import audit
+
+    archs = tuple(arguments.arch or audit.ARCHS)
+    if unknown := [a for a in archs if a not in audit.ARCHS]:
+        raise EngineError(f"unknown --arch {unknown[0]}: {', '.join(audit.ARCHS)}")
+    _rows(audit.rows(archs), arguments.json)
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .benchmarks import ops
+
+    _rows(ops.run(quick=arguments.quick), arguments.json)
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from rich.table import Table
 
@@ -308,6 +334,21 @@ def _train_help(name: str | None, overrides: dict[str, str]) -> None:
         value = values[dotted]
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
         table.add_row(f"--{dotted}", shown, description.replace("[", r"\["))
+    stdout.print(table)
+
+
+def _rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows))
+        return
+    from rich.table import Table
+
+    from .progress import stdout
+
+    table = Table(*rows[0].keys())
+    for row in rows:
+        values = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
+        table.add_row(*("-" if v == "None" else v for v in values))
     stdout.print(table)
 
 
