@@ -159,9 +159,9 @@ def input_grad_step(
     alpha: Tensor,
     norm: str,
 ) -> Tensor:
-    b, _, h, w = x.shape
+    _, _, h, w = x.shape
     out_channels, _, kh, kw = weight.shape
-    flat_grad = stem_grad.to(weight.dtype).contiguous().view(b, out_channels, -1)
+    flat_grad = stem_grad.to(weight.dtype).flatten(2)
     # Transposed convolution as matrix product and col2im: several times faster on CPUs than the
     # library's convolution backward when the image has 1 or 3 channels.
     columns = weight.reshape(out_channels, -1).t() @ flat_grad

@@ -1,3 +1,36 @@
-"""The Triton backend (CUDA): not written yet."""
+"""The CUDA backend: one Triton kernel an op, named and typed as in `reference`.
 
-raise ImportError("the Triton kernels are not written")
+Importing it needs Triton and no GPU, so that `audit` can compile the kernels anywhere. Running it needs
+CUDA tensors, or TRITON_INTERPRET=1 set before the first import of Triton.
+"""
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError(f"Triton is not installed ({error})") from error
+
+from .attack_step import attack_step
+from .data import augment, recall, remember
+from .input_grad_step import input_grad_step
+from .launch import INTERPRETING
+from .local_ball_loss import local_ball_loss, local_ball_loss_backward
+from .logit_grads import cross_entropy_grad, kl_grad
+from .sgd_ema_step import sgd_ema_step
+from .uniform_start import uniform_start
+
+ORIGIN = f"Triton {triton.__version__}" + (", interpreted" if INTERPRETING else "")
+
+__all__ = [
+    "ORIGIN",
+    "attack_step",
+    "augment",
+    "cross_entropy_grad",
+    "input_grad_step",
+    "kl_grad",
+    "local_ball_loss",
+    "local_ball_loss_backward",
+    "recall",
+    "remember",
+    "sgd_ema_step",
+    "uniform_start",
+]
