@@ -1,0 +1,498 @@
+"""The project's pictures: one style for all, and what a report draws with it.
+
+Everything here draws on matplotlib's objects (no pyplot, no global figure). Wrap drawing and saving in
+`style()`. A figure saved by `save_png` is light; one turned into text by `svg` takes its colours from
+the CSS variables of the page it stands in (`css_variables`), so it follows light and dark.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
+
+from . import files
+
+# (light, dark). Okabe and Ito's hues, which the common colour blindnesses keep apart, made darker
+# or lighter until they stand out from either background.
+COLOURS = {
+    "ink": ("#1f2328", "#e7e9ec"),
+    "muted": ("#5b6570", "#a3adb8"),
+    "line": ("#dfe3e8", "#353c44"),
+    "panel": ("#ffffff", "#1b1f24"),
+    "page": ("#f6f7f8", "#121518"),
+    "blue": ("#0072b2", "#5ab0ea"),
+    "orange": ("#d55e00", "#f5924e"),
+    "green": ("#00805d", "#3fc79c"),
+    "purple": ("#a3478a", "#d996c4"),
+}
+INK, MUTED, LINE, PANEL, _, BLUE, ORANGE, GREEN, PURPLE = (light for light, _ in COLOURS.values())
+
+# Blue takes light away, orange adds it.
+DIVERGING = LinearSegmentedColormap.from_list("engine", ["#0b4f8a", "#f4f4f2", "#b84a00"])
+SEQUENTIAL = "viridis"
+# Stays white on the colour map when the page turns dark.
+_WHITE = "#fefefe"
+
+# Any: the stubs want every key as a literal.
+_RC: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 9.5,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.1,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "savefig.dpi": 160,
+    "svg.fonttype": "none",
+    # The same drawing gives the same file.
+    "svg.hashsalt": "engine",
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The project's matplotlib settings in the block, the user's own afterwards."""
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def panels(count: int = 1, *, width: float = 4.6, height: float = 3.5) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes side by side, each `width` x `height` inches."""
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)[0]
+    return figure, list(axes)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write the figure on a light ground, atomically."""
+    with files.atomic(path) as temporary:
+        figure.savefig(temporary, format="png", facecolor=PANEL)
+
+
+def png_of(pixels: np.ndarray) -> bytes:
+    """A PNG of an array [H, W, 3] in [0, 1], one pixel an entry."""
+    buffer = io.BytesIO()
+    matplotlib.image.imsave(buffer, np.clip(pixels, 0.0, 1.0), format="png")
+    return buffer.getvalue()
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an inline <svg>, its colours as CSS variables, its ids starting with `name`."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(?<= )id="|(?<=href="#)|(?<=url\(#)', lambda m: f"{m[0]}{name}-", text)
+    # The page sets the width; the viewBox keeps the shape.
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    for variable, (light, _) in COLOURS.items():
+        text = text.replace(light, f"var(--{variable})")
+    return text
+
+
+def css_variables(dark: bool = False) -> str:
+    """The colours as CSS declarations, for the page that holds an `svg`."""
+    return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())
+
+
+# ---- curves ----------------------------------------------------------------------------------
+
+_ACCURACIES = (
+    ("adv_accuracy", "training, adversaries", PURPLE, (0, (1, 1.2)), "^"),
+    ("val_clean", "validation, clean", BLUE, "-", "o"),
+    ("val_pgd", "validation, PGD", ORANGE, (0, (5, 1.5)), "s"),
+)
+_TERMS = (
+    ("ce", "cross-entropy", BLUE, (0, (5, 1.5)), "o"),
+    ("local", "local", ORANGE, (0, (1, 1.2)), "s"),
+    ("global", "global", GREEN, (0, (4, 1.5, 1, 1.5)), "^"),
+)
+
+
+def draw_accuracy(ax: Axes, rows: Sequence[Mapping[str, Any]], best: int | None) -> None:
+    """Training and validation accuracy of a log (one row an epoch); `best` is the chosen epoch."""
+    for key, label, colour, dashes, marker in _ACCURACIES:
+        _line(ax, rows, key, label, colour, dashes, marker)
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_title("Accuracy")
+    _mark_best(ax, rows, best)
+    _over_epochs(ax, rows)
+
+
+def draw_losses(
+    ax: Axes, rows: Sequence[Mapping[str, Any]], best: int | None, weights: Mapping[str, float]
+) -> None:
+    """The loss and what each term adds to it; `weights` by term, 1 where absent."""
+    _line(ax, rows, "loss", "loss", INK, "-", "")
+    for key, label, colour, dashes, marker in _TERMS:
+        weight = weights.get(key, 1.0)
+        shown = label if weight == 1.0 else f"{weight:g} × {label}"
+        _line(ax, rows, key, shown, colour, dashes, marker, scale=weight)
+    ax.set_ylim(bottom=0)
+    ax.set_title("Loss, and its terms")
+    _mark_best(ax, rows, None)
+    if best is not None:
+        ax.axvline(best, color=MUTED, linewidth=1, linestyle=":", zorder=1)
+    _over_epochs(ax, rows)
+
+
+def _line(
+    ax: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    key: str,
+    label: str,
+    colour: str,
+    dashes: Any,
+    marker: str,
+    scale: float = 1.0,
+) -> None:
+    points = [(r["epoch"], scale * r[key]) for r in rows if key in r]
+    if not points:
+        return
+    few = len(points) <= 30
+    x, y = zip(*points, strict=True)
+    # A lone point has no line to be seen by.
+    mark = (marker or "D") if len(points) == 1 else marker if few else ""
+    ax.plot(x, y, color=colour, linestyle=dashes, marker=mark, label=label, clip_on=False)
+
+
+def _mark_best(ax: Axes, rows: Sequence[Mapping[str, Any]], best: int | None) -> None:
+    chosen = next((r for r in rows if r["epoch"] == best and "val_pgd" in r), None)
+    if chosen is None:
+        return
+    ax.axvline(chosen["epoch"], color=MUTED, linewidth=1, linestyle=":", zorder=1)
+    ax.plot(
+        [chosen["epoch"]],
+        [chosen["val_pgd"]],
+        "o",
+        markersize=11,
+        markerfacecolor="none",
+        markeredgecolor=ORANGE,
+        markeredgewidth=1.6,
+        label=f"best: epoch {chosen['epoch']}",
+        linestyle="none",
+    )
+
+
+def _over_epochs(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Epochs below, the training seconds that they took above, the legend beneath."""
+    last = rows[-1]["epoch"]
+    ax.set_xlim(0, last + max(0.02 * last, 0.1))
+    ax.xaxis.set_major_locator(MaxNLocator(min(last, 8), integer=True))
+    ax.set_xlabel("epoch")
+    epochs = [0, *(r["epoch"] for r in rows)]
+    seconds = [0.0, *(r.get("train_seconds", 0.0) for r in rows)]
+    if seconds[-1] > 0:
+        unit, size = next(
+            ((u, s) for u, s in (("h", 3600), ("min", 60)) if seconds[-1] >= 3 * s), ("s", 1)
+        )
+        ticks = MaxNLocator(5).tick_values(0, seconds[-1] / size)
+        ticks = [t for t in ticks if 0 <= t <= seconds[-1] / size]
+        top = ax.twiny()
+        top.set_xlim(ax.get_xlim())
+        top.set_xticks(
+            np.interp(np.array(ticks) * size, seconds, epochs), [f"{t:g}" for t in ticks]
+        )
+        top.set_xlabel(f"training time [{unit}]", labelpad=6)
+        top.grid(False)
+        top.spines[:].set_visible(False)
+    ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, columnspacing=1.4, handlelength=2.4
+    )
+
+
+# ---- robust accuracy against eps ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Robust accuracy against the radius.
+
+    Attributes:
+        eps: radii in pixel units, from 0; accuracy: in [0, 1], one a radius.
+        examples: test images.
+        trained: the radius of training.
+    """
+
+    eps: np.ndarray
+    accuracy: np.ndarray
+    examples: int
+    trained: float
+
+
+def draw_sweep(ax: Axes, sweep: Sweep, others: Mapping[str, float], norm: str) -> None:
+    """`others` are accuracies at the training radius, by attack, drawn as points."""
+    error = np.sqrt(sweep.accuracy * (1 - sweep.accuracy) / sweep.examples)
+    ax.fill_between(
+        sweep.eps,
+        (sweep.accuracy - error).clip(0, 1),
+        (sweep.accuracy + error).clip(0, 1),
+        color=BLUE,
+        alpha=0.18,
+        linewidth=0,
+    )
+    ax.plot(
+        sweep.eps,
+        sweep.accuracy,
+        "o-",
+        color=BLUE,
+        clip_on=False,
+        label=f"PGD-20, {sweep.examples} images",
+    )
+    ax.axvline(sweep.trained, color=MUTED, linewidth=1, linestyle=":")
+    ax.annotate(
+        f"trained at {radius(sweep.trained)}",
+        (sweep.trained, 0.0),
+        xytext=(-5, 8),
+        textcoords="offset points",
+        ha="right",
+        color=MUTED,
+        fontsize=9,
+    )
+    marks = (("D", ORANGE), ("s", GREEN))
+    for (label, value), (marker, colour) in zip(others.items(), marks, strict=False):
+        ax.plot(
+            [sweep.trained],
+            [value],
+            marker,
+            color=colour,
+            markersize=7,
+            markerfacecolor="none",
+            markeredgewidth=1.8,
+            label=label,
+        )
+    ax.set_xlim(0, sweep.eps[-1] * 1.02)
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.set_xlabel(f"{norm} radius eps [pixel units]")
+    ax.set_title("Robust accuracy against eps")
+    ax.legend(loc="upper right")
+
+
+def radius(eps: float) -> str:
+    """8/255 for a whole number of grey levels, else the number itself."""
+    levels = eps * 255
+    if eps > 0 and abs(levels - round(levels)) < 1e-6 and round(levels) % 51:
+        return f"{round(levels)}/255"
+    return f"{eps:.4g}"
+
+
+# ---- loss surface ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Cross-entropy over a plane through the test images.
+
+    Attributes:
+        steps: [S], coordinates of both axes in units of eps.
+        loss: [S, S], mean cross-entropy; rows along the random direction, columns along the
+            adversary's.
+        right: [S, S], share of the images classified right.
+        examples: images in the mean.
+    """
+
+    steps: np.ndarray
+    loss: np.ndarray
+    right: np.ndarray
+    examples: int
+
+    @property
+    def crossed(self) -> bool:
+        """Whether half of the images are lost somewhere in the plane, but not everywhere."""
+        return bool(self.right.min() < 0.5 < self.right.max())
+
+
+def draw_relief(figure: Figure, surface: Surface, position: int = 111) -> None:
+    """The surface in three dimensions."""
+    ax: Any = figure.add_subplot(position, projection="3d", computed_zorder=False)
+    s, t = np.meshgrid(surface.steps, surface.steps)
+    ax.plot_surface(
+        s, t, surface.loss, cmap=SEQUENTIAL, rstride=1, cstride=1, linewidth=0.25, antialiased=True
+    )
+    ax.view_init(elev=28, azim=-125)
+    ax.set_box_aspect((1, 1, 0.62), zoom=0.98)
+    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+        axis.set_pane_color((0, 0, 0, 0))
+        axis.line.set_color(MUTED)
+        axis._axinfo["grid"].update(color=LINE, linewidth=0.6)
+    # At the corner two labels would collide.
+    ax.set_xticks([-1, 0, 1])
+    ax.set_yticks([-1, 0, 1])
+    ax.zaxis.set_major_locator(MaxNLocator(4))
+    ax.tick_params(pad=0, labelsize=8.5)
+    ax.set_xlabel("along the adversary [eps]")
+    ax.set_ylabel("at random [eps]")
+    ax.set_zlabel("cross-entropy")
+    edge = surface.steps[-1]
+    ax.set_xlim(-edge, edge)
+    ax.set_ylim(-edge, edge)
+    # Its own title would be centred.
+    ax.text2D(
+        0.03,
+        0.99,
+        "Mean loss around the test images",
+        transform=ax.transAxes,
+        size=11,
+        weight="bold",
+    )
+
+
+def draw_plane(ax: Axes, surface: Surface, norm: str) -> None:
+    """The same from above, with the threat ball and the line where half of the images are lost."""
+    edge = surface.steps[-1]
+    image = ax.imshow(
+        surface.loss,
+        origin="lower",
+        extent=(-edge, edge, -edge, edge),
+        cmap=SEQUENTIAL,
+        interpolation="bilinear",
+    )
+    ax.contour(
+        surface.steps, surface.steps, surface.loss, 10, colors=_WHITE, linewidths=0.6, alpha=0.55
+    )
+    if surface.crossed:
+        ax.contour(
+            surface.steps,
+            surface.steps,
+            surface.right,
+            [0.5],
+            colors=_WHITE,
+            linewidths=2,
+            linestyles="--",
+        )
+    # |s| + |t| <= 1 keeps s delta + t eps (random signs) inside the Linf ball.
+    turn = np.linspace(0, 2 * np.pi, 5 if norm == "Linf" else 121)
+    ax.plot(np.cos(turn), np.sin(turn), color=_WHITE, linewidth=1.4)
+    for x, label, side in ((0.0, "image", "center"), (1.0, "adversary", "left")):
+        ax.plot([x], [0], "o", color=_WHITE, markeredgecolor="#1f2937", markersize=6)
+        ax.annotate(
+            label,
+            (x, 0),
+            xytext=(0 if side == "center" else 4, 8),
+            textcoords="offset points",
+            ha=side,
+            color=_WHITE,
+            fontsize=9,
+            bbox={
+                "boxstyle": "round,pad=0.15",
+                "facecolor": "#000000",
+                "alpha": 0.35,
+                "linewidth": 0,
+            },
+        )
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    ax.xaxis.set_major_locator(MultipleLocator(1))
+    ax.yaxis.set_major_locator(MultipleLocator(1))
+    ax.set_xlabel("along the adversary [eps]")
+    ax.set_ylabel(
+        "along random signs [eps]" if norm == "Linf" else "along a random direction [eps]"
+    )
+    ax.set_title("The same from above")
+    bar = ax.figure.colorbar(image, ax=ax, shrink=0.86, pad=0.03, aspect=28)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.set_label("cross-entropy", color=MUTED)
+
+
+# ---- test images -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture of an example: pixels [H, W, 3] in [0, 1], and what the network says to it."""
+
+    title: str
+    pixels: np.ndarray
+    predicted: str | None = None
+    confidence: float = 0.0
+    right: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """`✓ Sneaker 98%`, or nothing for a picture that is not classified."""
+        if self.predicted is None:
+            return ""
+        return f"{'✓' if self.right else '✗'} {self.predicted} {self.confidence:.0%}"
+
+
+@dataclass(frozen=True)
+class Example:
+    label: str
+    tiles: tuple[Tile, ...]
+
+
+def examples_figure(examples: Sequence[Example]) -> Figure:
+    """Two examples a row, each tile with its verdict beneath."""
+    wide = len(examples[0].tiles)
+    rows = -(-len(examples) // 2)
+    figure = Figure(figsize=(1.28 * (2 * wide + 0.3), 1.72 * rows + 0.35))
+    grid = figure.add_gridspec(
+        rows,
+        2 * wide + 1,
+        width_ratios=[1] * wide + [0.22] + [1] * wide,
+        left=0.035,
+        right=0.995,
+        top=1 - 0.42 / figure.get_figheight(),
+        bottom=0.26 / figure.get_figheight(),
+        wspace=0.08,
+        hspace=0.34,
+    )
+    for number, example in enumerate(examples):
+        row, half = divmod(number, 2)
+        for column, tile in enumerate(example.tiles):
+            ax = figure.add_subplot(grid[row, half * (wide + 1) + column])
+            ax.imshow(tile.pixels.clip(0, 1), interpolation="nearest")
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+            if row == 0:
+                ax.set_title(tile.title, loc="center", fontsize=9, weight="normal", pad=6)
+            if column == 0:
+                ax.set_ylabel(example.label, color=INK, fontsize=8.5)
+            if tile.predicted is not None:
+                colour = GREEN if tile.right else ORANGE
+                ax.set_xlabel(tile.verdict, color=colour, fontsize=8, labelpad=4)
+    return figure
