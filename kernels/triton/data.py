@@ -1,0 +1,231 @@
+"""Batches from a resident dataset, and the adversary memory: gather, crop, mirror, scale, start, store.
+
+A sample is D = C * H * W elements. `where` holds (dy, dx, mirrored) for each sample: output pixel
+(y, x) shows stored pixel (y + dy, x' + dx) with x' = W - 1 - x if mirrored, else x.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import philox
+from .launch import on_device, row_tile
+from .maths import byte_to_unit, clip, divide, into_ball, linf_step, round_even
+
+
+def _grid(rows: int, columns: int, tile: dict[str, int]) -> tuple[int, int]:
+    return triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["BLOCK"])
+
+
+def _shape(images: Tensor) -> dict[str, int]:
+    """The image size as constants: it never changes in a run, and divisions by it become products."""
+    _, c, h, w = images.shape
+    return {"C": c, "H": h, "W": w}
+
+
+def augment(
+    images: Tensor, index: Tensor, rng: Tensor, pad: int, flip: bool, stream: int
+) -> tuple[Tensor, Tensor]:
+    b, columns = index.shape[0], images[0].numel() if len(images) else 0
+    x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
+    where = images.new_empty((b, 3), dtype=torch.int32)
+    tile = row_tile(b, columns, elements=1024, widest=1024)
+    with on_device(images):
+        augment_kernel[_grid(b, columns, tile)](
+            images, index, rng, x, where, pad, stream, b,
+            FLIP=flip, **_shape(images), **tile, enable_fp_fusion=False,
+        )  # fmt: skip
+    return x, where
+
+
+def recall(
+    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, eps: Tensor, norm: str
+) -> Tensor:
+    out, rows, columns = torch.empty_like(x), x.shape[0], x.numel() // max(x.shape[0], 1)
+    last = not x.is_contiguous()
+    with on_device(x):
+        if norm == "Linf":
+            tile = row_tile(rows, columns, elements=1024, widest=1024)
+            recall_linf_kernel[_grid(rows, columns, tile)](
+                memory, index, where, x, out, eps, rows,
+                **_shape(memory), CHANNELS_LAST=last, **tile, enable_fp_fusion=False,
+            )  # fmt: skip
+        else:
+            tile = row_tile(rows, columns, elements=1024, widest=4096, a_thread=16)
+            recall_l2_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+                memory, index, where, x, out, eps, rows,
+                **_shape(memory), CHANNELS_LAST=last, **tile,
+            )  # fmt: skip
+    return out
+
+
+def remember(
+    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, z: Tensor, eps: Tensor
+) -> None:
+    rows, columns = x.shape[0], x.numel() // max(x.shape[0], 1)
+    tile = row_tile(rows, columns, elements=1024, widest=1024)
+    with on_device(x):
+        remember_kernel[_grid(rows, columns, tile)](
+            memory, index, where, x, z, eps, rows,
+            **_shape(memory), CHANNELS_LAST=not x.is_contiguous(), **tile, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _stored_pixel(
+    element, dy, dx, mirrored,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """For element `element` of a sample in memory order: its place in the stored [C, H, W], and whether it has one."""
+    if CHANNELS_LAST:
+        channel, pixel = element % C, element // C
+    else:
+        channel, pixel = element // (H * W), element % (H * W)
+    column = pixel % W
+    y = pixel // W + dy
+    x = tl.where(mirrored > 0, W - 1 - column, column) + dx
+    inside = (y >= 0) & (y < H) & (x >= 0) & (x < W)
+    return (channel * H + y) * W + x, inside
+
+
+@triton.jit
+def _crop_of(where_ptr, row, live):
+    """(dy, dx, mirrored) of each sample."""
+    dy = tl.load(where_ptr + row * 3, mask=live, other=0)
+    dx = tl.load(where_ptr + row * 3 + 1, mask=live, other=0)
+    return dy, dx, tl.load(where_ptr + row * 3 + 2, mask=live, other=0)
+
+
+@triton.jit
+def _offset(word, pad):
+    """A whole number in [-pad, pad]: word * (2 pad + 1) / 2^32 by a product and a shift."""
+    return ((word.to(tl.int64) * (2 * pad + 1)) >> 32).to(tl.int32) - pad
+
+
+@triton.jit(do_not_specialize=["pad", "stream"])
+def augment_kernel(
+    images_ptr, index_ptr, rng_ptr, x_ptr, where_ptr, pad, stream, rows, FLIP: tl.constexpr,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One Philox block a sample, drawn anew by each program. Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
+
+    Args:
+        images_ptr: uint8 [N, C, H, W], contiguous; index_ptr: int64 [rows]; rng_ptr: int64 [2].
+        x_ptr: float32 [rows, C, H, W], contiguous; where_ptr: int32 [rows, 3].
+        pad: crops start within `pad` of the corner; stream: second counter word.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    live = row < rows
+    w0, w1, w2, _ = philox.words(rng_ptr, stream, row)
+    dy, dx = _offset(w0, pad), _offset(w1, pad)
+    mirrored = (w2 >> 31).to(tl.int32) if FLIP else tl.zeros_like(dy)
+    if tl.program_id(1) == 0:
+        tl.store(where_ptr + row * 3, dy, mask=live)
+        tl.store(where_ptr + row * 3 + 1, dx, mask=live)
+        tl.store(where_ptr + row * 3 + 2, mirrored, mask=live)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = live & (element < C * H * W)
+    source, inside = _stored_pixel(element, dy, dx, mirrored, C, H, W, False)
+    image = tl.load(index_ptr + row, mask=live, other=0) * (C * H * W)
+    byte = tl.load(images_ptr + image + source, mask=mask & inside, other=0)
+    at = row.to(tl.int64) * (C * H * W) + element
+    tl.store(x_ptr + at, byte_to_unit(byte.to(tl.float32)), mask=mask)
+
+
+@triton.jit
+def recall_linf_kernel(
+    memory_ptr, index_ptr, where_ptr, x_ptr, out_ptr, eps_ptr, rows,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x plus the stored perturbation, in the ball and in [0, 1]. Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
+
+    Args:
+        memory_ptr: int8 [N, C, H, W], contiguous, steps of eps / 127.
+        index_ptr: int64 [rows]; where_ptr: int32 [rows, 3].
+        x_ptr, out_ptr: float32 or float64 [rows, D], NCHW or (CHANNELS_LAST) NHWC inside a row.
+        eps_ptr: one float.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    live = row < rows
+    dy, dx, mirrored = _crop_of(where_ptr, row, live)
+    image = tl.load(index_ptr + row, mask=live, other=0) * (C * H * W)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = live & (element < C * H * W)
+    source, inside = _stored_pixel(element, dy, dx, mirrored, C, H, W, CHANNELS_LAST)
+    at = row.to(tl.int64) * (C * H * W) + element
+    x = tl.load(x_ptr + at, mask=mask)
+    eps = tl.load(eps_ptr).to(x.dtype)
+    steps = tl.load(memory_ptr + image + source, mask=mask & inside, other=0)
+    z = x + steps.to(x.dtype) * divide(eps, 127.0)
+    tl.store(out_ptr + at, linf_step(x, z, tl.zeros_like(x), eps, eps), mask=mask)
+
+
+@triton.jit
+def recall_l2_kernel(
+    memory_ptr, index_ptr, where_ptr, x_ptr, out_ptr, eps_ptr, rows,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `recall_linf_kernel`, projected radially: whole samples a program. Grid: (ceil(rows / ROWS),).
+
+    Rounding to int8 steps can leave the ball, so the length is taken of what was stored.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    live = row < rows
+    dy, dx, mirrored = _crop_of(where_ptr, row, live)
+    image = tl.load(index_ptr + row, mask=live, other=0) * (C * H * W)
+    base = row.to(tl.int64) * (C * H * W)
+    lane = tl.arange(0, BLOCK)[None, :]
+    dtype = x_ptr.dtype.element_ty
+    eps = tl.load(eps_ptr).to(dtype)
+    quantum = divide(eps, 127.0)
+    squares = tl.zeros((ROWS, BLOCK), dtype)
+    for start in range(0, C * H * W, BLOCK):
+        mask = live & (start + lane < C * H * W)
+        source, inside = _stored_pixel(start + lane, dy, dx, mirrored, C, H, W, CHANNELS_LAST)
+        steps = tl.load(memory_ptr + image + source, mask=mask & inside, other=0)
+        delta = steps.to(dtype) * quantum
+        squares += delta * delta
+    factor = into_ball(tl.sum(squares, axis=1, keep_dims=True), eps)
+    for start in range(0, C * H * W, BLOCK):
+        mask = live & (start + lane < C * H * W)
+        source, inside = _stored_pixel(start + lane, dy, dx, mirrored, C, H, W, CHANNELS_LAST)
+        steps = tl.load(memory_ptr + image + source, mask=mask & inside, other=0)
+        x = tl.load(x_ptr + base + start + lane, mask=mask, other=0.0)
+        z = x + steps.to(dtype) * quantum * factor
+        tl.store(out_ptr + base + start + lane, clip(z, 0.0, 1.0), mask=mask)
+
+
+@triton.jit
+def remember_kernel(
+    memory_ptr, index_ptr, where_ptr, x_ptr, z_ptr, eps_ptr, rows,
+    C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Every pixel of z - x goes back to where it came from. Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
+
+    Walks the batch, so that the wide operands are read in order; only the bytes are scattered, and
+    pixels that the crop cut away are not touched.
+
+    Args:
+        As for `recall_linf_kernel`; z_ptr: like x.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    live = row < rows
+    dy, dx, mirrored = _crop_of(where_ptr, row, live)
+    image = tl.load(index_ptr + row, mask=live, other=0) * (C * H * W)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = live & (element < C * H * W)
+    source, inside = _stored_pixel(element, dy, dx, mirrored, C, H, W, CHANNELS_LAST)
+    at = row.to(tl.int64) * (C * H * W) + element
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    z = tl.load(z_ptr + at, mask=mask, other=0.0)
+    per_eps = divide(tl.full((), 127.0, x.dtype), tl.maximum(tl.load(eps_ptr).to(x.dtype), 1e-12))
+    steps = (z - x) * per_eps
+    # A NaN has no place among the steps; converting it would be undefined.
+    steps = tl.where(steps != steps, 0.0, tl.minimum(tl.maximum(steps, -127.0), 127.0))
+    tl.store(memory_ptr + image + source, round_even(steps).to(tl.int8), mask=mask & inside)
