@@ -130,6 +130,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     from .progress import stderr
     from .runs import Run
 
+    _keep_freed_memory()
     # Everything that can be wrong with the input shows before a run folder exists.
     runner.check(recipe, evaluated=not arguments.no_eval)
     run = Run.create(recipe, arguments.run_dir)
@@ -164,6 +165,7 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
         key for key in overrides if not key.startswith("evaluation.") and key != "threads"
     ]:
         raise EngineError(f"--{stray[0]}: only --evaluation.* can be changed for a finished run")
+    _keep_freed_memory()
     Run.open(arguments.run_dir)
     recipe = recipes.load(str(arguments.run_dir / "recipe.toml"), overrides)
     run = Run(arguments.run_dir, recipe)
@@ -194,6 +196,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
     from . import compare
 
+    _keep_freed_memory()
     rows = compare.run(
         arguments.recipes, _overrides(rest), seeds=arguments.seeds, out=arguments.out
     )
@@ -247,7 +250,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
     archs = tuple(arguments.arch or audit.ARCHS)
     if unknown := [a for a in archs if a not in audit.ARCHS]:
         raise EngineError(f"unknown --arch {unknown[0]}: {', '.join(audit.ARCHS)}")
-    _rows(audit.rows(archs), arguments.json)
+    _rows(audit.rows(archs), arguments.json, hidden=("op", "threads", "flat"))
     return 0
 
 
@@ -284,6 +287,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
     stdout.print("models:", ", ".join(found["models"]), highlight=False, soft_wrap=True)
     stdout.print("recipes:", ", ".join(found["recipes"]), highlight=False, soft_wrap=True)
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Spare every step the page faults of memory that the C library would have given back.
+
+    It concerns the whole process, so the command line asks for it and the library does not.
+    """
+    from .kernels import backends
+
+    native, _ = backends.load("native")
+    if native is not None:
+        native.keep_freed_memory()
 
 
 # ---- helpers ---------------------------------------------------------------------------------
@@ -337,19 +352,22 @@ def _train_help(name: str | None, overrides: dict[str, str]) -> None:
     stdout.print(table)
 
 
-def _rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _rows(rows: list[dict[str, Any]], as_json: bool, hidden: Sequence[str] = ()) -> None:
+    """Rows as JSON, or as plain aligned columns that a narrow terminal wraps rather than cuts."""
     if as_json:
         print(json.dumps(rows))
         return
-    from rich.table import Table
 
-    from .progress import stdout
+    def text(value: Any) -> str:
+        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    table = Table(*rows[0].keys())
-    for row in rows:
-        values = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
-        table.add_row(*("-" if v == "None" else v for v in values))
-    stdout.print(table)
+    keys = [key for key in rows[0] if key not in hidden]
+    lines = [keys, *([text(row[key]) for key in keys] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
+    for line in lines:
+        print(
+            "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip()
+        )
 
 
 def _show(row: dict[str, Any], as_json: bool) -> None:

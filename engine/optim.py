@@ -43,7 +43,9 @@ class Optimiser:
         device = self.params[0].device
         self._found_inf = torch.zeros((), device=device)
         self._lr = torch.zeros((), device=device)
-        self._momenta: list[Tensor] = [torch.zeros_like(p) for p in self.params] if name == "sgd" else []
+        self._momenta: list[Tensor] = (
+            [torch.zeros_like(p) for p in self.params] if name == "sgd" else []
+        )
         self._adamw = (
             torch.optim.AdamW(self.params, lr=self._lr, weight_decay=weight_decay, fused=True)
             if name == "adamw"

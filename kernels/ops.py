@@ -44,28 +44,29 @@ def _define(name: str, schema: str):
 # ---- checks ----------------------------------------------------------------------------------
 
 
-def _need(ok: bool, message: str, error: type[Exception] = ValueError) -> None:
-    if not ok:
-        raise error(message)
-
-
 def _check_like(name: str, t: Tensor, like: Tensor, like_name: str) -> Tensor:
     """Same shape and device; brought to the layout of `like` where it differs."""
-    _need(isinstance(t, Tensor), f"{name} must be a tensor, got {type(t).__name__}", TypeError)
-    _need(
-        t.shape == like.shape,
-        f"{name} has shape {tuple(t.shape)}, {like_name} has {tuple(like.shape)}",
-    )
-    _need(t.device == like.device, f"{name} is on {t.device}, {like_name} on {like.device}")
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.shape != like.shape:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}, {like_name} has {tuple(like.shape)}")
+    if t.device != like.device:
+        raise ValueError(f"{name} is on {t.device}, {like_name} on {like.device}")
     if t.stride() == like.stride():
         return t
+    if t.is_contiguous() and like.is_contiguous():
+        # With one channel, contiguous and channels_last are one layout under two sets of strides.
+        return t.as_strided(like.shape, like.stride())
     return torch.empty_like(like, dtype=t.dtype).copy_(t)
 
 
 def _check_images(name: str, x: Tensor) -> Tensor:
-    _need(isinstance(x, Tensor), f"{name} must be a tensor, got {type(x).__name__}", TypeError)
-    _need(x.dtype in _FLOATS, f"{name} must be float32 (or float64), got {x.dtype}", TypeError)
-    _need(x.dim() >= 2, f"{name} must be [B, ...], got shape {tuple(x.shape)}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{name} must be float32 (or float64), got {x.dtype}")
+    if not (x.dim() >= 2):
+        raise ValueError(f"{name} must be [B, ...], got shape {tuple(x.shape)}")
     dense = x.is_contiguous() or (
         x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
@@ -73,51 +74,60 @@ def _check_images(name: str, x: Tensor) -> Tensor:
 
 
 def _check_logits(name: str, t: Tensor) -> Tensor:
-    _need(isinstance(t, Tensor), f"{name} must be a tensor, got {type(t).__name__}", TypeError)
-    _need(t.dtype in _LOGITS, f"{name} must be a float tensor, got {t.dtype}", TypeError)
-    _need(t.dim() == 2 and t.shape[1] >= 1, f"{name} must be [B, K], got {tuple(t.shape)}")
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype not in _LOGITS:
+        raise TypeError(f"{name} must be a float tensor, got {t.dtype}")
+    if not (t.dim() == 2 and t.shape[1] >= 1):
+        raise ValueError(f"{name} must be [B, K], got {tuple(t.shape)}")
     return t.contiguous()
 
 
 def _check_target(target: Tensor, logits: Tensor) -> Tensor:
-    _need(target.dtype == torch.int64, f"target must be int64, got {target.dtype}", TypeError)
-    _need(
-        target.shape == logits.shape[:1],
-        f"target must have shape ({logits.shape[0]},), got {tuple(target.shape)}",
-    )
-    _need(target.device == logits.device, f"target is on {target.device}, not {logits.device}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, got {target.dtype}")
+    if target.shape != logits.shape[:1]:
+        raise ValueError(f"target must have shape ({logits.shape[0]},), got {tuple(target.shape)}")
+    if target.device != logits.device:
+        raise ValueError(f"target is on {target.device}, not {logits.device}")
     return target.contiguous()
 
 
 def _check_scalar(name: str, value: Scalar, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.tensor(float(value), dtype=torch.float32, device=like.device)
-    _need(value.numel() == 1, f"{name} must be one number, got shape {tuple(value.shape)}")
-    _need(value.is_floating_point(), f"{name} must be a float tensor, got {value.dtype}", TypeError)
-    _need(value.device == like.device, f"{name} is on {value.device}, not {like.device}")
-    return value.reshape(())
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a float tensor, got {value.dtype}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, not {like.device}")
+    return value if value.dim() == 0 else value.reshape(())
 
 
 def _check_norm(norm: str) -> None:
-    _need(norm in NORMS, f"norm must be 'Linf' or 'L2', got {norm!r}")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be 'Linf' or 'L2', got {norm!r}")
 
 
 def _check_rng(rng: Tensor, like: Tensor) -> None:
-    _need(
-        isinstance(rng, Tensor) and rng.dtype == torch.int64 and rng.shape == (2,),
-        "rng must be an int64 tensor (seed, step)",
-        TypeError,
-    )
-    _need(rng.device == like.device, f"rng is on {rng.device}, not {like.device}")
+    if not (isinstance(rng, Tensor) and rng.dtype == torch.int64 and rng.shape == (2,)):
+        raise TypeError("rng must be an int64 tensor (seed, step)")
+    if rng.device != like.device:
+        raise ValueError(f"rng is on {rng.device}, not {like.device}")
 
 
 def _check_index(index: Tensor, images: Tensor, name: str) -> Tensor:
-    _need(index.dtype == torch.int64, f"index must be int64, got {index.dtype}", TypeError)
-    _need(index.dim() == 1, f"index must be [B], got {tuple(index.shape)}")
-    _need(index.device == images.device, f"index is on {index.device}, {name} on {images.device}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, got {index.dtype}")
+    if index.dim() != 1:
+        raise ValueError(f"index must be [B], got {tuple(index.shape)}")
+    if index.device != images.device:
+        raise ValueError(f"index is on {index.device}, {name} on {images.device}")
     if index.device.type == "cpu" and index.numel():
         low, high = int(index.min()), int(index.max())
-        _need(low >= 0 and high < len(images), f"index must lie in [0, {len(images)})", IndexError)
+        if not (low >= 0 and high < len(images)):
+            raise IndexError(f"index must lie in [0, {len(images)})")
     return index.contiguous()
 
 
@@ -154,7 +164,8 @@ def uniform_start(
     x = _check_images("x", x)
     _check_norm(norm)
     _check_rng(rng, x)
-    _need(0 <= stream < 1 << 31, f"stream must lie in [0, 2^31), got {stream}")
+    if not (0 <= stream < 1 << 31):
+        raise ValueError(f"stream must lie in [0, 2^31), got {stream}")
     return _uniform_start(x, _check_scalar("eps", eps, x), rng, norm, stream)
 
 
@@ -188,8 +199,10 @@ def attack_step(
     """
     x = _check_images("x", x)
     z, grad = _check_like("z", z, x, "x"), _check_like("grad", grad, x, "x")
-    _need(z.dtype == x.dtype, f"z is {z.dtype}, x is {x.dtype}", TypeError)
-    _need(grad.is_floating_point(), f"grad must be a float tensor, got {grad.dtype}", TypeError)
+    if z.dtype != x.dtype:
+        raise TypeError(f"z is {z.dtype}, x is {x.dtype}")
+    if not grad.is_floating_point():
+        raise TypeError(f"grad must be a float tensor, got {grad.dtype}")
     _check_norm(norm)
     return _attack_step(
         x, z, grad, _check_scalar("eps", eps, x), _check_scalar("alpha", alpha, x), norm
@@ -287,24 +300,27 @@ def input_grad_step(
     """
     x = _check_images("x", x)
     z = _check_like("z", z, x, "x")
-    _need(x.dim() == 4, f"x must be [B, C, H, W], got {tuple(x.shape)}")
-    _need(weight.dim() == 4, f"weight must be [O, C, kh, kw], got {tuple(weight.shape)}")
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got {tuple(x.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [O, C, kh, kw], got {tuple(weight.shape)}")
     out_channels, channels, kh, kw = weight.shape
     b, c, h, w = x.shape
-    _need(channels == c, f"weight takes {channels} channels, x has {c}")
-    _need(stride >= 1 and padding >= 0, f"stride {stride} or padding {padding} out of range")
+    if channels != c:
+        raise ValueError(f"weight takes {channels} channels, x has {c}")
+    if not (stride >= 1 and padding >= 0):
+        raise ValueError(f"stride {stride} or padding {padding} out of range")
     expected = (
         b,
         out_channels,
         (h + 2 * padding - kh) // stride + 1,
         (w + 2 * padding - kw) // stride + 1,
     )
-    _need(
-        stem_grad.shape == expected,
-        f"stem_grad has shape {tuple(stem_grad.shape)}, expected {expected}",
-    )
+    if stem_grad.shape != expected:
+        raise ValueError(f"stem_grad has shape {tuple(stem_grad.shape)}, expected {expected}")
     for name, t in (("stem_grad", stem_grad), ("weight", weight)):
-        _need(t.device == x.device, f"{name} is on {t.device}, x on {x.device}")
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, x on {x.device}")
     _check_norm(norm)
     eps, alpha = _check_scalar("eps", eps, x), _check_scalar("alpha", alpha, x)
     return _input_grad_step(x, z, stem_grad, weight, stride, padding, eps, alpha, norm)
@@ -394,7 +410,8 @@ def local_ball_loss(
     """
     adv = _check_logits("adv", adv)
     target = _check_target(target, adv)
-    _need(0.0 <= label_smoothing < 1.0, f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if not (0.0 <= label_smoothing < 1.0):
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     others = {"ball": ball, "clean": clean}
     for name, t in others.items():
         if t is not None:
@@ -444,10 +461,14 @@ def augment(
         x: float32 [B, C, H, W] in [0, 1].
         where: int32 [B, 3], (dy, dx, mirrored) of every sample, as `recall` and `remember` take it.
     """
-    _need(images.dtype == torch.uint8, f"images must be uint8, got {images.dtype}", TypeError)
-    _need(images.dim() == 4, f"images must be [N, C, H, W], got {tuple(images.shape)}")
-    _need(images.is_contiguous(), "images must be contiguous")
-    _need(0 <= pad < min(images.shape[2:]), f"pad must be in [0, {min(images.shape[2:])}): {pad}")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {images.dtype}")
+    if images.dim() != 4:
+        raise ValueError(f"images must be [N, C, H, W], got {tuple(images.shape)}")
+    if not images.is_contiguous():
+        raise ValueError("images must be contiguous")
+    if not (0 <= pad < min(images.shape[2:])):
+        raise ValueError(f"pad must be in [0, {min(images.shape[2:])}): {pad}")
     _check_rng(rng, images)
     index = _check_index(index, images, "images")
     return _augment(images, index, rng, int(pad), bool(flip), stream)
@@ -465,18 +486,20 @@ def _(memory, index, where, x, eps, norm):
 
 
 def _check_memory(memory: Tensor, index: Tensor, where: Tensor, x: Tensor) -> Tensor:
-    _need(memory.dtype == torch.int8, f"memory must be int8, got {memory.dtype}", TypeError)
-    _need(memory.dim() == 4 and memory.is_contiguous(), "memory must be a contiguous [N, C, H, W]")
-    _need(x.shape[1:] == memory.shape[1:], f"x {tuple(x.shape)} does not fit the memory's images")
+    if memory.dtype != torch.int8:
+        raise TypeError(f"memory must be int8, got {memory.dtype}")
+    if not (memory.dim() == 4 and memory.is_contiguous()):
+        raise ValueError("memory must be a contiguous [N, C, H, W]")
+    if x.shape[1:] != memory.shape[1:]:
+        raise ValueError(f"x {tuple(x.shape)} does not fit the memory's images")
     index = _check_index(index, memory, "memory")
-    _need(len(index) == len(x), f"index has {len(index)} entries for {len(x)} images")
-    _need(
-        where.dtype == torch.int32 and where.shape == (len(x), 3),
-        f"where must be int32 [{len(x)}, 3]",
-        TypeError,
-    )
+    if len(index) != len(x):
+        raise ValueError(f"index has {len(index)} entries for {len(x)} images")
+    if not (where.dtype == torch.int32 and where.shape == (len(x), 3)):
+        raise TypeError(f"where must be int32 [{len(x)}, 3]")
     for name, t in (("where", where), ("x", x)):
-        _need(t.device == memory.device, f"{name} is on {t.device}, memory on {memory.device}")
+        if t.device != memory.device:
+            raise ValueError(f"{name} is on {t.device}, memory on {memory.device}")
     return index
 
 
@@ -570,16 +593,20 @@ def sgd_ema_step(
         lr: learning rate; found_inf: float32 0-d or [1], device-held overflow flag.
         weight_decay: one number per parameter.
     """
-    _need(len(params) > 0, "params is empty")
+    if not (len(params) > 0):
+        raise ValueError("params is empty")
     lists = {"grads": grads, "momenta": momenta, "weight_decay": weight_decay}
     if averages:
         lists["averages"] = averages
     for name, values in lists.items():
-        _need(len(values) == len(params), f"{name} has {len(values)} for {len(params)} params")
+        if len(values) != len(params):
+            raise ValueError(f"{name} has {len(values)} for {len(params)} params")
     for name, tensors in (("grads", grads), ("momenta", momenta), ("averages", averages)):
         for p, t in zip(params, tensors, strict=False):
-            _need(t.shape == p.shape, f"{name}: {tuple(t.shape)} for a {tuple(p.shape)} parameter")
-            _need(t.device == p.device, f"{name}: on {t.device}, parameter on {p.device}")
+            if t.shape != p.shape:
+                raise ValueError(f"{name}: {tuple(t.shape)} for a {tuple(p.shape)} parameter")
+            if t.device != p.device:
+                raise ValueError(f"{name}: on {t.device}, parameter on {p.device}")
     _sgd_ema_step(
         params,
         grads,

@@ -20,9 +20,19 @@ except ImportError as error:
         f"the C++ kernels are not built ({error}); install a C++ compiler and reinstall the package"
     ) from error
 
-ORIGIN = f"C++ with {_native.isa}" + ("" if _native.openmp else ", one thread (no OpenMP)")
+ORIGIN = f"C++ with {_native.isa()}" + ("" if _native.openmp else ", one thread (no OpenMP)")
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def keep_freed_memory() -> bool:
+    """Ask the C library to keep freed memory in this process; True if it does (glibc only).
+
+    It applies to all of the process, so a program calls it and a library does not. On the CPU every
+    activation is a large block that is freed and allocated again at each step; left alone, glibc
+    returns it to the system and pays a page fault for every 4 KiB of the next one.
+    """
+    return bool(_native.keep_freed_memory())
 
 
 # ---- what the kernels take -------------------------------------------------------------------

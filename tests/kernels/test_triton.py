@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from engine.kernels import backends, reference
 
 from engine import kernels
+from engine.kernels import backends, reference
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
+
 from engine.kernels.triton import (  # noqa: E402
     launch,
     maths,

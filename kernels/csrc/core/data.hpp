@@ -1,0 +1,145 @@
+// augment, recall and remember: crops and mirrors of a resident [N, C, H, W] dataset.
+#pragma once
+
+#include <vector>
+
+#include "attack.hpp"
+
+namespace engine::ENGINE_ISA {
+
+struct Where {
+  int32_t dy, dx, mirrored;
+};
+
+// out[c, y, x] at out[c * step_c + (y * w + x) * step_x] = image[c, y + dy, column] where that pixel
+// lies in the image and 0 elsewhere; column is x + dx, or w - 1 - x + dx where mirrored.
+inline void crop(const Images& s, const float* image, const Where& at, float* out, int64_t step_c,
+                 int64_t step_x) {
+  // Output columns [first, last) show the image.
+  const int64_t first = at.mirrored ? max(0, at.dx) : max(0, -int64_t(at.dx));
+  const int64_t last = at.mirrored ? min(s.w, s.w + at.dx) : min(s.w, s.w - at.dx);
+  for (int64_t c = 0; c < s.channels; ++c)
+    for (int64_t y = 0; y < s.h; ++y) {
+      float* row = out + c * step_c + y * s.w * step_x;
+      const int64_t from_y = y + at.dy;
+      if (from_y < 0 || from_y >= s.h || first >= last) {
+        for (int64_t x = 0; x < s.w; ++x) row[x * step_x] = 0.0f;
+        continue;
+      }
+      const float* from = image + (c * s.h + from_y) * s.w;
+      for (int64_t x = 0; x < first; ++x) row[x * step_x] = 0.0f;
+      for (int64_t x = last; x < s.w; ++x) row[x * step_x] = 0.0f;
+      if (step_x != 1) {
+        for (int64_t x = first; x < last; ++x)
+          row[x * step_x] = from[at.mirrored ? s.w - 1 - x + at.dx : x + at.dx];
+      } else if (at.mirrored) {
+#pragma omp simd
+        for (int64_t x = first; x < last; ++x) row[x] = from[s.w - 1 - x + at.dx];
+      } else {
+#pragma omp simd
+        for (int64_t x = first; x < last; ++x) row[x] = from[x + at.dx];
+      }
+    }
+}
+
+// x: float [B, C, H, W]; where: int32 [B, 3].
+inline void augment(const uint8_t* images, const int64_t* index, const Images& s, float* x,
+                    int32_t* where, int64_t b, uint64_t seed, uint64_t step, uint32_t stream,
+                    int64_t pad, bool flip) {
+  const int64_t d = s.channels * s.h * s.w;
+  const uint64_t side = uint64_t(2 * pad + 1);
+#pragma omp parallel if (b * d > GRAIN)
+  {
+    // A whole image is converted at once: rows are too short to fill registers of bytes.
+    std::vector<float> image(static_cast<size_t>(d));
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < b; ++i) {
+      uint32_t words[4];
+      philox({seed, step, stream}, uint32_t(i), 1, words);
+      const Where at{int32_t(int64_t(words[0] * side >> 32) - pad),
+                     int32_t(int64_t(words[1] * side >> 32) - pad),
+                     int32_t(flip ? words[2] >> 31 : 0)};
+      where[3 * i] = at.dy;
+      where[3 * i + 1] = at.dx;
+      where[3 * i + 2] = at.mirrored;
+      const uint8_t* from = images + index[i] * d;
+      float* to = image.data();
+#pragma omp simd
+      for (int64_t j = 0; j < d; ++j) to[j] = float(from[j]) / 255.0f;
+      crop(s, to, at, x + i * d, s.h * s.w, 1);
+    }
+  }
+}
+
+inline void recall(const int8_t* memory, const int64_t* index, const int32_t* where, const Images& s,
+                   const float* x, float* out, int64_t b, bool channels_last, float eps, bool l2) {
+  const int64_t d = s.channels * s.h * s.w;
+  const float quantum = eps / 127.0f;
+#pragma omp parallel if (b * d > GRAIN)
+  {
+    std::vector<float> image(static_cast<size_t>(d)), start(static_cast<size_t>(d));
+    const std::vector<float> zero(static_cast<size_t>(d));
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < b; ++i) {
+      const Where at{where[3 * i], where[3 * i + 1], where[3 * i + 2]};
+      const int8_t* from = memory + index[i] * d;
+      const float* xi = x + i * d;
+      float *to = out + i * d, *whole = image.data(), *z = start.data();
+#pragma omp simd
+      for (int64_t j = 0; j < d; ++j) whole[j] = float(from[j]) * quantum;
+      crop(s, whole, at, z, channels_last ? 1 : s.h * s.w, channels_last ? s.channels : 1);
+#pragma omp simd
+      for (int64_t j = 0; j < d; ++j) z[j] = xi[j] + z[j];
+      // A step of no length projects.
+      if (l2)
+        step_l2(xi, z, zero.data(), to, d, eps, 0.0f);
+      else
+        step_linf(xi, z, zero.data(), to, d, eps, 0.0f);
+    }
+  }
+}
+
+// to[i] = (z - x) in steps, rounded to even; NaN becomes 0.
+inline void quantise(const float* x, const float* z, float steps, int8_t* to, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    float v = (z[i] - x[i]) * steps;
+    v = v < -127.0f ? -127.0f : v;
+    v = v > 127.0f ? 127.0f : v;
+    v = v == v ? v : 0.0f;
+    // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits.
+    to[i] = int8_t(as_bits(v + 12582912.0f) & 0xFF);
+  }
+}
+
+inline void remember(int8_t* memory, const int64_t* index, const int32_t* where, const Images& s,
+                     const float* x, const float* z, int64_t b, bool channels_last, float eps) {
+  const int64_t d = s.channels * s.h * s.w;
+  const int64_t step_c = channels_last ? 1 : s.h * s.w, step_x = channels_last ? s.channels : 1;
+  const float steps = 1.0f / (eps > 1e-12f ? eps : 1e-12f) * 127.0f;
+#pragma omp parallel if (b * d > GRAIN)
+  {
+    std::vector<int8_t> sample(static_cast<size_t>(d));
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < b; ++i) {
+      const int64_t dy = where[3 * i], dx = where[3 * i + 1];
+      const bool mirrored = where[3 * i + 2] > 0;
+      // Source columns [first, last) are shown by the crop.
+      const int64_t first = max(0, dx), last = min(s.w, s.w + dx);
+      quantise(x + i * d, z + i * d, steps, sample.data(), d);
+      for (int64_t c = 0; c < s.channels; ++c)
+        for (int64_t y = max(0, dy); y < min(s.h, s.h + dy); ++y) {
+          int8_t* row = memory + index[i] * d + (c * s.h + y) * s.w;
+          const int8_t* from = sample.data() + c * step_c + (y - dy) * s.w * step_x;
+          if (mirrored)
+            for (int64_t p = first; p < last; ++p) row[p] = from[(s.w - 1 - p + dx) * step_x];
+          else if (step_x == 1)
+            for (int64_t p = first; p < last; ++p) row[p] = from[p - dx];
+          else
+            for (int64_t p = first; p < last; ++p) row[p] = from[(p - dx) * step_x];
+        }
+    }
+  }
+}
+
+}  // namespace engine::ENGINE_ISA

@@ -1,0 +1,76 @@
+// Plain data that crosses from the Python module to the kernels of one instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace engine {
+
+enum Dtype : int { F32 = 0, F16 = 1, BF16 = 2 };
+
+// [B, K] logits, or null.
+struct Logits {
+  const void* data;
+  int dtype;
+};
+struct Gradient {
+  void* data;
+  int dtype;
+};
+
+struct Stem {
+  int64_t channels, h, w;              // of the image
+  int64_t out_channels, out_h, out_w;  // of the convolution
+  int64_t kh, kw, stride, padding;
+};
+
+struct Images {
+  int64_t channels, h, w;
+};
+
+// One parameter tensor of n elements; all in the same memory order. `average` may be null.
+struct Parameter {
+  float* p;
+  const void* g;
+  float* m;
+  float* average;
+  int64_t n;
+  int grad_dtype;
+  float decay;
+};
+
+struct Sgd {
+  float lr, momentum, blend;  // blend = 1 - ema_decay
+  bool nesterov;
+};
+
+// The ops as one instruction set compiles them; arguments are explained beside each kernel.
+struct Kernels {
+  void (*uniform_start)(const float* x, float* out, int64_t b, int64_t d, uint64_t seed, uint64_t step,
+                        uint32_t stream, float eps, bool l2);
+  void (*attack_step)(const float* x, const float* z, const void* grad, int dtype, float* out,
+                      int64_t b, int64_t d, float eps, float alpha, bool l2);
+  void (*cross_entropy_grad)(Logits logits, const int64_t* target, Gradient out, int64_t b,
+                             int64_t classes, float scale);
+  void (*kl_grad)(Logits p, Logits q, Gradient out, int64_t b, int64_t classes, float scale);
+  void (*input_grad_step)(const float* x, const float* z, const void* gy, int dtype,
+                          bool gy_channels_last, const float* weight, const Stem& stem, float* out,
+                          int64_t b, bool x_channels_last, float eps, float alpha, bool l2);
+  void (*local_ball_loss)(Logits adv, const int64_t* target, Logits ball, Logits clean, float lam,
+                          float mu, float smoothing, int64_t b, int64_t classes, float* loss,
+                          float* stats);
+  void (*local_ball_loss_backward)(float grad_loss, Logits adv, const int64_t* target, Logits ball,
+                                   Logits clean, float lam, float mu, float smoothing, int64_t b,
+                                   int64_t classes, Gradient grad_adv, Gradient grad_ball,
+                                   Gradient grad_clean);
+  void (*augment)(const uint8_t* images, const int64_t* index, const Images& shape, float* x,
+                  int32_t* where, int64_t b, uint64_t seed, uint64_t step, uint32_t stream,
+                  int64_t pad, bool flip);
+  void (*recall)(const int8_t* memory, const int64_t* index, const int32_t* where,
+                 const Images& shape, const float* x, float* out, int64_t b, bool channels_last,
+                 float eps, bool l2);
+  void (*remember)(int8_t* memory, const int64_t* index, const int32_t* where, const Images& shape,
+                   const float* x, const float* z, int64_t b, bool channels_last, float eps);
+  void (*sgd_ema_step)(const Parameter* tensors, int64_t count, const Sgd& step);
+};
+
+}  // namespace engine

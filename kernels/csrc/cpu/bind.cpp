@@ -1,0 +1,213 @@
+// The Python module: addresses and sizes in, nothing out. kernels/native/__init__.py is its only
+// caller; it has checked every tensor and allocated every output. The GIL is released throughout.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <climits>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "../core/types.hpp"
+
+namespace nb = nanobind;
+
+namespace engine {
+
+namespace portable {
+extern const Kernels kernels;
+}
+#ifdef ENGINE_HAS_AVX2
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+struct Build {
+  std::string name;
+  const Kernels* kernels;
+};
+
+// The builds that this processor can run, the best one first.
+std::vector<Build> usable() {
+  std::vector<Build> builds;
+#ifdef ENGINE_HAS_AVX2
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    builds.push_back({"AVX2", &avx2::kernels});
+#endif
+  builds.push_back({ENGINE_PORTABLE_NAME, &portable::kernels});
+  return builds;
+}
+
+const std::vector<Build> builds = usable();
+Build run = builds.front();
+
+std::vector<std::string> names() {
+  std::vector<std::string> all;
+  for (const Build& b : builds) all.push_back(b.name);
+  return all;
+}
+
+void use(const std::string& name) {
+  for (const Build& b : builds)
+    if (b.name == name) {
+      run = b;
+      return;
+    }
+  throw std::invalid_argument("no kernels for " + name);
+}
+
+// Freed memory stays with the process, up to the 32 MiB a block that glibc allows. Otherwise every
+// large tensor goes back to the system when it dies, and the next one pays for its pages again.
+bool keep_freed_memory() {
+#ifdef __GLIBC__
+  return mallopt(M_MMAP_THRESHOLD, 32 << 20) && mallopt(M_TRIM_THRESHOLD, INT_MAX) &&
+         mallopt(M_TOP_PAD, 64 << 20);
+#else
+  return false;
+#endif
+}
+
+using Address = uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A target outside [0, K) would read and write outside the logits.
+void check_target(const int64_t* target, int64_t b, int64_t classes) {
+  uint64_t outside = 0;
+  for (int64_t i = 0; i < b; ++i) outside |= uint64_t(target[i]) >= uint64_t(classes);
+  if (outside) throw std::out_of_range("target must lie in [0, " + std::to_string(classes) + ")");
+}
+
+void uniform_start(Address x, Address out, int64_t b, int64_t d, int64_t seed, int64_t step,
+                   uint32_t stream, float eps, bool l2) {
+  run.kernels->uniform_start(at<float>(x), at<float>(out), b, d, uint64_t(seed), uint64_t(step), stream, eps,
+                    l2);
+}
+
+void attack_step(Address x, Address z, Address grad, int dtype, Address out, int64_t b, int64_t d,
+                 float eps, float alpha, bool l2) {
+  run.kernels->attack_step(at<float>(x), at<float>(z), at<void>(grad), dtype, at<float>(out), b, d, eps, alpha,
+                  l2);
+}
+
+void cross_entropy_grad(Address logits, int dtype, Address target, Address out, int64_t b,
+                        int64_t classes, float scale) {
+  check_target(at<int64_t>(target), b, classes);
+  run.kernels->cross_entropy_grad({at<void>(logits), dtype}, at<int64_t>(target), {at<void>(out), dtype}, b,
+                         classes, scale);
+}
+
+void kl_grad(Address p, int p_dtype, Address q, int q_dtype, Address out, int64_t b, int64_t classes,
+             float scale) {
+  run.kernels->kl_grad({at<void>(p), p_dtype}, {at<void>(q), q_dtype}, {at<void>(out), q_dtype}, b, classes,
+              scale);
+}
+
+void input_grad_step(Address x, Address z, Address gy, int dtype, bool gy_channels_last,
+                     Address weight, const std::vector<int64_t>& stem, Address out, int64_t b,
+                     bool x_channels_last, float eps, float alpha, bool l2) {
+  const Stem s{stem.at(0), stem.at(1), stem.at(2), stem.at(3), stem.at(4),
+               stem.at(5), stem.at(6), stem.at(7), stem.at(8), stem.at(9)};
+  run.kernels->input_grad_step(at<float>(x), at<float>(z), at<void>(gy), dtype, gy_channels_last,
+                      at<float>(weight), s, at<float>(out), b, x_channels_last, eps, alpha, l2);
+}
+
+void local_ball_loss(Address adv, int adv_dtype, Address target, Address ball, int ball_dtype,
+                     Address clean, int clean_dtype, float lam, float mu, float smoothing, int64_t b,
+                     int64_t classes, Address loss, Address stats) {
+  check_target(at<int64_t>(target), b, classes);
+  run.kernels->local_ball_loss({at<void>(adv), adv_dtype}, at<int64_t>(target), {at<void>(ball), ball_dtype},
+                      {at<void>(clean), clean_dtype}, lam, mu, smoothing, b, classes, at<float>(loss),
+                      at<float>(stats));
+}
+
+void local_ball_loss_backward(float grad_loss, Address adv, int adv_dtype, Address target,
+                              Address ball, int ball_dtype, Address clean, int clean_dtype, float lam,
+                              float mu, float smoothing, int64_t b, int64_t classes, Address grad_adv,
+                              Address grad_ball, Address grad_clean) {
+  check_target(at<int64_t>(target), b, classes);
+  run.kernels->local_ball_loss_backward(grad_loss, {at<void>(adv), adv_dtype}, at<int64_t>(target),
+                               {at<void>(ball), ball_dtype}, {at<void>(clean), clean_dtype}, lam, mu,
+                               smoothing, b, classes, {at<void>(grad_adv), adv_dtype},
+                               {at<void>(grad_ball), ball_dtype}, {at<void>(grad_clean), clean_dtype});
+}
+
+void augment(Address images, Address index, int64_t channels, int64_t h, int64_t w, Address x,
+             Address where, int64_t b, int64_t seed, int64_t step, uint32_t stream, int64_t pad,
+             bool flip) {
+  run.kernels->augment(at<uint8_t>(images), at<int64_t>(index), {channels, h, w}, at<float>(x),
+              at<int32_t>(where), b, uint64_t(seed), uint64_t(step), stream, pad, flip);
+}
+
+void recall(Address memory, Address index, Address where, int64_t channels, int64_t h, int64_t w,
+            Address x, Address out, int64_t b, bool channels_last, float eps, bool l2) {
+  run.kernels->recall(at<int8_t>(memory), at<int64_t>(index), at<int32_t>(where), {channels, h, w},
+             at<float>(x), at<float>(out), b, channels_last, eps, l2);
+}
+
+void remember(Address memory, Address index, Address where, int64_t channels, int64_t h, int64_t w,
+              Address x, Address z, int64_t b, bool channels_last, float eps) {
+  run.kernels->remember(at<int8_t>(memory), at<int64_t>(index), at<int32_t>(where), {channels, h, w},
+               at<float>(x), at<float>(z), b, channels_last, eps);
+}
+
+// One tuple a tensor: p, grad, grad dtype, momentum, average or 0, elements, weight decay.
+using Row = std::tuple<Address, Address, int, Address, Address, int64_t, float>;
+
+void sgd_ema_step(const std::vector<Row>& rows, float lr, float momentum, float blend,
+                  bool nesterov) {
+  std::vector<Parameter> tensors;
+  tensors.reserve(rows.size());
+  for (const auto& [p, g, dtype, m, average, n, decay] : rows)
+    tensors.push_back(
+        {at<float>(p), at<void>(g), at<float>(m), at<float>(average), n, dtype, decay});
+  run.kernels->sgd_ema_step(tensors.data(), int64_t(tensors.size()), {lr, momentum, blend, nesterov});
+}
+
+}  // namespace
+}  // namespace engine
+
+NB_MODULE(_native, m) {
+  using namespace engine;
+  const auto release = nb::call_guard<nb::gil_scoped_release>();
+  m.def("isas", &names);
+  m.def("isa", [] { return run.name; });
+  m.def("use_isa", &use);  // for tests: every build must pass them
+  m.def("keep_freed_memory", &keep_freed_memory);
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+  m.def("threads", [] { return omp_get_max_threads(); });
+#else
+  m.attr("openmp") = false;
+  m.def("threads", [] { return 1; });
+#endif
+  m.def("uniform_start", &uniform_start, release);
+  m.def("attack_step", &attack_step, release);
+  m.def("cross_entropy_grad", &cross_entropy_grad, release);
+  m.def("kl_grad", &kl_grad, release);
+  m.def("input_grad_step", &input_grad_step, release);
+  m.def("local_ball_loss", &local_ball_loss, release);
+  m.def("local_ball_loss_backward", &local_ball_loss_backward, release);
+  m.def("augment", &augment, release);
+  m.def("recall", &recall, release);
+  m.def("remember", &remember, release);
+  m.def("sgd_ema_step", &sgd_ema_step, release);
+}

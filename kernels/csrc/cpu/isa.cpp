@@ -1,0 +1,17 @@
+// All kernels for one instruction set: compiled once for each, with ENGINE_ISA and flags to match.
+#include "../core/attack.hpp"
+#include "../core/data.hpp"
+#include "../core/logits.hpp"
+#include "../core/sgd.hpp"
+#include "../core/stem.hpp"
+
+namespace engine::ENGINE_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    uniform_start,   attack_step,              cross_entropy_grad, kl_grad, input_grad_step,
+    local_ball_loss, local_ball_loss_backward, augment,            recall,  remember,
+    sgd_ema_step,
+};
+
+}  // namespace engine::ENGINE_ISA

@@ -1,0 +1,55 @@
+"""Which backend runs, on which device, and outputs that start as NaN."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is imported: without a GPU its kernels run in the interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from engine.kernels import backends
+
+_EMPTY, _EMPTY_LIKE, _NEW_EMPTY = torch.empty, torch.empty_like, torch.Tensor.new_empty
+
+
+def _poisoned(allocate):
+    def allocate_poisoned(*args, **kwargs):
+        t = allocate(*args, **kwargs)
+        if t.is_floating_point():
+            t.fill_(float("nan"))
+        elif t.dtype in (torch.int8, torch.int32, torch.int64):
+            t.fill_(77)
+        return t
+
+    return allocate_poisoned
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fresh memory is NaN, so an element that a kernel forgets to write shows."""
+    monkeypatch.setattr(torch, "empty", _poisoned(_EMPTY))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(_EMPTY_LIKE))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(_NEW_EMPTY))
+
+
+@pytest.fixture(params=["reference", "native", "triton"])
+def backend(request, poison):
+    """Every op in the test runs on this backend; a missing one is a skip that says why."""
+    module, reason = backends.load(request.param)
+    if module is None:
+        pytest.skip(f"{request.param} is not available: {reason}")
+    with backends.use(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend):
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def interpreted(backend):
+    """Triton without a GPU: slow, and without bfloat16."""
+    return backend == "triton" and not torch.cuda.is_available()
