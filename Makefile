@@ -27,10 +27,10 @@ train: .venv/ready ## get Fashion-MNIST, train with the local-ball method, evalu
 
 test: .venv/ready ## the whole test suite but its slow forms
 	@$(BIN)/python -m engine data fetch fashion-mnist || echo 'engine: tests on Fashion-MNIST will be skipped'
-	@$(BIN)/python -m pytest -m 'not slow'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 test-all: .venv/ready ## the slow forms too
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: .venv/ready ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs

@@ -1,14 +1,11 @@
-"""Timing side by side, and a stamp of the machine."""
+"""Timing side by side. The machine's stamp is `engine.runs.environment`."""
 
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -78,58 +75,6 @@ def copier(moved: int) -> Callable[[], object]:
     return lambda: target.copy_(source)
 
 
-def copy_bandwidth(moved: int = 1 << 28, seconds: float = 0.5) -> float:
-    """Gigabytes a second that `copier` moves, bytes read and written both counted."""
-    timing = side_by_side({"copy": copier(moved)}, seconds=seconds)["copy"]
-    return moved / timing.p50 / 1e6
-
-
-def machine() -> dict[str, object]:
-    """What a number must carry to be compared with another."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "commit": _commit(),
-        # Above the number of cores, other work ran at the same time: distrust the absolute figures.
-        "load": load(),
-    }
-
-
 def load() -> float:
     """Average number of running processes over the last minute, 0 where the system does not say."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
-
-
-def _cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The checkout's short commit, with a mark if files have changed since; None outside of one."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args],
-            cwd=Path(__file__).resolve().parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
