@@ -90,3 +90,13 @@ def test_architecture_names_every_module():
         if path.suffix == ".py" and not path.name.startswith("__"):
             assert path.name in text or path.name == "errors.py", path.name
     assert engine.__doc__
+
+
+def test_tables_in_the_docs_are_the_stored_results():
+    from engine.benchmarks import tables
+
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    stored = tables.stored()
+    assert stored
+    for name, table in stored.items():
+        assert table in text, f"docs/results.md does not show {name} as it is stored"
