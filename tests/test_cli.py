@@ -250,3 +250,27 @@ def test_compare_summarises_and_resumes(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == first
     assert time.monotonic() - began < 5
     assert cli.run([*words, "--attack.steps", "1"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "network"),
+    [("cifar10", "preact-resnet18"), ("cifar100", "tiny-cnn"), ("mnist", "small-cnn")],
+)
+def test_full_scale_recipes_train_on_files_in_the_official_format(
+    name, network, tmp_path, monkeypatch, capsys
+):
+    """Crop, mirror, normalisation, memory: the whole path, on random images for two steps."""
+    from engine import runner
+
+    from .data import official
+
+    official.install(tmp_path / "data", name, train=24, test=8)
+    monkeypatch.setenv("ENGINE_DATA", str(tmp_path / "data"))
+    runner._load.cache_clear()
+    words = ["train", name, "--json", "--no-eval", "--run-dir", str(tmp_path / "run")]
+    words += ["--model.name", network, "--optim.epochs", "1", "--optim.batch_size", "8"]
+    words += ["--data.validation", "8", "--validation.steps", "1", "--threads", "1"]
+    assert cli.run(words) == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    assert Run.open(tmp_path / "run").metrics()[0]["loss"] > 0
+    runner._load.cache_clear()
