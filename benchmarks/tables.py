@@ -1,4 +1,4 @@
-"""The tables in README and docs, from the stored results: `python -m engine.benchmarks.tables`."""
+"""The tables in the docs, from the stored results: `python -m engine.benchmarks.tables`."""
 
 from __future__ import annotations
 
@@ -34,12 +34,42 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def stored() -> dict[str, str]:
-    """Every stored comparison as a table, by file name."""
-    return {
-        path.stem: comparison(json.loads(path.read_text())["rows"])
-        for path in sorted(RESULTS.glob("compare-*.json"))
-    }
+def ops(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of `engine bench ops` rows: the served backend against its opponents."""
+    lines = [
+        "| op | shape | p50 ms | GB/s | of a copy | against eager | against torch.compile |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["backend"] in ("eager", "compile"):
+            continue
+        cells = [
+            f"`{row['op']}`",
+            row["shape"],
+            f"{row['p50_ms']:.3f}",
+            f"{row['gbps']:.1f}",
+            f"{row['share_of_copy']:.0%}",
+            _times(row["speedup_vs_eager"]),
+            _times(row["speedup_vs_compile"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def stored() -> dict[str, tuple[str, str]]:
+    """Every stored result: by file name, the document that shows it and its table."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        if path.stem == "ops":
+            found[path.stem] = ("docs/performance.md", ops(rows))
+        else:
+            found[path.stem] = ("docs/results.md", comparison(rows))
+    return found
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.1f}x"
 
 
 def _percent(mean: float | None, deviation: float | None = None) -> str:
@@ -49,5 +79,5 @@ def _percent(mean: float | None, deviation: float | None = None) -> str:
 
 
 if __name__ == "__main__":
-    for name, table in stored().items():
-        print(f"{name}\n\n{table}\n")
+    for name, (document, table) in stored().items():
+        print(f"{name}, for {document}\n\n{table}\n")

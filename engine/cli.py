@@ -378,7 +378,10 @@ def _show(row: dict[str, Any], as_json: bool) -> None:
 
     from .progress import stdout
 
-    table = Table("", "", show_header=False)
+    table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    # Paths are for copying: a narrow terminal wraps them and cuts nothing.
+    table.add_column(overflow="fold")
     for key, value in row.items():
         if value is None:
             continue

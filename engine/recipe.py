@@ -200,7 +200,7 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
         tree["objective"] = {"name": text}
         return
     if dotted not in known:
-        raise EngineError(f"unknown option --{key}{nearest(dotted, list(known), '--')}")
+        raise EngineError(f"unknown option {f'--{key}'!r}{nearest(dotted, list(known), '--')}")
     value: Any = text
     kind = _bare(known[dotted])
     if get_origin(kind) is tuple:
@@ -286,11 +286,11 @@ def _reject_unknown(tree: Mapping[str, Any]) -> None:
             for inner in value:
                 if f"{key}.{inner}" not in known:
                     raise EngineError(
-                        f"recipe: unknown field {key}.{inner}{nearest(f'{key}.{inner}', known)}"
+                        f"recipe: unknown field {f'{key}.{inner}'!r}{nearest(f'{key}.{inner}', known)}"
                     )
         elif key not in known:
             choices = [*sections, *(n for n in known if "." not in n)]
-            raise EngineError(f"recipe: unknown field {key}{nearest(key, choices)}")
+            raise EngineError(f"recipe: unknown field {key!r}{nearest(key, choices)}")
 
 
 def _one_line(error: ValidationError) -> str:

@@ -206,6 +206,8 @@ def test_ctrl_c_is_one_line_status_130_and_whole_files(tmp_path):
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite started in the background inherits an ignored SIGINT; a person's shell does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     run = tmp_path / "run"
     deadline = time.monotonic() + 120

@@ -79,6 +79,8 @@ def test_mistakes_give_one_line_that_names_the_field(overrides, said):
 FILES = [
     ("[attack]\nsteps = 0\n", "attack.steps"),
     ("[attack]\nstep = 2\n", "did you mean attack.steps"),
+    ('[data]\n"\\n" = 1\n', "unknown field"),
+    ('"a\\nb" = 1\n', "unknown field"),
     ("[atack]\nsteps = 2\n", "did you mean attack"),
     ("attack = 3\n", "attack must be a table"),
     ("steps = \n", "not valid TOML"),
