@@ -3,6 +3,7 @@
 from . import backends, ops, reference
 from .ops import (
     attack_step,
+    attack_step_,
     augment,
     cross_entropy_grad,
     input_grad_step,
@@ -16,6 +17,7 @@ from .ops import (
 
 __all__ = [
     "attack_step",
+    "attack_step_",
     "augment",
     "backends",
     "cross_entropy_grad",

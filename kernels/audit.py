@@ -82,7 +82,8 @@ def examples() -> list[Example]:
     d, many = c * h * w, 4096
     pixels, logits = b * d, b * k
     x = torch.zeros(b, c, h, w)
-    half = x.bfloat16()
+    z, half = torch.zeros_like(x), x.bfloat16()
+    half_last = half.contiguous(memory_format=torch.channels_last)
     p, target = torch.zeros(b, k), torch.zeros(b, dtype=torch.int64)
     many_p, many_target = torch.zeros(many, k), torch.zeros(many, dtype=torch.int64)
     rng, index = torch.zeros(2, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
@@ -123,6 +124,10 @@ def examples() -> list[Example]:
         Example("linf_step", "attack_step", lambda: ops.attack_step(x, x, x, one, one), pixels, 16, flat=True),
         Example("linf_step_bf16_grad", "attack_step", lambda: ops.attack_step(x, x, half, one, one), pixels, 14, flat=True),
         Example("l2_step", "attack_step", lambda: ops.attack_step(x, x, x, one, one, norm="L2"), pixels, 16),
+        Example("linf_step_in_place", "attack_step_", lambda: ops.attack_step_(x, z, x, one, one), pixels, 16, flat=True),
+        Example("linf_step_bf16_input", "attack_step_", lambda: ops.attack_step_(x, z, x, one, one, network_input=half), pixels, 18, flat=True),
+        Example("linf_step_channels_last_input", "attack_step_", lambda: ops.attack_step_(x, z, x, one, one, network_input=half_last), pixels, 18),
+        Example("l2_step_bf16_input", "attack_step_", lambda: ops.attack_step_(x, z, x, one, one, norm="L2", network_input=half), pixels, 18),
         Example("cross_entropy_grad", "cross_entropy_grad", lambda: ops.cross_entropy_grad(p, target), logits, 8 + 8 / k),
         Example("kl_grad", "kl_grad", lambda: ops.kl_grad(p, p), logits, 12),
         Example("linf_input_grad", "input_grad_step", lambda: stem("Linf"), pixels, 12 + stem_bytes, counted=False),

@@ -22,6 +22,7 @@ Backend = Literal["reference", "native", "triton"]
 OPS = (
     "uniform_start",
     "attack_step",
+    "attack_step_",
     "cross_entropy_grad",
     "kl_grad",
     "input_grad_step",

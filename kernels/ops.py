@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import dispatch
+from .layout import same_order
 
 Scalar = float | Tensor
 NORMS = ("Linf", "L2")
@@ -54,7 +55,7 @@ def _check_like(name: str, t: Tensor, like: Tensor, like_name: str) -> Tensor:
         raise ValueError(f"{name} is on {t.device}, {like_name} on {like.device}")
     if t.stride() == like.stride():
         return t
-    if t.is_contiguous() and like.is_contiguous():
+    if same_order(t, like):
         # With one channel, contiguous and channels_last are one layout under two sets of strides.
         return t.as_strided(like.shape, like.stride())
     return torch.empty_like(like, dtype=t.dtype).copy_(t)
@@ -67,10 +68,7 @@ def _check_images(name: str, x: Tensor) -> Tensor:
         raise TypeError(f"{name} must be float32 (or float64), got {x.dtype}")
     if not (x.dim() >= 2):
         raise ValueError(f"{name} must be [B, ...], got shape {tuple(x.shape)}")
-    dense = x.is_contiguous() or (
-        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    )
-    return x if dense else x.contiguous()
+    return x if same_order(x, x) else x.contiguous()
 
 
 def _check_logits(name: str, t: Tensor) -> Tensor:
@@ -207,6 +205,73 @@ def attack_step(
     return _attack_step(
         x, z, grad, _check_scalar("eps", eps, x), _check_scalar("alpha", alpha, x), norm
     )
+
+
+_attack_step_ = _define(
+    "attack_step_",
+    "(Tensor x, Tensor(a!) z, Tensor grad, Tensor eps, Tensor alpha, str norm, Tensor(b!)? network_input) -> ()",
+)
+
+
+@torch.library.register_fake("engine::attack_step_")
+def _(x, z, grad, eps, alpha, norm, network_input):
+    return None
+
+
+def _check_network_input(t: Tensor, x: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"network_input must be a tensor, got {type(t).__name__}")
+    if t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"network_input must be float16, bfloat16 or float32, got {t.dtype}")
+    if t.shape != x.shape:
+        raise ValueError(f"network_input has shape {tuple(t.shape)}, x has {tuple(x.shape)}")
+    if t.device != x.device:
+        raise ValueError(f"network_input is on {t.device}, x on {x.device}")
+    if not same_order(t, t):
+        raise ValueError(f"network_input must be contiguous or channels_last, strides {t.stride()}")
+
+
+def attack_step_(
+    x: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    eps: Scalar,
+    alpha: Scalar,
+    *,
+    norm: str = "Linf",
+    network_input: Tensor | None = None,
+) -> None:
+    """`attack_step` in place, writing the network's next input in the same pass over memory.
+
+    `z` stays float32 over all steps, whatever the network computes in: steps in 16 bits would be lost
+    to rounding.
+
+    Args:
+        x, grad, eps, alpha, norm: as for `attack_step`.
+        z: the current iterate, replaced by the next; dtype and memory order of `x`. Must share no
+            memory with `x`.
+        network_input: takes the same values, rounded to its dtype: shape of `x`, float16, bfloat16
+            or float32, contiguous or channels_last whatever `x` is. Must share no memory with the
+            other tensors.
+    """
+    x = _check_images("x", x)
+    if isinstance(z, Tensor) and z.shape == x.shape and not same_order(x, z):
+        raise ValueError(f"z must lie in memory as x does, {x.stride()}: strides {z.stride()}")
+    z, grad = _check_like("z", z, x, "x"), _check_like("grad", grad, x, "x")
+    if z.dtype != x.dtype:
+        raise TypeError(f"z is {z.dtype}, x is {x.dtype}")
+    if z.is_set_to(x):
+        raise ValueError("z is x itself: the step would move the centre of the ball")
+    if not grad.is_floating_point():
+        raise TypeError(f"grad must be a float tensor, got {grad.dtype}")
+    _check_norm(norm)
+    if network_input is not None:
+        _check_network_input(network_input, x)
+    eps, alpha = _check_scalar("eps", eps, x), _check_scalar("alpha", alpha, x)
+    _attack_step_(x, z, grad, eps, alpha, norm, network_input)
+    written = [t for t in (z, network_input) if t is not None and not t.is_inference()]
+    # A backward pass that still needs the old values then fails, where it would be wrong in silence.
+    torch.autograd.graph.increment_version(written)
 
 
 _cross_entropy_grad = _define(

@@ -137,6 +137,20 @@ def attack_step(
     return _like(moved.clamp(0.0, 1.0), x)
 
 
+def attack_step_(
+    x: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    eps: Tensor,
+    alpha: Tensor,
+    norm: str,
+    network_input: Tensor | None,
+) -> None:
+    z.copy_(attack_step(x, z, grad, eps, alpha, norm))
+    if network_input is not None:
+        network_input.copy_(z)
+
+
 def cross_entropy_grad(logits: Tensor, target: Tensor, scale: float) -> Tensor:
     grad = torch.softmax(_wide(logits), dim=1)
     grad.scatter_add_(1, target.view(-1, 1), -torch.ones_like(grad[:, :1]))

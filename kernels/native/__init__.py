@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..layout import transposed_rows
 
 # After torch: the module then shares torch's OpenMP runtime, and `torch.set_num_threads` governs both.
 try:
@@ -96,8 +97,42 @@ def attack_step(
         eps.item(),
         alpha.item(),
         norm == "L2",
+        0,
+        0,
+        1,
     )
     return out
+
+
+def attack_step_(
+    x: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    eps: Tensor,
+    alpha: Tensor,
+    norm: str,
+    network_input: Tensor | None,
+) -> None:
+    if (
+        not _served(x, z, grad)
+        or z.dtype is not x.dtype
+        or grad.dtype not in _DTYPES
+        or (network_input is not None and network_input.dtype not in _DTYPES)
+    ):
+        return reference.attack_step_(x, z, grad, eps, alpha, norm, network_input)
+    _native.attack_step(
+        x.data_ptr(),
+        z.data_ptr(),
+        *_address(grad),
+        z.data_ptr(),
+        *_rows(x),
+        eps.item(),
+        alpha.item(),
+        norm == "L2",
+        *_address(network_input),
+        1 if network_input is None else transposed_rows(z, network_input),
+    )
+    return None
 
 
 def cross_entropy_grad(logits: Tensor, target: Tensor, scale: float) -> Tensor:

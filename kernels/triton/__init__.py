@@ -9,7 +9,7 @@ try:
 except ImportError as error:
     raise ImportError(f"Triton is not installed ({error})") from error
 
-from .attack_step import attack_step
+from .attack_step import attack_step, attack_step_
 from .data import augment, recall, remember
 from .input_grad_step import input_grad_step
 from .launch import INTERPRETING
@@ -23,6 +23,7 @@ ORIGIN = f"Triton {triton.__version__}" + (", interpreted" if INTERPRETING else 
 __all__ = [
     "ORIGIN",
     "attack_step",
+    "attack_step_",
     "augment",
     "cross_entropy_grad",
     "input_grad_step",

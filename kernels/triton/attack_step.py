@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import transposed_rows
 from .launch import flat_tile, on_device, row_tile
 from .maths import clip, into_ball, linf_step
 
@@ -15,34 +16,75 @@ def attack_step(
     x: Tensor, z: Tensor, grad: Tensor, eps: Tensor, alpha: Tensor, norm: str
 ) -> Tensor:
     out = torch.empty_like(x)
-    with on_device(x):
-        if norm == "Linf":
-            n, tile = x.numel(), flat_tile(x.numel())
-            linf_step_kernel[(triton.cdiv(n, tile["BLOCK"]),)](
-                x, z, grad, out, eps, alpha, n, **tile, enable_fp_fusion=False
-            )
-        else:
-            launch_l2_step(x, z, grad, out, eps, alpha)
+    _launch(x, z, grad, out, None, eps, alpha, norm)
     return out
 
 
-def launch_l2_step(
-    x: Tensor, z: Tensor, grad: Tensor, out: Tensor, eps: Tensor, alpha: Tensor
+def attack_step_(
+    x: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    eps: Tensor,
+    alpha: Tensor,
+    norm: str,
+    network_input: Tensor | None,
 ) -> None:
+    _launch(x, z, grad, z, network_input, eps, alpha, norm)
+
+
+def _launch(
+    x: Tensor, z: Tensor, grad: Tensor, out: Tensor, network_input: Tensor | None,
+    eps: Tensor, alpha: Tensor, norm: str,
+) -> None:  # fmt: skip
+    with on_device(x):
+        if norm == "L2":
+            launch_l2_step(x, z, grad, out, eps, alpha, network_input)
+            return
+        n, tile = x.numel(), flat_tile(x.numel())
+        linf_step_kernel[(triton.cdiv(n, tile["BLOCK"]),)](
+            x, z, grad, out, network_input, eps, alpha, n,
+            **_order(out, network_input), **tile, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def launch_l2_step(
+    x: Tensor, z: Tensor, grad: Tensor, out: Tensor, eps: Tensor, alpha: Tensor,
+    network_input: Tensor | None = None,
+) -> None:  # fmt: skip
     rows, columns = x.shape[0], x.numel() // max(x.shape[0], 1)
     tile = row_tile(rows, columns, elements=1024, widest=4096, a_thread=16)
     l2_step_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        x, z, grad, out, eps, alpha, rows, columns, **tile
-    )
+        x, z, grad, out, network_input, eps, alpha, rows, columns,
+        **_order(out, network_input), **tile,
+    )  # fmt: skip
+
+
+def _order(out: Tensor, network_input: Tensor | None) -> dict[str, int]:
+    """[FROM_ROWS, FROM_COLUMNS], a sample of `out` whose transpose goes to the network; 1: as it is."""
+    rows = 1 if network_input is None else transposed_rows(out, network_input)
+    columns = 1 if rows == 1 else out[0].numel() // rows
+    return {"FROM_ROWS": rows, "FROM_COLUMNS": columns}
 
 
 @triton.jit
-def linf_step_kernel(x_ptr, z_ptr, grad_ptr, out_ptr, eps_ptr, alpha_ptr, n, BLOCK: tl.constexpr):
-    """One element a lane, all operands in one memory order. Grid: (ceil(n / BLOCK),).
+def _transposed(i, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr):
+    """Where element `i` of a sample [FROM_ROWS, FROM_COLUMNS] lies in the transpose."""
+    return i if FROM_ROWS == 1 else i % FROM_COLUMNS * FROM_ROWS + i // FROM_COLUMNS
+
+
+@triton.jit
+def linf_step_kernel(
+    x_ptr, z_ptr, grad_ptr, out_ptr, input_ptr, eps_ptr, alpha_ptr, n,
+    FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One element a lane, all operands but the network's input in one memory order. Grid: (ceil(n / BLOCK),).
 
     Args:
-        x_ptr, z_ptr, out_ptr: float32 or float64 [n], dense. x: centre; z: iterate; out: next iterate.
+        x_ptr, z_ptr, out_ptr: float32 or float64 [n], dense. x: centre; z: iterate; out: next iterate,
+            may be z.
         grad_ptr: any float type [n].
+        input_ptr: any float type [n], the next iterate once more, every sample [FROM_ROWS, FROM_COLUMNS]
+            transposed; or None.
         eps_ptr, alpha_ptr: one float each.
         n: elements. 128-bit accesses need n % 16 == 0, which Triton specialises on.
     """
@@ -52,13 +94,19 @@ def linf_step_kernel(x_ptr, z_ptr, grad_ptr, out_ptr, eps_ptr, alpha_ptr, n, BLO
     z = tl.load(z_ptr + offsets, mask=inside)
     grad = tl.load(grad_ptr + offsets, mask=inside).to(x.dtype)
     eps, alpha = tl.load(eps_ptr).to(x.dtype), tl.load(alpha_ptr).to(x.dtype)
-    tl.store(out_ptr + offsets, linf_step(x, z, grad, eps, alpha), mask=inside)
+    moved = linf_step(x, z, grad, eps, alpha)
+    tl.store(out_ptr + offsets, moved, mask=inside)
+    if input_ptr is not None:
+        if FROM_ROWS > 1:
+            i = (offsets % (FROM_ROWS * FROM_COLUMNS)).to(tl.int32)
+            offsets += _transposed(i, FROM_ROWS, FROM_COLUMNS) - i
+        tl.store(input_ptr + offsets, moved.to(input_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def l2_step_kernel(
-    x_ptr, z_ptr, grad_ptr, out_ptr, eps_ptr, alpha_ptr, rows, columns,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, z_ptr, grad_ptr, out_ptr, input_ptr, eps_ptr, alpha_ptr, rows, columns,
+    FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Whole samples a program, BLOCK columns at a time. Grid: (ceil(rows / ROWS),).
 
@@ -67,7 +115,8 @@ def l2_step_kernel(
 
     Args:
         x_ptr, z_ptr, out_ptr: float32 or float64 [rows, columns], row stride `columns`.
-        grad_ptr: any float type, the same shape and strides. out may be grad.
+        grad_ptr: any float type, the same shape and strides. out may be grad, or z.
+        input_ptr: as for `linf_step_kernel`.
         eps_ptr, alpha_ptr: one float each.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -104,4 +153,8 @@ def l2_step_kernel(
         z = tl.load(z_ptr + at, mask=inside, other=0.0)
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(dtype)
         delta = z + tl.where(usable, grad, 0.0) * scale - x
-        tl.store(out_ptr + at, clip(x + delta * factor, 0.0, 1.0), mask=inside)
+        moved = clip(x + delta * factor, 0.0, 1.0)
+        tl.store(out_ptr + at, moved, mask=inside)
+        if input_ptr is not None:
+            at = base + _transposed(start + lane, FROM_ROWS, FROM_COLUMNS)
+            tl.store(input_ptr + at, moved.to(input_ptr.dtype.element_ty), mask=inside)

@@ -11,7 +11,15 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from engine.kernels import audit, backends
 
-FLAT = {"linf_start", "linf_step", "linf_step_bf16_grad", "sgd_ema", "sgd_ema_one"}
+FLAT = {
+    "linf_start",
+    "linf_step",
+    "linf_step_bf16_grad",
+    "linf_step_in_place",
+    "linf_step_bf16_input",
+    "sgd_ema",
+    "sgd_ema_one",
+}
 
 
 def run_compiling(code):
@@ -137,6 +145,10 @@ def images(dtype, grad, shape, norm):
     x = torch.zeros(shape, dtype=dtype)
     ops.uniform_start(x, e, rng, norm=norm, stream=1)
     ops.attack_step(x, x, x.to(grad), e, e.to(dtype), norm=norm)
+    z, last = x.clone(), x.to(grad)
+    last = last.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else last
+    ops.attack_step_(x, z, x.to(grad), e, e, norm=norm)
+    ops.attack_step_(x, z, x, e, e, norm=norm, network_input=last)
 
 def logits(dtype, rows, classes, has_ball, has_clean):
     p, target = torch.zeros(rows, classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
@@ -165,7 +177,7 @@ def optimiser(dtype, grad, sizes, average, nesterov):
 product, norms = itertools.product, ("Linf", "L2")
 record = audit.recording("sm_90")
 record.__enter__()
-for case in product((f32, f64), (f16, bf16), [(1, 1), (2, 1, 4, 4)], norms): attempt(images, *case)
+for case in product((f32, f64), (f16, bf16), [(1, 1), (2, 1, 4, 4), (2, 3, 4, 4)], norms): attempt(images, *case)
 for case in product((f32, f64, f16, bf16), [(1, 1), (1, 10), (3000, 3)]): attempt(logits, case[0], *case[1], True, True)
 for case in product((False, True), (False, True)): attempt(logits, f32, 5, 1000, *case)
 for case in product((f32, f64), (1, 5), [(1, 1, 1), (3, 4, 4)], norms, [torch.contiguous_format, torch.channels_last]): attempt(data, *case)

@@ -252,6 +252,93 @@ def test_attack_step_stays_in_ball_and_box(backend, device, interpreted):
         assert (size <= eps + 1e-6 + 1e-6 * eps).all()
 
 
+# ---- attack_step_ ----------------------------------------------------------------------------
+
+
+def check_in_place(x, z, grad, *, norm, network_input=None, eps=EPS, alpha=ALPHA):
+    """The bits of `attack_step`, in `z`'s own memory and, rounded, in `network_input`."""
+    expected = kernels.attack_step(x, z, grad, eps, alpha, norm=norm)
+    centre, at = x.clone(), z.data_ptr()
+    kernels.attack_step_(x, z, grad, eps, alpha, norm=norm, network_input=network_input)
+    assert z.data_ptr() == at
+    assert torch.equal(z, expected)
+    assert torch.equal(x, centre)
+    if network_input is not None:
+        assert torch.equal(network_input, expected.to(network_input.dtype))
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("input_layout", [None, *LAYOUTS[:2]])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attack_step_in_place_is_attack_step(backend, device, shape, layout, input_layout, norm):
+    x = images(shape, device, layout)
+    z = lay_out((x + normal(shape, device, 0.05)).clamp(0, 1).cpu(), layout).to(device)
+    network_input = None
+    if input_layout:
+        network_input = lay_out(torch.full(shape, math.nan), input_layout).half().to(device)
+    check_in_place(x, z, normal(shape, device, seed=3), norm=norm, network_input=network_input)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_attack_step_writes_the_network_input_in_its_type(
+    backend, device, interpreted, dtype, norm
+):
+    skip_bfloat16(interpreted, dtype)
+    # More elements than one tile or chunk holds, and no multiple of either.
+    shape = (5, 3, 33, 31)
+    x, grad = images(shape, device), normal(shape, device, dtype=dtype)
+    for layout in LAYOUTS[:2]:
+        z = (x + normal(shape, device, 0.02)).clamp(0, 1)
+        network_input = lay_out(torch.full(shape, math.nan, dtype=dtype), layout).to(device)
+        check_in_place(x, z, grad, norm=norm, network_input=network_input)
+
+
+def test_attack_step_in_place_over_several_steps(backend, device):
+    x = images((2, 3, 8, 8), device)
+    grads = [normal(x.shape, device, seed=s) for s in range(3)]
+    z, out = x.clone(), x
+    network_input = torch.empty_like(x, dtype=torch.float16)
+    for grad in grads:
+        kernels.attack_step_(x, z, grad, EPS, 1e-5, network_input=network_input)
+        out = kernels.attack_step(x, out, grad, EPS, 1e-5)
+    # Steps below float16's resolution add up: the iterate itself is never rounded.
+    assert torch.equal(z, out)
+    assert torch.equal(network_input, out.half())
+
+
+@pytest.mark.parametrize("which", ["z", "network_input"])
+def test_a_pending_backward_notices_the_step(backend, device, which):
+    x = images((2, 3, 4, 4), device)
+    tensors = {"z": x.clone(), "network_input": x.clone()}
+    weight = torch.ones((), device=device, requires_grad=True)
+    loss = (tensors[which] * weight).sum()
+    kernels.attack_step_(x, grad=x, eps=EPS, alpha=ALPHA, **tensors)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+    with torch.inference_mode():
+        kernels.attack_step_(x, x.clone(), x, EPS, ALPHA)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_attack_step_in_place_survives_bad_gradients(backend, device, norm):
+    x = images((3, 2, 5, 5), device)
+    grad = normal(x.shape, device)
+    grad[0, 0, 0, 0], grad[1, 0, 2, 3] = math.nan, math.inf
+    check_in_place(x, (x + 0.01).clamp(0, 1), grad, norm=norm)
+
+
+def test_attack_step_in_place_refuses_a_z_of_another_layout(backend, device):
+    x = images((2, 3, 4, 4), device)
+    for z in (lay_out(x.cpu(), "channels_last"), lay_out(x.cpu(), "strided"), x[:1].expand_as(x)):
+        z = z.to(device)
+        before = z.clone()
+        with pytest.raises(ValueError, match=r"\bz\b"):
+            kernels.attack_step_(x, z, x, EPS, ALPHA)
+        assert torch.equal(z, before)
+
+
 # ---- input_grad_step -------------------------------------------------------------------------
 
 # (C, O, kernel height, kernel width, stride, padding, H, W)
@@ -756,6 +843,10 @@ def operator_arguments(device):
             (x, x, grad, small, small, "Linf"),
             (xl, xl, lay_out(grad, "channels_last"), small, small, "L2"),
         ],
+        "attack_step_": [
+            (x, x.clone(), grad, small, small, "Linf", None),
+            (xl, xl.clone(), lay_out(grad, "channels_last"), small, small, "L2", x.half()),
+        ],
         "cross_entropy_grad": [(adv, target, 1.0)],
         "kl_grad": [(adv, ball, 1.0)],
         "input_grad_step": [
@@ -822,6 +913,23 @@ def bad_calls(device):
         "z device": (ValueError, "z", lambda: k.attack_step(x, meta, x, 0.1, 0.1)),
         "grad shape": (ValueError, "grad", lambda: k.attack_step(x, x, x[..., :5], 0.1, 0.1)),
         "grad dtype": (TypeError, "grad", lambda: k.attack_step(x, x, x.int(), 0.1, 0.1)),
+        "in place z": (TypeError, "z", lambda: k.attack_step_(x, x.double(), x, 0.1, 0.1)),
+        "in place z is x": (ValueError, "z", lambda: k.attack_step_(x, x.detach(), x, 0.1, 0.1)),
+        "in place grad": (TypeError, "grad", lambda: k.attack_step_(x, p[0], x.int(), 0.1, 0.1)),
+        **{
+            f"network_input {what}": (
+                error,
+                "network_input",
+                lambda t=t: k.attack_step_(x, p[0], x, 0.1, 0.1, network_input=t),
+            )
+            for what, error, t in (
+                ("kind", TypeError, 1.0),
+                ("dtype", TypeError, x.double()),
+                ("shape", ValueError, x[:1].clone()),
+                ("layout", ValueError, x.transpose(2, 3)),
+                ("device", ValueError, meta),
+            )
+        },
         "logits rank": (ValueError, "logits", lambda: k.cross_entropy_grad(logits[0], target)),
         "logits dtype": (TypeError, "logits", lambda: k.cross_entropy_grad(logits.int(), target)),
         "target dtype": (TypeError, "target", lambda: k.cross_entropy_grad(logits, target.int())),

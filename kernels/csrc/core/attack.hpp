@@ -25,7 +25,7 @@ inline void step_linf(const float* x, const float* z, const G* grad, float* out,
   }
 }
 
-// `out` must not overlap the inputs: it holds the displacement between the passes.
+// `out` holds the displacement between the passes: it may be `z`, and must not overlap the rest.
 template <typename G>
 inline void step_l2(const float* x, const float* z, const G* grad, float* out, int64_t n, float eps,
                     float alpha) {
@@ -49,21 +49,35 @@ inline void step_l2(const float* x, const float* z, const G* grad, float* out, i
   for (int64_t i = 0; i < n; ++i) out[i] = clamp01(x[i] + out[i] * shrink);
 }
 
+// to is the transpose of from [rows, n / rows].
+template <typename N>
+inline void write_input(const float* from, N* to, int64_t rows, int64_t n) {
+  const int64_t columns = n / rows;
+  if (rows == 1) return narrow(from, to, n);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) narrow(from[r * columns + c], to[c * rows + r]);
+}
+
+// `out` may be `z`. What goes to `input` is still in cache when it is written.
 inline void attack_step(const float* x, const float* z, const void* grad, int dtype, float* out,
-                        int64_t b, int64_t d, float eps, float alpha, bool l2) {
+                        int64_t b, int64_t d, float eps, float alpha, bool l2,
+                        const NetworkInput& input) {
+  const bool whole = l2 || input.rows > 1;
+  const int64_t n = b * d, chunk = whole ? max(d, 1) : 4096;
   with_type(dtype, [&](auto* type) {
-    using G = std::remove_pointer_t<decltype(type)>;
-    const G* g = static_cast<const G*>(grad);
-    if (l2) {
-#pragma omp parallel for schedule(static) if (b * d > GRAIN)
-      for (int64_t i = 0; i < b; ++i)
-        step_l2(x + i * d, z + i * d, g + i * d, out + i * d, d, eps, alpha);
-      return;
-    }
-    const int64_t n = b * d, chunk = 4096;
+    with_type(input.dtype, [&](auto* input_type) {
+      const auto* g = static_cast<const std::remove_pointer_t<decltype(type)>*>(grad);
+      auto* next = static_cast<decltype(input_type)>(input.data);
 #pragma omp parallel for schedule(static) if (n > GRAIN)
-    for (int64_t i = 0; i < n; i += chunk)
-      step_linf(x + i, z + i, g + i, out + i, min(chunk, n - i), eps, alpha);
+      for (int64_t i = 0; i < n; i += chunk) {
+        const int64_t count = min(chunk, n - i);
+        if (l2)
+          step_l2(x + i, z + i, g + i, out + i, count, eps, alpha);
+        else
+          step_linf(x + i, z + i, g + i, out + i, count, eps, alpha);
+        if (next) write_input(out + i, next + i, input.rows, count);
+      }
+    });
   });
 }
 
