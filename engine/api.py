@@ -65,13 +65,20 @@ def train(
     memory, loader = None, None
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
         images, labels = data
-        loader = ResidentLoader(
-            images, labels, batch_size, seed=seed, pad=pad, flip=flip, device=where
-        )
         if attack.start == "memory":
             if images.dim() != 4:
                 raise EngineError("the adversary memory holds images [N, C, H, W] only")
             memory = AdversaryMemory(len(images), images.shape[1:], threat, seed=seed, device=where)
+        loader = ResidentLoader(
+            images,
+            labels,
+            batch_size,
+            seed=seed,
+            pad=pad,
+            flip=flip,
+            device=where,
+            memory=memory,
+        )
     elif attack.start == "memory":
         raise EngineError("attack.start = memory needs (images, labels) tensors, not a loader")
     return Trainer(

@@ -138,6 +138,7 @@ def train(recipe: Recipe, run: Run) -> Result:
                 pad=recipe.data.pad,
                 flip=recipe.data.flip,
                 device=where,
+                memory=memory,
             ),
             objective=recipe.objective,
             threat=recipe.threat,

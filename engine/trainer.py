@@ -104,8 +104,8 @@ class Trainer:
 
     def step(self, batch: Batch, lr: float) -> dict[str, Tensor]:
         """One training step: attack, loss, backward, optimiser, memory. Talks to no host."""
-        start = None
-        if self.memory is not None:
+        start = batch.start
+        if start is None and self.memory is not None:
             start = self.memory.recall(_samples(batch), batch.x, batch.where)
         outcome = self.objective(
             self.model, batch.x, batch.y, self.threat, self.attack, start=start, state=self.state

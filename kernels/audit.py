@@ -137,6 +137,7 @@ def examples() -> list[Example]:
         Example("loss_finish", "local_ball_loss", lambda: ops.local_ball_loss(many_p, many_target, many_p, many_p), many * k, 0, position=1),
         Example("loss_backward", "local_ball_loss_backward", backward, logits, 24 + 8 / k),
         Example("augment", "augment", lambda: ops.augment(images, index, rng, pad=4, flip=True), pixels, 5 + crop_bytes),
+        Example("augment_linf_start", "augment", lambda: ops.augment(images, index, rng, pad=4, flip=True, memory=memory, eps=one), pixels, 10 + crop_bytes),
         Example("linf_recall", "recall", lambda: ops.recall(memory, index, where, x, one), pixels, 9 + crop_bytes),
         Example("l2_recall", "recall", lambda: ops.recall(memory, index, where, x, one, norm="L2"), pixels, 9 + crop_bytes),
         Example("remember", "remember", lambda: ops.remember(memory, index, where, x, x, one), pixels, 9 + crop_bytes),

@@ -492,17 +492,16 @@ def local_ball_loss(
 
 _augment = _define(
     "augment",
-    "(Tensor images, Tensor index, Tensor rng, int pad, bool flip, int stream) -> (Tensor, Tensor)",
+    "(Tensor images, Tensor index, Tensor rng, int pad, bool flip, int stream, Tensor? memory, Tensor? eps, str norm) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("engine::augment")
-def _(images, index, rng, pad, flip, stream):
+def _(images, index, rng, pad, flip, stream, memory, eps, norm):
     b = index.shape[0]
-    return (
-        images.new_empty((b, *images.shape[1:]), dtype=torch.float32),
-        images.new_empty((b, 3), dtype=torch.int32),
-    )
+    x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
+    where = images.new_empty((b, 3), dtype=torch.int32)
+    return x, where, x.new_empty(0) if memory is None else torch.empty_like(x)
 
 
 def augment(
@@ -513,8 +512,13 @@ def augment(
     pad: int = 0,
     flip: bool = False,
     stream: int = 2,
-) -> tuple[Tensor, Tensor]:
+    memory: Tensor | None = None,
+    eps: Scalar | None = None,
+    norm: str = "Linf",
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """A training batch from a resident uint8 dataset: gather, zero-pad and crop, mirror, scale to [0, 1].
+
+    With an adversary memory, the attack's start comes with it (Linf: from the same pass over memory).
 
     Args:
         images: uint8 [N, C, H, W], contiguous.
@@ -522,9 +526,14 @@ def augment(
         rng: int64 [2], (seed, step).
         pad: crops start within `pad` pixels of the image's corner, in [0, min(H, W)).
         flip: mirror half of the samples left to right.
+        memory: int8 [N, C, H, W], contiguous, as `recall` takes it; needs eps, the radius in pixel
+            units, >= 0.
+        norm: "Linf" or "L2", of the ball that the start lies in.
     Returns:
         x: float32 [B, C, H, W] in [0, 1].
         where: int32 [B, 3], (dy, dx, mirrored) of every sample, as `recall` and `remember` take it.
+        start: float32 [B, C, H, W], `recall(memory, index, where, x, eps, norm=norm)` bit for bit;
+            None without a memory.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
@@ -535,8 +544,22 @@ def augment(
     if not (0 <= pad < min(images.shape[2:])):
         raise ValueError(f"pad must be in [0, {min(images.shape[2:])}): {pad}")
     _check_rng(rng, images)
+    _check_norm(norm)
     index = _check_index(index, images, "images")
-    return _augment(images, index, rng, int(pad), bool(flip), stream)
+    radius = None
+    if memory is not None:
+        _check_memory_tensor(memory)
+        if memory.shape != images.shape:
+            raise ValueError(f"memory is {tuple(memory.shape)}, images {tuple(images.shape)}")
+        if memory.device != images.device:
+            raise ValueError(f"memory is on {memory.device}, images on {images.device}")
+        if eps is None:
+            raise ValueError("eps is missing: memory holds steps of eps / 127")
+        radius = _check_scalar("eps", eps, images)
+    x, where, start = _augment(
+        images, index, rng, int(pad), bool(flip), stream, memory, radius, norm
+    )
+    return x, where, None if memory is None else start
 
 
 _recall = _define(
@@ -550,11 +573,15 @@ def _(memory, index, where, x, eps, norm):
     return torch.empty_like(x)
 
 
-def _check_memory(memory: Tensor, index: Tensor, where: Tensor, x: Tensor) -> Tensor:
+def _check_memory_tensor(memory: Tensor) -> None:
     if memory.dtype != torch.int8:
         raise TypeError(f"memory must be int8, got {memory.dtype}")
     if not (memory.dim() == 4 and memory.is_contiguous()):
         raise ValueError("memory must be a contiguous [N, C, H, W]")
+
+
+def _check_memory(memory: Tensor, index: Tensor, where: Tensor, x: Tensor) -> Tensor:
+    _check_memory_tensor(memory)
     if x.shape[1:] != memory.shape[1:]:
         raise ValueError(f"x {tuple(x.shape)} does not fit the memory's images")
     index = _check_index(index, memory, "memory")
@@ -578,6 +605,8 @@ def recall(
     norm: str = "Linf",
 ) -> Tensor:
     """The attack's start from the adversary memory: `x` plus each sample's stored perturbation.
+
+    For batches made elsewhere; `augment` forms the start along with its own.
 
     The perturbation takes the same crop and mirror as the image did, is zero where the crop shows
     padding, and is projected into the ball and [0, 1].

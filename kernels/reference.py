@@ -262,8 +262,16 @@ def local_ball_loss_backward(
 
 
 def augment(
-    images: Tensor, index: Tensor, rng: Tensor, pad: int, flip: bool, stream: int
-) -> tuple[Tensor, Tensor]:
+    images: Tensor,
+    index: Tensor,
+    rng: Tensor,
+    pad: int,
+    flip: bool,
+    stream: int,
+    memory: Tensor | None,
+    eps: Tensor | None,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     b = index.shape[0]
     words = random_words(rng, stream, 4 * b).view(b, 4)
     side = 2 * pad + 1
@@ -272,7 +280,10 @@ def augment(
     dx = ((words[:, 1] * side) >> 32) - pad
     mirrored = (words[:, 2] >> 31) if flip else torch.zeros_like(dy)
     where = torch.stack([dy, dx, mirrored], dim=1).to(torch.int32)
-    return crop(images, index, where).to(torch.float32) / 255.0, where
+    x = crop(images, index, where).to(torch.float32) / 255.0
+    if memory is None or eps is None:
+        return x, where, x.new_empty(0)
+    return x, where, recall(memory, index, where, x, eps, norm)
 
 
 def crop(images: Tensor, index: Tensor, where: Tensor) -> Tensor:

@@ -96,6 +96,46 @@ def test_memory_moves_with_crop_and_mirror():
 
 
 @pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5)], ids=str)
+def test_batches_bring_the_start_from_what_was_last_remembered(threat):
+    images, labels = blobs(64)
+    memory = AdversaryMemory(64, (1, 6, 6), threat)
+    loader = ResidentLoader(images, labels, 16, pad=1, flip=True, memory=memory)
+    for epoch in range(2):
+        for batch in loader.epoch(epoch):
+            wanted = memory.recall(batch.samples, batch.x, batch.where)
+            assert torch.equal(batch.start, wanted)
+            # Written between two batches and seen by the next visit: the loader does not run ahead.
+            memory.remember(batch.samples, batch.x, batch.x, batch.where)
+    assert next(ResidentLoader(images, labels, 16).epoch(0)).start is None
+
+
+def test_training_is_the_same_wherever_the_start_is_formed():
+    images, labels = blobs(64)
+
+    def losses(in_loader, data):
+        torch.manual_seed(0)
+        model, memory = Tiny(), AdversaryMemory(64, (1, 6, 6), Linf(0.1))
+        trainer = Trainer(
+            model,
+            ResidentLoader(data, labels, 32, memory=memory if in_loader else None),
+            objective=PGD(),
+            threat=Linf(0.1),
+            attack=Attack(steps=1, start="memory"),
+            optimiser=Optimiser(model),
+            schedule=Schedule(),
+            lr=0.1,
+            epochs=3,
+            memory=memory,
+        )
+        return [row["loss"] for row in trainer.run().rows], memory.deltas
+
+    for data in (images, images.float() / 255):
+        (here, written), (there, expected) = losses(True, data), losses(False, data)
+        assert here == there
+        assert torch.equal(written, expected)
+
+
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5)], ids=str)
 def test_first_visit_starts_at_random_inside_the_ball(threat):
     memory = AdversaryMemory(64, (1, 6, 6), threat, seed=2)
     x = torch.full((64, 1, 6, 6), 0.5)

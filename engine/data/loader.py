@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import kernels, rng
 from ..errors import EngineError
+from ..memory import AdversaryMemory
 
 
 class Batch(NamedTuple):
@@ -19,12 +20,14 @@ class Batch(NamedTuple):
         x: float32 [B, C, H, W] in [0, 1]; y: int64 [B].
         samples: int64 [B], positions in the training set; where: int32 [B, 3], the (dy, dx, mirrored)
             of each crop. An adversary memory needs both; None where a loader cannot tell.
+        start: float32 like x, where the attack starts; None where the loader has no memory of its own.
     """
 
     x: Tensor
     y: Tensor
     samples: Tensor | None = None
     where: Tensor | None = None
+    start: Tensor | None = None
 
 
 class ResidentLoader:
@@ -35,6 +38,8 @@ class ResidentLoader:
         labels: int64 [N].
         batch_size: a last short batch is dropped, so every step has one shape.
         pad, flip: random crop of the image padded by `pad` pixels; random mirroring.
+        memory: the trainer's adversary memory; batches of uint8 images then bring the attack's start,
+            formed in the pass that makes them.
     Raises:
         EngineError: if the set is smaller than a batch, or of another type.
     """
@@ -49,6 +54,7 @@ class ResidentLoader:
         pad: int = 0,
         flip: bool = False,
         device: torch.device | str = "cpu",
+        memory: AdversaryMemory | None = None,
     ) -> None:
         if len(images) < batch_size:
             raise EngineError(
@@ -67,13 +73,18 @@ class ResidentLoader:
         self.labels = labels.to(device)
         self.batch_size, self.seed, self.pad, self.flip = batch_size, seed, pad, flip
         self.state = rng.state(seed, device)
+        self.memory = memory
 
     def __len__(self) -> int:
         """Steps in an epoch."""
         return len(self.images) // self.batch_size
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch (counted from 0)."""
+        """The batches of one epoch (counted from 0), each made when it is asked for.
+
+        With a memory that matters across epochs: an epoch must not begin before the last has been
+        remembered. Within one, every sample occurs once.
+        """
         # A generator of its own for every epoch: the order never depends on what ran before.
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.images), generator=draw).to(self.images.device)
@@ -84,10 +95,22 @@ class ResidentLoader:
                 yield Batch(self.images[index], self.labels[index], index, where)
                 continue
             self.state[1] = epoch * len(self) + i
-            x, where = kernels.augment(
-                self.images, index, self.state, pad=self.pad, flip=self.flip, stream=rng.AUGMENT
-            )
-            yield Batch(x, self.labels[index], index, where)
+            yield self._augmented(index)
+
+    def _augmented(self, index: Tensor) -> Batch:
+        memory = self.memory
+        x, where, start = kernels.augment(
+            self.images,
+            index,
+            self.state,
+            pad=self.pad,
+            flip=self.flip,
+            stream=rng.AUGMENT,
+            memory=None if memory is None else memory.deltas,
+            eps=None if memory is None else memory.threat.eps,
+            norm="Linf" if memory is None else memory.threat.norm,
+        )
+        return Batch(x, self.labels[index], index, where, start)
 
 
 class TensorLoader:

@@ -263,11 +263,20 @@ def local_ball_loss_backward(
 
 
 def augment(
-    images: Tensor, index: Tensor, rng: Tensor, pad: int, flip: bool, stream: int
-) -> tuple[Tensor, Tensor]:
+    images: Tensor,
+    index: Tensor,
+    rng: Tensor,
+    pad: int,
+    flip: bool,
+    stream: int,
+    memory: Tensor | None,
+    eps: Tensor | None,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     b = index.shape[0]
     x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
     where = images.new_empty((b, 3), dtype=torch.int32)
+    start = x.new_empty(0) if memory is None else torch.empty_like(x)
     seed, step = rng.tolist()
     _native.augment(
         images.data_ptr(),
@@ -281,8 +290,12 @@ def augment(
         stream,
         pad,
         flip,
+        0 if memory is None else memory.data_ptr(),
+        start.data_ptr(),
+        0.0 if eps is None else eps.item(),
+        norm == "L2",
     )
-    return x, where
+    return x, where, start
 
 
 def recall(

@@ -27,18 +27,31 @@ def _shape(images: Tensor) -> dict[str, int]:
 
 
 def augment(
-    images: Tensor, index: Tensor, rng: Tensor, pad: int, flip: bool, stream: int
-) -> tuple[Tensor, Tensor]:
+    images: Tensor,
+    index: Tensor,
+    rng: Tensor,
+    pad: int,
+    flip: bool,
+    stream: int,
+    memory: Tensor | None,
+    eps: Tensor | None,
+    norm: str,
+) -> tuple[Tensor, Tensor, Tensor]:
     b, columns = index.shape[0], images[0].numel() if len(images) else 0
     x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
     where = images.new_empty((b, 3), dtype=torch.int32)
+    # The L2 projection needs a sample's length before its first pixel: a launch of its own.
+    fused = memory is not None and norm == "Linf"
+    start = torch.empty_like(x) if fused else x.new_empty(0)
     tile = row_tile(b, columns, elements=1024, widest=1024)
     with on_device(images):
         augment_kernel[_grid(b, columns, tile)](
-            images, index, rng, x, where, pad, stream, b,
-            FLIP=flip, **_shape(images), **tile, enable_fp_fusion=False,
+            images, index, rng, x, where, *((memory, start, eps) if fused else (None, None, None)),
+            pad, stream, b, FLIP=flip, **_shape(images), **tile, enable_fp_fusion=False,
         )  # fmt: skip
-    return x, where
+    if memory is not None and eps is not None and not fused:
+        start = recall(memory, index, where, x, eps, norm)
+    return x, where, start
 
 
 def recall(
@@ -105,9 +118,18 @@ def _offset(word, pad):
     return ((word.to(tl.int64) * (2 * pad + 1)) >> 32).to(tl.int32) - pad
 
 
+@triton.jit
+def _linf_start(x, steps, eps_ptr):
+    """x moved by its stored steps of eps / 127, in the ball and in [0, 1]."""
+    eps = tl.load(eps_ptr).to(x.dtype)
+    z = x + steps.to(x.dtype) * divide(eps, 127.0)
+    return linf_step(x, z, tl.zeros_like(x), eps, eps)
+
+
 @triton.jit(do_not_specialize=["pad", "stream"])
 def augment_kernel(
-    images_ptr, index_ptr, rng_ptr, x_ptr, where_ptr, pad, stream, rows, FLIP: tl.constexpr,
+    images_ptr, index_ptr, rng_ptr, x_ptr, where_ptr, memory_ptr, start_ptr, eps_ptr,
+    pad, stream, rows, FLIP: tl.constexpr,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One Philox block a sample, drawn anew by each program. Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
@@ -115,6 +137,8 @@ def augment_kernel(
     Args:
         images_ptr: uint8 [N, C, H, W], contiguous; index_ptr: int64 [rows]; rng_ptr: int64 [2].
         x_ptr: float32 [rows, C, H, W], contiguous; where_ptr: int32 [rows, 3].
+        memory_ptr, start_ptr, eps_ptr: int8 [N, C, H, W]; like x; one float: the attack's start in the
+            Linf ball. All None: no start.
         pad: crops start within `pad` of the corner; stream: second counter word.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -132,7 +156,11 @@ def augment_kernel(
     image = tl.load(index_ptr + row, mask=live, other=0) * (C * H * W)
     byte = tl.load(images_ptr + image + source, mask=mask & inside, other=0)
     at = row.to(tl.int64) * (C * H * W) + element
-    tl.store(x_ptr + at, byte_to_unit(byte.to(tl.float32)), mask=mask)
+    x = byte_to_unit(byte.to(tl.float32))
+    tl.store(x_ptr + at, x, mask=mask)
+    if memory_ptr is not None:
+        steps = tl.load(memory_ptr + image + source, mask=mask & inside, other=0)
+        tl.store(start_ptr + at, _linf_start(x, steps, eps_ptr), mask=mask)
 
 
 @triton.jit
@@ -158,10 +186,8 @@ def recall_linf_kernel(
     source, inside = _stored_pixel(element, dy, dx, mirrored, C, H, W, CHANNELS_LAST)
     at = row.to(tl.int64) * (C * H * W) + element
     x = tl.load(x_ptr + at, mask=mask)
-    eps = tl.load(eps_ptr).to(x.dtype)
     steps = tl.load(memory_ptr + image + source, mask=mask & inside, other=0)
-    z = x + steps.to(x.dtype) * divide(eps, 127.0)
-    tl.store(out_ptr + at, linf_step(x, z, tl.zeros_like(x), eps, eps), mask=mask)
+    tl.store(out_ptr + at, _linf_start(x, steps, eps_ptr), mask=mask)
 
 
 @triton.jit

@@ -30,12 +30,12 @@ def every_op():
 
     def remember():
         stored = memory.clone()
-        _, where = kernels.augment(data, torch.arange(64), rng, pad=4, flip=True)
+        _, where, _ = kernels.augment(data, torch.arange(64), rng, pad=4, flip=True)
         kernels.remember(stored, torch.arange(64), where, x, z, 0.1)
         return stored
 
     def recall():
-        _, where = kernels.augment(data, index, rng, pad=4, flip=True)
+        _, where, _ = kernels.augment(data, index, rng, pad=4, flip=True)
         return kernels.recall(memory, index, where, x, 0.1, norm="L2")
 
     def step_in_place():
@@ -68,6 +68,9 @@ def every_op():
         "input_grad_step": lambda: kernels.input_grad_step(x, z, gy, weight, norm="L2", **stem),
         "loss": loss,
         "augment": lambda: kernels.augment(data, index, rng, pad=4, flip=True)[0],
+        "augment start": lambda: kernels.augment(
+            data, index, rng, pad=4, flip=True, memory=memory, eps=0.1
+        )[2],
         "recall": recall,
         "remember": remember,
         "sgd_ema_step": optimise,

@@ -664,15 +664,33 @@ def test_augment_has_the_reference_bits(backend, device, shape, pad, batch, flip
     args = (dataset(shape, device), indices(shape[0], batch, device))
     args = (*args, rng_state(device, seed=-1, step=1 << 40))
     options = {"pad": pad, "flip": flip, "stream": 5}
-    for out, expected in zip(
-        kernels.augment(*args, **options), plainly("augment", *args, **options), strict=True
-    ):
+    *outputs, start = kernels.augment(*args, **options)
+    for out, expected in zip(outputs, plainly("augment", *args, **options)[:2], strict=True):
         assert torch.equal(out.cpu(), expected)
+    assert start is None
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("batch", [0, 1, 11])
+@pytest.mark.parametrize("eps", [0.0, 0.3])
+@pytest.mark.parametrize(("shape", "pad"), DATA, ids=str)
+def test_augment_forms_the_start_that_recall_gives(backend, device, shape, pad, eps, batch, norm):
+    memory = torch.randint(-127, 128, shape, generator=generator(23), dtype=torch.int8).to(device)
+    # Twice the same sample under two crops is no rarity here.
+    data, index = dataset(shape, device), indices(shape[0], batch, device)
+    options = {"pad": pad, "flip": True, "stream": 5}
+    x, where, start = kernels.augment(
+        data, index, rng_state(device), memory=memory, eps=eps, norm=norm, **options
+    )
+    alone = kernels.augment(data, index, rng_state(device), **options)
+    assert torch.equal(x, alone[0])
+    assert torch.equal(where, alone[1])
+    assert torch.equal(start, kernels.recall(memory, index, where, x, eps, norm=norm))
 
 
 def test_augment_draws_every_shift_and_both_mirrors(backend, device):
     data, index = dataset((4, 1, 8, 8), device), indices(4, 256, device)
-    _, where = kernels.augment(data, index, rng_state(device), pad=1, flip=True)
+    _, where, _ = kernels.augment(data, index, rng_state(device), pad=1, flip=True)
     where = where.cpu()
     assert {tuple(w) for w in where[:, :2].tolist()} == {
         (dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)
@@ -685,7 +703,7 @@ def memory_inputs(shape, pad, batch, device, layout="contiguous"):
     memory = torch.randint(-127, 128, shape, generator=generator(23), dtype=torch.int8).to(device)
     index = torch.randperm(shape[0], generator=generator(24))[:batch].to(device)
     with backends.use("reference"):
-        x, where = kernels.augment(
+        x, where, _ = kernels.augment(
             dataset(shape, device), index, rng_state(device), pad=pad, flip=True
         )
     return memory, index, where, lay_out(x, layout)
@@ -858,7 +876,11 @@ def operator_arguments(device):
             (learn[0], target, None, None, small, small, 0.0),
         ],
         "local_ball_loss_backward": [(small, adv, target, ball, None, small, small, 0.0)],
-        "augment": [(dataset((6, 3, 7, 5), device), index, rng, 2, True, 0)],
+        "augment": [
+            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, None, None, "Linf"),
+            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, memory, small, "Linf"),
+            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, memory, small, "L2"),
+        ],
         "recall": [(memory, index, where, batch, small, "Linf")],
         "remember": [(memory, index, where, batch, batch, small)],
         "sgd_ema_step": [(*state, small, torch.zeros_like(small), 0.9, DECAY, True, 0.9)],
@@ -970,6 +992,30 @@ def bad_calls(device):
         ),
         "pad": (ValueError, "pad", lambda: k.augment(data, index, rng, pad=5)),
         "index dtype": (TypeError, "index", lambda: k.augment(data, index.int(), rng)),
+        "augment memory dtype": (
+            TypeError,
+            "memory",
+            lambda: k.augment(data, index, rng, memory=data, eps=0.1),
+        ),
+        "augment memory shape": (
+            ValueError,
+            "memory",
+            lambda: k.augment(data, index, rng, memory=memory[:5], eps=0.1),
+        ),
+        "augment memory layout": (
+            ValueError,
+            "memory",
+            lambda: k.augment(
+                data, index, rng, memory=lay_out(memory.cpu(), "channels_last").to(device), eps=0.1
+            ),
+        ),
+        "augment memory device": (
+            ValueError,
+            "memory",
+            lambda: k.augment(data, index, rng, memory=memory.to("meta"), eps=0.1),
+        ),
+        "augment eps": (ValueError, "eps", lambda: k.augment(data, index, rng, memory=memory)),
+        "augment norm": (ValueError, "norm", lambda: k.augment(data, index, rng, norm="L1")),
         "memory": (TypeError, "memory", lambda: k.recall(memory.int(), index, where, batch, 0.1)),
         "where": (TypeError, "where", lambda: k.recall(memory, index, where.long(), batch, 0.1)),
         "recall x": (ValueError, "x", lambda: k.recall(memory, index, where, batch[:, :2], 0.1)),

@@ -153,6 +153,15 @@ def test_images_over_many_programs(narrow, poison, norm, shape):
     z, grad = (x + 0.1 * draw(*shape, seed=1)).clamp(0, 1), draw(*shape, seed=2) - 0.5
     compare("uniform_start", x, 0.3, rng, norm=norm, stream=3)
     compare("attack_step", x, z, grad, 0.3, 0.1, norm=norm)
+    for last in (False, True):
+        wanted = on_triton("attack_step", x, z, grad, 0.3, 0.1, norm=norm)
+        given = torch.empty(shape, dtype=torch.float16, device=DEVICE)
+        if last and x.dim() == 4:
+            given = given.contiguous(memory_format=torch.channels_last)
+        stepped = z.clone()
+        on_triton("attack_step_", x, stepped, grad, 0.3, 0.1, norm=norm, network_input=given)
+        assert torch.equal(stepped, wanted)
+        assert torch.equal(given, wanted.half())
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -160,10 +169,11 @@ def test_images_over_many_programs(narrow, poison, norm, shape):
 def test_data_over_many_programs(narrow, poison, norm, last):
     images = (255 * draw(9, 3, 6, 5)).to(torch.uint8)
     index, rng = torch.tensor([4, 0, 8, 3], device=DEVICE), torch.tensor([1, 2], device=DEVICE)
-    compare("augment", images, index, rng, pad=3, flip=True)
-    x, where = on_reference("augment", images, index, rng, pad=3, flip=True)
+    x, where, _ = on_reference("augment", images, index, rng, pad=3, flip=True)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     memory = (254 * draw(9, 3, 6, 5, seed=1) - 127).to(torch.int8)
+    compare("augment", images, index, rng, pad=3, flip=True)
+    compare("augment", images, index, rng, pad=3, flip=True, memory=memory, eps=0.1, norm=norm)
     compare("recall", memory, index, where, x, 0.1, norm=norm)
     written, wanted = memory.clone(), memory.clone()
     z = x + 0.2 * (draw(*x.shape, seed=3) - 0.5)
@@ -341,7 +351,7 @@ def train(steps, device):
     losses = []
     for step in range(steps):
         index = (torch.arange(32, device=device) + 32 * step) % 64
-        x, where = kernels.augment(images, index, rng, pad=1, flip=True)
+        x, where, _ = kernels.augment(images, index, rng, pad=1, flip=True)
         target = labels[index]
         start = kernels.uniform_start(x, eps, rng)
         # Each half of the data is met at random once; from then on its last attack is taken up again.

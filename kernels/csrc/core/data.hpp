@@ -42,16 +42,52 @@ inline void crop(const Images& s, const float* image, const Where& at, float* ou
     }
 }
 
-// x: float [B, C, H, W]; where: int32 [B, 3].
+// The attack's start for one sample: x plus its stored steps, which take the same crop and mirror.
+class Start {
+ public:
+  Start(const Images& s, float eps, bool l2)
+      : s_(s), eps_(eps), l2_(l2), image_(size()), z_(size()), zero_(size()) {}
+
+  void operator()(const int8_t* steps, const Where& at, const float* x, float* out,
+                  bool channels_last) {
+    const int64_t d = int64_t(size());
+    const float quantum = eps_ / 127.0f;
+    float *whole = image_.data(), *z = z_.data();
+#pragma omp simd
+    for (int64_t j = 0; j < d; ++j) whole[j] = float(steps[j]) * quantum;
+    crop(s_, whole, at, z, channels_last ? 1 : s_.h * s_.w, channels_last ? s_.channels : 1);
+#pragma omp simd
+    for (int64_t j = 0; j < d; ++j) z[j] = x[j] + z[j];
+    // A step of no length projects.
+    if (l2_)
+      step_l2(x, z, zero_.data(), out, d, eps_, 0.0f);
+    else
+      step_linf(x, z, zero_.data(), out, d, eps_, 0.0f);
+  }
+
+ private:
+  size_t size() const { return size_t(s_.channels * s_.h * s_.w); }
+
+  const Images s_;
+  const float eps_;
+  const bool l2_;
+  std::vector<float> image_, z_;
+  const std::vector<float> zero_;
+};
+
+// x: float [B, C, H, W]; where: int32 [B, 3]. With a memory int8 [N, C, H, W], the attack's start
+// goes to `start`, while x is in cache.
 inline void augment(const uint8_t* images, const int64_t* index, const Images& s, float* x,
                     int32_t* where, int64_t b, uint64_t seed, uint64_t step, uint32_t stream,
-                    int64_t pad, bool flip) {
+                    int64_t pad, bool flip, const int8_t* memory, float* start, float eps,
+                    bool l2) {
   const int64_t d = s.channels * s.h * s.w;
   const uint64_t side = uint64_t(2 * pad + 1);
 #pragma omp parallel if (b * d > GRAIN)
   {
     // A whole image is converted at once: rows are too short to fill registers of bytes.
     std::vector<float> image(static_cast<size_t>(d));
+    Start form_start(memory ? s : Images{}, eps, l2);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < b; ++i) {
       uint32_t words[4];
@@ -67,6 +103,7 @@ inline void augment(const uint8_t* images, const int64_t* index, const Images& s
 #pragma omp simd
       for (int64_t j = 0; j < d; ++j) to[j] = float(from[j]) / 255.0f;
       crop(s, to, at, x + i * d, s.h * s.w, 1);
+      if (memory) form_start(memory + index[i] * d, at, x + i * d, start + i * d, false);
     }
   }
 }
@@ -74,27 +111,13 @@ inline void augment(const uint8_t* images, const int64_t* index, const Images& s
 inline void recall(const int8_t* memory, const int64_t* index, const int32_t* where, const Images& s,
                    const float* x, float* out, int64_t b, bool channels_last, float eps, bool l2) {
   const int64_t d = s.channels * s.h * s.w;
-  const float quantum = eps / 127.0f;
 #pragma omp parallel if (b * d > GRAIN)
   {
-    std::vector<float> image(static_cast<size_t>(d)), start(static_cast<size_t>(d));
-    const std::vector<float> zero(static_cast<size_t>(d));
+    Start form_start(s, eps, l2);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < b; ++i) {
       const Where at{where[3 * i], where[3 * i + 1], where[3 * i + 2]};
-      const int8_t* from = memory + index[i] * d;
-      const float* xi = x + i * d;
-      float *to = out + i * d, *whole = image.data(), *z = start.data();
-#pragma omp simd
-      for (int64_t j = 0; j < d; ++j) whole[j] = float(from[j]) * quantum;
-      crop(s, whole, at, z, channels_last ? 1 : s.h * s.w, channels_last ? s.channels : 1);
-#pragma omp simd
-      for (int64_t j = 0; j < d; ++j) z[j] = xi[j] + z[j];
-      // A step of no length projects.
-      if (l2)
-        step_l2(xi, z, zero.data(), to, d, eps, 0.0f);
-      else
-        step_linf(xi, z, zero.data(), to, d, eps, 0.0f);
+      form_start(memory + index[i] * d, at, x + i * d, out + i * d, channels_last);
     }
   }
 }
