@@ -12,7 +12,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from . import kernels, rng
-from .models import Network, stem_of
+from .models import Network, Stem, stem_of
+from .phases import ATTACK_BACKWARD, ATTACK_FORWARD, ATTACK_START, ATTACK_STEP, phase
 from .threat import Number, ThreatModel
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -78,30 +79,68 @@ class Attack:
         """
         z = start
         if z is None:
-            z = kernels.uniform_start(x, threat.eps, state, norm=threat.norm, stream=rng.START)
-        alpha = self.step_size(threat.eps)
-        first = None
-        with passes_without_training(model, self.batch_norm):
-            for _ in range(self.steps):
-                z, logits = ascend(
-                    model,
-                    x,
-                    z,
-                    lambda logits: kernels.cross_entropy_grad(logits, y),
-                    eps=threat.eps,
-                    alpha=alpha,
-                    norm=threat.norm,
-                )
-                first = logits if first is None else first
-        assert first is not None
-        return z, first
+            with phase(ATTACK_START):
+                z = kernels.uniform_start(x, threat.eps, state, norm=threat.norm, stream=rng.START)
+        return climb(
+            model,
+            x,
+            z,
+            towards_errors(y),
+            steps=self.steps,
+            eps=threat.eps,
+            alpha=self.step_size(threat.eps),
+            norm=threat.norm,
+            batch_norm=self.batch_norm,
+        )
+
+
+LogitsGrad = Callable[[Tensor], Tensor]
+
+# A sum over the batch starts at values of about one; float16 keeps what is 1e-7 of that after this.
+_RANGE = {torch.float16: 128.0}
+
+
+def towards_errors(y: Tensor) -> LogitsGrad:
+    """The gradient of the cross-entropy at labels `y` int64 [B], from logits [B, K]; its scale is free."""
+    return lambda logits: kernels.cross_entropy_grad(logits, y, scale=_RANGE.get(logits.dtype, 1.0))
+
+
+def away_from(anchor: Tensor) -> LogitsGrad:
+    """The gradient of KL(softmax(anchor) || softmax(logits)), from logits [B, K]; its scale is free."""
+    return lambda logits: kernels.kl_grad(anchor, logits, scale=_RANGE.get(logits.dtype, 1.0))
+
+
+def climb(
+    model: nn.Module,
+    centre: Tensor,
+    z: Tensor,
+    logits_grad: LogitsGrad,
+    *,
+    steps: int,
+    eps: float | Tensor,
+    alpha: float | Tensor,
+    norm: str,
+    batch_norm: str = "eval",
+) -> tuple[Tensor, Tensor]:
+    """`steps` >= 1 times `ascend`, under `passes_without_training(model, batch_norm)`.
+
+    Returns:
+        The last point, like `z`, and the detached logits at the first: its forward pass was made anyway.
+    """
+    stem, first = stem_of(model), None
+    with passes_without_training(model, batch_norm):
+        for _ in range(steps):
+            z, logits = _ascend(model, stem, centre, z, logits_grad, eps, alpha, norm)
+            first = logits if first is None else first
+    assert first is not None
+    return z, first
 
 
 def ascend(
     model: nn.Module,
     centre: Tensor,
     z: Tensor,
-    logits_grad: Callable[[Tensor], Tensor],
+    logits_grad: LogitsGrad,
     *,
     eps: float | Tensor,
     alpha: float | Tensor,
@@ -110,25 +149,58 @@ def ascend(
     """One step of projected ascent from `z` in the ball around `centre`: one forward pass, one input gradient.
 
     The backward pass starts at `logits_grad(logits)`: no loss is formed. In a network that exposes its
-    stem it ends at the stem's output, and one op does the rest.
+    stem it ends at the stem's output, and one op does the rest. No weight gradient is computed.
 
     Returns:
         The next point, like `z`, and the detached logits at `z`.
     """
-    stem = stem_of(model)
+    return _ascend(model, stem_of(model), centre, z, logits_grad, eps, alpha, norm)
+
+
+def _ascend(
+    model: nn.Module,
+    stem: Stem | None,
+    centre: Tensor,
+    z: Tensor,
+    logits_grad: LogitsGrad,
+    eps: float | Tensor,
+    alpha: float | Tensor,
+    norm: str,
+) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        if stem is None:
-            point = z.detach().requires_grad_()
-            logits = model(point)
-        else:
-            network = cast(Network, model)
-            with torch.no_grad():
-                point = network.stem(z)
-            logits = network.body(point.requires_grad_())
-        (grad,) = torch.autograd.grad(logits, point, logits_grad(logits.detach()))
+        with phase(ATTACK_FORWARD):
+            if stem is None:
+                point = z.detach().requires_grad_()
+                logits = model(point)
+            else:
+                network = cast(Network, model)
+                # Detached, not under no_grad: autocast would keep a cast of the weight without its
+                # history, and hand it to the training pass.
+                point = network.stem(z).detach().requires_grad_()
+                logits = network.body(point)
+        with phase(ATTACK_STEP):
+            towards = logits_grad(logits.detach())
+        with phase(ATTACK_BACKWARD):
+            (grad,) = torch.autograd.grad(logits, point, towards)
+    with phase(ATTACK_STEP):
+        z = step_along(stem, centre, z, grad, eps=eps, alpha=alpha, norm=norm)
+    return z, logits.detach()
+
+
+def step_along(
+    stem: Stem | None,
+    centre: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    *,
+    eps: float | Tensor,
+    alpha: float | Tensor,
+    norm: str,
+) -> Tensor:
+    """The attack step from `z` along a gradient: at the stem's output, or at the pixels without a stem."""
     if stem is None:
-        return kernels.attack_step(centre, z, grad, eps, alpha, norm=norm), logits.detach()
-    z = kernels.input_grad_step(
+        return kernels.attack_step(centre, z, grad, eps, alpha, norm=norm)
+    return kernels.input_grad_step(
         centre,
         z,
         grad,
@@ -139,7 +211,6 @@ def ascend(
         alpha=alpha,
         norm=norm,
     )
-    return z, logits.detach()
 
 
 @contextlib.contextmanager

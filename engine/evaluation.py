@@ -10,14 +10,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels, rng
-from .adversary import ascend
+from .adversary import ascend, towards_errors
 from .errors import EngineError
 from .threat import ThreatModel
 
@@ -122,7 +121,7 @@ def _break(
                 model,
                 centre,
                 z,
-                partial(_towards_errors, labels),
+                towards_errors(labels),
                 eps=threat.eps,
                 alpha=alpha,
                 norm=threat.norm,
@@ -140,10 +139,6 @@ def _break(
             following = following[alive]
         z = following
     return torch.cat(broken).unique()
-
-
-def _towards_errors(labels: Tensor, logits: Tensor) -> Tensor:
-    return kernels.cross_entropy_grad(logits, labels)
 
 
 def autoattack(

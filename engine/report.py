@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from . import evaluation, files, kernels, plots, rng, runner
 from . import recipe as recipes
-from .adversary import Attack, ascend, passes_without_training
+from .adversary import Attack, away_from, climb
 from .data import datasets
 from .errors import EngineError
 from .plots import Example, Surface, Sweep, Tile
@@ -332,18 +332,17 @@ def _worst_of_ball(model: nn.Module, centre: Tensor, ball: ThreatModel, state: T
     with torch.no_grad():
         target = model(centre)
     point = kernels.uniform_start(centre, ball.eps, state, norm=ball.norm, stream=rng.LOCAL)
-    with passes_without_training(model):
-        for _ in range(_STEPS):
-            point, _ = ascend(
-                model,
-                centre,
-                point,
-                lambda logits: kernels.kl_grad(target, logits),
-                eps=ball.eps,
-                alpha=2.5 * ball.eps / _STEPS,
-                norm=ball.norm,
-            )
-    return point
+    worst, _ = climb(
+        model,
+        centre,
+        point,
+        away_from(target),
+        steps=_STEPS,
+        eps=ball.eps,
+        alpha=2.5 * ball.eps / _STEPS,
+        norm=ball.norm,
+    )
+    return worst
 
 
 def _orthogonal(noise: Tensor, direction: Tensor) -> Tensor:

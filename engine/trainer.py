@@ -116,7 +116,8 @@ class Trainer:
         if self.memory is not None:
             self.memory.remember(_samples(batch), batch.x, outcome.adversary, batch.where)
         self.state[1] += 1
-        return {"loss": outcome.loss.detach(), **outcome.stats}
+        accuracy = outcome.correct / len(batch.y)
+        return {"loss": outcome.loss.detach(), "adv_accuracy": accuracy, **outcome.stats}
 
     def run(self) -> Result:
         """Train for the whole schedule.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adversary import Attack
+from ..phases import TRAIN_FORWARD, phase
 from ..rng import state as rng_state
 from ..threat import ThreatModel
 
@@ -38,6 +39,12 @@ def attack_passes(steps: int) -> Passes:
     return Passes(steps, steps, 0)
 
 
+def trained_pass(model: nn.Module, x: Tensor) -> Tensor:
+    """A forward pass that the loss will be differentiated through: images to logits [B, K]."""
+    with phase(TRAIN_FORWARD):
+        return model(x)
+
+
 def trained_passes(sets: int) -> Passes:
     """Forward and full backward passes of `sets` batches."""
     return Passes(sets, sets, sets)
@@ -50,12 +57,14 @@ class Outcome:
     Attributes:
         loss: 0-d, differentiable in the weights.
         adversary: like the batch; what the adversary memory stores.
-        stats: 0-d device tensors to log: means of the loss terms, and `adv_accuracy`.
+        stats: 0-d device tensors to log: batch means of the loss terms.
+        correct: 0-d device tensor, how many adversaries are classified correctly.
     """
 
     loss: Tensor
     adversary: Tensor
     stats: dict[str, Tensor]
+    correct: Tensor
 
 
 class Objective(abc.ABC):

@@ -19,10 +19,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary import Attack, ascend, passes_without_training
+from ..adversary import Attack, away_from, climb, step_along, towards_errors
 from ..models import Network, stem_of
+from ..phases import ATTACK_BACKWARD, ATTACK_START, ATTACK_STEP, LOSS, TRAIN_FORWARD, phase
 from ..threat import ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, trained_passes
+from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 
 
 @dataclass(frozen=True)
@@ -91,30 +92,32 @@ class LocalBall(Objective):
         at_ball = slope = at_anchor = None
         if local and self.direction == "gradient-norm":
             centre = adversary.detach().requires_grad_()
-            at_centre = model(centre)
+            at_centre = trained_pass(model, centre)
             slope = self._dual_norm(at_centre, centre, y, threat)
         elif local and self.direction == "ce":
             at_centre, ball = self._along_cross_entropy(model, adversary, y, threat)
-            at_ball = model(ball)
+            at_ball = trained_pass(model, ball)
         elif local:
-            at_centre = model(adversary)
-            at_ball = model(self._along_kl(model, adversary, at_centre, threat, state))
+            at_centre = trained_pass(model, adversary)
+            ball = self._along_kl(model, adversary, at_centre, threat, state)
+            at_ball = trained_pass(model, ball)
         else:
-            at_centre = model(adversary)
+            at_centre = trained_pass(model, adversary)
         if self.global_weight > 0:
-            at_anchor = model(x) if self.anchor == "clean" else start_logits
+            at_anchor = trained_pass(model, x) if self.anchor == "clean" else start_logits
 
         fused = self.distance == "kl"
-        loss, stats = kernels.local_ball_loss(
-            at_centre,
-            y,
-            at_ball if fused else None,
-            at_anchor if fused else None,
-            lam=self.local_weight,
-            mu=self.global_weight,
-            label_smoothing=self.label_smoothing,
-        )
-        terms = {"ce": stats[0], "adv_accuracy": stats[3] / max(len(y), 1)}
+        with phase(LOSS):
+            loss, stats = kernels.local_ball_loss(
+                at_centre,
+                y,
+                at_ball if fused else None,
+                at_anchor if fused else None,
+                lam=self.local_weight,
+                mu=self.global_weight,
+                label_smoothing=self.label_smoothing,
+            )
+        terms = {"ce": stats[0]}
         if at_ball is not None:
             terms["local"] = stats[1]
         if at_anchor is not None:
@@ -128,7 +131,7 @@ class LocalBall(Objective):
         if slope is not None:
             terms["local"] = slope
             loss = loss + self.local_weight * slope
-        return Outcome(loss, adversary, {k: v.detach() for k, v in terms.items()})
+        return Outcome(loss, adversary, {k: v.detach() for k, v in terms.items()}, stats[3])
 
     def _along_kl(
         self,
@@ -140,19 +143,20 @@ class LocalBall(Objective):
     ) -> Tensor:
         """b: one ascent step of length rho eps on KL(p(a) || p(b)) from a random point of the ball."""
         radius = self.rho * threat.eps
-        near = kernels.uniform_start(centre, radius, state, norm=threat.norm, stream=rng.LOCAL)
-        target = at_centre.detach()
+        with phase(ATTACK_START):
+            near = kernels.uniform_start(centre, radius, state, norm=threat.norm, stream=rng.LOCAL)
         # The centre's logits come from a training-mode pass; b's must be comparable with them.
-        with passes_without_training(model, "batch" if model.training else "eval"):
-            ball, _ = ascend(
-                model,
-                centre,
-                near,
-                lambda logits: kernels.kl_grad(target, logits),
-                eps=radius,
-                alpha=radius,
-                norm=threat.norm,
-            )
+        ball, _ = climb(
+            model,
+            centre,
+            near,
+            away_from(at_centre.detach()),
+            steps=1,
+            eps=radius,
+            alpha=radius,
+            norm=threat.norm,
+            batch_norm="batch" if model.training else "eval",
+        )
         return ball
 
     def _along_cross_entropy(
@@ -161,23 +165,24 @@ class LocalBall(Objective):
         """The centre's logits, with their graph, and b: rho eps along the cross-entropy gradient there."""
         radius = self.rho * threat.eps
         stem = stem_of(model)
-        if stem is None:
-            point = centre.detach().requires_grad_()
-            logits = model(point)
-        else:
-            network = cast(Network, model)
-            point = network.stem(centre)
-            logits = network.body(point)
-        # Retained: the training backward pass runs through the same graph.
-        (grad,) = torch.autograd.grad(
-            logits, point, kernels.cross_entropy_grad(logits.detach(), y), retain_graph=True
-        )
-        step = {"eps": radius, "alpha": radius, "norm": threat.norm}
-        if stem is None:
-            return logits, kernels.attack_step(centre, centre, grad, **step)
-        return logits, kernels.input_grad_step(
-            centre, centre, grad, stem.weight, stride=stem.stride, padding=stem.padding, **step
-        )
+        with phase(TRAIN_FORWARD):
+            if stem is None:
+                point = centre.detach().requires_grad_()
+                logits = model(point)
+            else:
+                network = cast(Network, model)
+                point = network.stem(centre)
+                logits = network.body(point)
+        with phase(ATTACK_STEP):
+            towards = towards_errors(y)(logits.detach())
+        with phase(ATTACK_BACKWARD):
+            # Retained: the training backward pass runs through the same graph.
+            (grad,) = torch.autograd.grad(logits, point, towards, retain_graph=True)
+        with phase(ATTACK_STEP):
+            ball = step_along(
+                stem, centre, centre, grad, eps=radius, alpha=radius, norm=threat.norm
+            )
+        return logits, ball
 
     def _dual_norm(
         self, at_centre: Tensor, centre: Tensor, y: Tensor, threat: ThreatModel

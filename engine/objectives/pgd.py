@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..adversary import Attack
+from ..phases import LOSS, phase
 from ..threat import ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, trained_passes
+from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class PGD(Objective):
         state: Tensor,
     ) -> Outcome:
         adversary, _ = attack(model, x, y, threat, start=start, state=state)
-        loss, stats = kernels.local_ball_loss(
-            model(adversary), y, label_smoothing=self.label_smoothing
-        )
-        return Outcome(loss, adversary, {"ce": stats[0], "adv_accuracy": stats[3] / max(len(y), 1)})
+        logits = trained_pass(model, adversary)
+        with phase(LOSS):
+            loss, stats = kernels.local_ball_loss(logits, y, label_smoothing=self.label_smoothing)
+        return Outcome(loss, adversary, {"ce": stats[0]}, stats[3])
