@@ -222,6 +222,9 @@ def passes_without_training(model: nn.Module, batch_norm: str = "eval") -> Itera
     """
     modes = [(m, m.training) for m in model.modules()]
     tracked: list[nn.Module] = []
+    frozen: list[nn.Parameter] = []
+    if getattr(model, "freeze_in_attacks", False):
+        frozen = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     if batch_norm == "batch":
         for module, _ in modes:
@@ -230,8 +233,12 @@ def passes_without_training(model: nn.Module, batch_norm: str = "eval") -> Itera
                 module.training, module.track_running_stats = True, False
                 tracked.append(module)
     try:
+        for p in frozen:
+            p.requires_grad_(False)
         yield
     finally:
+        for p in frozen:
+            p.requires_grad_(True)
         for module, mode in modes:
             module.training = mode
         for module in tracked:

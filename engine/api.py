@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from . import rng
 from .adversary import Attack
+from .capture import CudaGraphs, unavailable
 from .data.loader import ResidentLoader, TensorLoader
 from .errors import EngineError
 from .evaluation import Report, evaluate, evaluation_mode
 from .memory import AdversaryMemory
 from .objectives import LocalBall, Objective
-from .optim import Optimiser
+from .optim import Optimiser, OptimiserName
+from .precision import Precision
 from .schedule import Schedule
+from .step import Step
 from .threat import ThreatModel
 from .trainer import Hooks, Result, Trainer
 
@@ -32,7 +35,7 @@ def train(
     epochs: int = 10,
     batch_size: int = 128,
     lr: float = 0.05,
-    optimiser: str = "sgd",
+    optimiser: OptimiserName = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     ema: float = 0.0,
@@ -40,6 +43,7 @@ def train(
     validation: tuple[Tensor, Tensor] | None = None,
     pad: int = 0,
     flip: bool = False,
+    precision: Precision = "auto",
     seed: int = 0,
     hooks: Hooks | None = None,
 ) -> Result:
@@ -54,6 +58,8 @@ def train(
         objective: default `LocalBall()`.
         validation: held-out (x, y), floats in [0, 1], to choose `Result.best`.
         pad, flip: random crop and mirroring of uint8 images.
+        precision: of the network's passes: "fp32", "tf32", "bf16", "fp16", or "auto" (bf16 on GPUs
+            that have it).
     Returns:
         The trained network (its moving average with `ema` > 0) and the best epoch's state dict.
     Raises:
@@ -81,24 +87,32 @@ def train(
         )
     elif attack.start == "memory":
         raise EngineError("attack.start = memory needs (images, labels) tensors, not a loader")
-    return Trainer(
+    feed = loader or TensorLoader(data, where)
+    step = Step(
         model,
-        loader or TensorLoader(data, where),
         objective=objective,
         threat=threat,
         attack=attack,
         optimiser=Optimiser(
-            model, name=optimiser, momentum=momentum, weight_decay=weight_decay, ema=ema
+            model,
+            lr=(schedule or Schedule()).rates(lr, epochs * len(feed)),
+            name=optimiser,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            ema=ema,
         ),
-        schedule=schedule or Schedule(),
-        lr=lr,
-        epochs=epochs,
-        validation=validation,
         memory=memory,
+        precision=precision,
         seed=seed,
         device=where,
-        hooks=hooks,
-    ).run()
+        recorder=None if unavailable(where) else CudaGraphs(where),
+    )
+    try:
+        return Trainer(
+            step, feed, epochs=epochs, validation=validation, seed=seed, hooks=hooks
+        ).run()
+    finally:
+        step.close()
 
 
 def attack(

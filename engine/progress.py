@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import Tensor
 
 stderr = Console(stderr=True)
 stdout = Console()
@@ -47,10 +46,11 @@ class TrainingBar:
         self.progress, self.epochs = progress, epochs
         self.task = progress.add_task(f"training {name}", total=None, note="")
 
-    def step(self, done: int, total: int, stats: dict[str, Tensor]) -> None:
+    def step(self, done: int, total: int, means: Callable[[], dict[str, float]]) -> None:
         # Reading a device value waits for the device: rarely, then.
         if done % _REFRESH_STEPS == 0 or done == total:
-            note = f"loss {float(stats['loss']):.3f}  adv {float(stats['adv_accuracy']):.0%}"
+            now = means()
+            note = f"loss {now['loss']:.3f}  adv {now['adv_accuracy']:.0%}"
             self.progress.update(self.task, completed=done, total=total, note=note)
 
     def epoch(self, row: dict[str, Any]) -> None:

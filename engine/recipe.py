@@ -20,6 +20,8 @@ from pydantic_core import PydanticUndefined
 from .adversary import Attack
 from .errors import EngineError
 from .objectives import AnyObjective, LocalBall
+from .optim import OptimiserName
+from .precision import Precision
 from .schedule import Schedule
 from .threat import Number, ThreatModel
 
@@ -52,7 +54,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Optim:
-    name: Annotated[Literal["sgd", "adamw"], Field(description="optimiser")] = "adamw"
+    name: Annotated[
+        OptimiserName,
+        Field(
+            description="optimiser: ours (sgd, adamw), torch's fused ones, or NVIDIA apex's where it "
+            "is built"
+        ),
+    ] = "adamw"
     lr: Annotated[Number, Field(gt=0, description="peak learning rate")] = 3e-3
     weight_decay: Annotated[Number, Field(ge=0, description="weight decay")] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1, description="sgd: momentum [0..1)")] = 0.9
@@ -66,6 +74,25 @@ class Optim:
             description="decay of the weights' moving average, which is evaluated; 0: none",
         ),
     ] = 0.0
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    precision: Annotated[
+        Precision,
+        Field(
+            description="arithmetic of the network's passes: auto is bf16 on GPUs that have it, fp32 "
+            "elsewhere"
+        ),
+    ] = "auto"
+    capture: Annotated[
+        Literal["auto", "on", "off"],
+        Field(description="one CUDA graph for the whole step: auto is on where there is a GPU"),
+    ] = "auto"
+    compile: Annotated[
+        bool,
+        Field(description="torch.compile the network's passes (slower on the CPUs measured)"),
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +131,7 @@ class Recipe:
     objective: AnyObjective = field(default_factory=LocalBall)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
+    step: StepOptions = field(default_factory=StepOptions)
     validation: Validation = field(default_factory=Validation)
     evaluation: Evaluation = field(default_factory=Evaluation)
 

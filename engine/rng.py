@@ -7,6 +7,8 @@ from torch import Tensor
 
 # One stream for each place that draws within a step.
 START, LOCAL, AUGMENT, RESTART = 0, 1, 2, 3
+# The first of as many streams as a network has dropout layers.
+DROPOUT = 64
 
 
 def state(seed: int, device: torch.device | str = "cpu", step: int = 0) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import evaluation, models
+from .capture import CudaGraphs, Recorder, unavailable
 from .data import datasets
 from .data.loader import ResidentLoader
 from .errors import EngineError
@@ -19,6 +20,7 @@ from .optim import Optimiser
 from .progress import EvaluationBar, TrainingBar, bar
 from .recipe import Recipe
 from .runs import Run
+from .step import Step
 from .trainer import Hooks, Result, Trainer
 
 # One dataset serves the check, the training, the evaluation and the report of a process.
@@ -102,6 +104,61 @@ def check(recipe: Recipe, *, evaluated: bool = True) -> None:
         test_set(recipe)
 
 
+def build_step(
+    recipe: Recipe,
+    model: Any,
+    *,
+    steps: int,
+    memory: AdversaryMemory | None = None,
+    recorder: Recorder | None = None,
+) -> Step:
+    """The recipe's step for `model`, on the model's device.
+
+    Args:
+        steps: of the whole run: the schedule's length.
+        recorder: captures the step; left out: CUDA graphs where the recipe wants them.
+    Raises:
+        EngineError: for a precision, an optimiser or a capture that this device does not have.
+    """
+    optim, where = recipe.optim, next(model.parameters()).device
+    if recorder is None and recipe.step.capture != "off":
+        missing = unavailable(where)
+        if missing and recipe.step.capture == "on":
+            raise EngineError(f"step.capture = on: {missing}")
+        recorder = None if missing else CudaGraphs(where)
+    return Step(
+        model,
+        objective=recipe.objective,
+        threat=recipe.threat,
+        attack=recipe.attack,
+        optimiser=Optimiser(
+            model,
+            lr=recipe.schedule.rates(optim.lr, steps),
+            name=optim.name,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            ema=optim.ema,
+        ),
+        memory=memory,
+        precision=recipe.step.precision,
+        seed=recipe.seed,
+        device=where,
+        compile=recipe.step.compile,
+        recorder=recorder,
+    )
+
+
+def memory_for(
+    recipe: Recipe, images: Tensor, where: torch.device | str = "cpu"
+) -> AdversaryMemory | None:
+    """The adversary memory of training images [N, C, H, W], if the recipe's attack starts from one."""
+    if recipe.attack.start != "memory":
+        return None
+    return AdversaryMemory(
+        len(images), images.shape[1:], recipe.threat, seed=recipe.seed, device=where
+    )
+
+
 def train(recipe: Recipe, run: Run) -> Result:
     """Train as the recipe says, logging and saving into the run folder."""
     if recipe.threads is not None:
@@ -111,15 +168,21 @@ def train(recipe: Recipe, run: Run) -> Result:
     parts = split(recipe)
     images, labels = parts.train
     model = build_model(recipe, images, len(parts.classes), images.shape[1:]).to(where)
-    optim = recipe.optim
-    memory = None
-    if recipe.attack.start == "memory":
-        memory = AdversaryMemory(
-            len(images), images.shape[1:], recipe.threat, seed=recipe.seed, device=where
-        )
+    memory = memory_for(recipe, images, where)
+    loader = ResidentLoader(
+        images,
+        labels,
+        recipe.optim.batch_size,
+        seed=recipe.seed,
+        pad=recipe.data.pad,
+        flip=recipe.data.flip,
+        device=where,
+        memory=memory,
+    )
+    step = build_step(recipe, model, steps=recipe.optim.epochs * len(loader), memory=memory)
     board = _tensorboard(run.path)
     with bar() as progress:
-        shown = TrainingBar(progress, recipe.name, optim.epochs)
+        shown = TrainingBar(progress, recipe.name, recipe.optim.epochs)
 
         def epoch(row: dict[str, Any]) -> None:
             run.log(row)
@@ -129,43 +192,23 @@ def train(recipe: Recipe, run: Run) -> Result:
                     board.add_scalar(name, value, row["step"])
 
         trainer = Trainer(
-            model,
-            ResidentLoader(
-                images,
-                labels,
-                optim.batch_size,
-                seed=recipe.seed,
-                pad=recipe.data.pad,
-                flip=recipe.data.flip,
-                device=where,
-                memory=memory,
-            ),
-            objective=recipe.objective,
-            threat=recipe.threat,
-            attack=recipe.attack,
-            optimiser=Optimiser(
-                model,
-                name=optim.name,
-                momentum=optim.momentum,
-                weight_decay=optim.weight_decay,
-                ema=optim.ema,
-            ),
-            schedule=recipe.schedule,
-            lr=optim.lr,
-            epochs=optim.epochs,
+            step,
+            loader,
+            epochs=recipe.optim.epochs,
             validation=as_floats(*parts.validation, where),
             validation_steps=recipe.validation.steps,
             validate_every=recipe.validation.every,
-            memory=memory,
             seed=recipe.seed,
-            device=where,
             hooks=Hooks(
                 shown.step,
                 epoch,
                 lambda name, net, row: run.save(name, net, epoch=row["epoch"], recipe=recipe.name),
             ),
         )
-        result = trainer.run()
+        try:
+            result = trainer.run()
+        finally:
+            step.close()
     if board is not None:
         board.close()
     return result

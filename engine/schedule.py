@@ -41,3 +41,7 @@ class Schedule:
             # The first step already moves: (step + 1) keeps it off zero.
             return min((step + 1) / (self.warmup * total), 1.0)
         return 0.5 * (1.0 + math.cos(math.pi * (progress - self.warmup) / (1.0 - self.warmup)))
+
+    def rates(self, peak: float, total: int) -> list[float]:
+        """The learning rate of each of `total` steps."""
+        return [peak * self.at(step, total) for step in range(total)]

@@ -8,18 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from . import evaluation, rng
-from .adversary import Attack
-from .data.loader import Batch
+from . import evaluation
 from .errors import EngineError
-from .memory import AdversaryMemory
-from .objectives import Objective
-from .optim import Optimiser
-from .schedule import Schedule
-from .threat import ThreatModel
+from .step import Step
 
 
 class Loader(Protocol):
@@ -34,12 +27,14 @@ class Hooks:
     """What a trainer tells the outside while it runs; all do nothing by default.
 
     Attributes:
-        step: (steps done, steps in all, latest stats as device tensors).
+        step: (steps done, steps in all, the epoch's means so far: calling it waits for the device).
         epoch: the row to log, after validation.
         checkpoint: ("best" or "last", model, row).
     """
 
-    step: Callable[[int, int, dict[str, Tensor]], None] = lambda done, total, stats: None
+    step: Callable[[int, int, Callable[[], dict[str, float]]], None] = lambda done, total, means: (
+        None
+    )
     epoch: Callable[[dict[str, Any]], None] = lambda row: None
     checkpoint: Callable[[str, nn.Module, dict[str, Any]], None] = lambda name, model, row: None
 
@@ -67,57 +62,30 @@ class Trainer:
     """One training run, as a list of named parts.
 
     Args:
-        loader: yields `Batch`es with `index` and `where` if `memory` is given.
+        step: its optimiser has a learning rate for each of `epochs` times `len(loader)` steps.
+        loader: yields `Batch`es with `index` and `where` if the step has an adversary memory.
         validation: held-out (x float32 [V, C, H, W] in [0, 1], y int64 [V]), never the test set.
-        memory: the adversary memory, if attacks start from it.
+        seed: of the validation attack.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        step: Step,
         loader: Loader,
         *,
-        objective: Objective,
-        threat: ThreatModel,
-        attack: Attack,
-        optimiser: Optimiser,
-        schedule: Schedule,
-        lr: float,
         epochs: int,
         validation: tuple[Tensor, Tensor] | None = None,
         validation_steps: int = 10,
         validate_every: int = 1,
-        memory: AdversaryMemory | None = None,
         seed: int = 0,
-        device: torch.device | str = "cpu",
         hooks: Hooks | None = None,
     ) -> None:
-        self.model, self.loader, self.objective = model, loader, objective
-        self.threat, self.attack, self.memory = threat, attack, memory
-        self.optimiser, self.schedule, self.lr, self.epochs = optimiser, schedule, lr, epochs
+        self.step, self.loader, self.epochs = step, loader, epochs
         self.validation, self.validation_steps = validation, validation_steps
         self.validate_every, self.seed = validate_every, seed
         self.hooks = hooks or Hooks()
-        self.state = rng.state(seed, device)
         if len(loader) == 0:
             raise EngineError("the loader has no batch to train on")
-
-    def step(self, batch: Batch, lr: float) -> dict[str, Tensor]:
-        """One training step: attack, loss, backward, optimiser, memory. Talks to no host."""
-        start = batch.start
-        if start is None and self.memory is not None:
-            start = self.memory.recall(_samples(batch), batch.x, batch.where)
-        outcome = self.objective(
-            self.model, batch.x, batch.y, self.threat, self.attack, start=start, state=self.state
-        )
-        self.optimiser.zero_grad()
-        outcome.loss.backward()
-        self.optimiser.step(lr)
-        if self.memory is not None:
-            self.memory.remember(_samples(batch), batch.x, outcome.adversary, batch.where)
-        self.state[1] += 1
-        accuracy = outcome.correct / len(batch.y)
-        return {"loss": outcome.loss.detach(), "adv_accuracy": accuracy, **outcome.stats}
 
     def run(self) -> Result:
         """Train for the whole schedule.
@@ -125,11 +93,10 @@ class Trainer:
         Raises:
             EngineError: when the loss is no longer a number, or a loader lacks what the memory needs.
         """
-        total = self.epochs * len(self.loader)
-        result = Result(self.optimiser.average, {}, 0, 0.0, 0)
+        result = Result(self.step.optimiser.average, {}, 0, 0.0, 0)
         best = -math.inf
         for epoch in range(self.epochs):
-            row = self._train_epoch(epoch, total, result)
+            row = self._train_epoch(epoch, result)
             if self.validation and (
                 epoch + 1 == self.epochs or (epoch + 1) % self.validate_every == 0
             ):
@@ -145,22 +112,18 @@ class Trainer:
             self.hooks.epoch(row)
         return result
 
-    def _train_epoch(self, epoch: int, total: int, result: Result) -> dict[str, Any]:
+    def _train_epoch(self, epoch: int, result: Result) -> dict[str, Any]:
+        step, total = self.step, self.epochs * len(self.loader)
         began = time.perf_counter()
-        self.model.train()
-        sums: dict[str, Tensor] = {}
-        batches = images = 0
+        step.train()
+        step.clear()
         for batch in self.loader.epoch(epoch):
-            stats = self.step(batch, self.lr * self.schedule.at(result.steps, total))
-            for name, value in stats.items():
-                sums[name] = sums[name] + value if name in sums else value
-            result.steps += 1
-            batches += 1
-            images += len(batch.y)
-            self.hooks.step(result.steps, total, stats)
-        # The epoch's only read from the device.
-        means = {name: float(value) / max(batches, 1) for name, value in sums.items()}
+            step(batch)
+            self.hooks.step(step.done, total, step.means)
+        # The epoch's only read from the device, unless a hook asks for more.
+        means = step.means()
         seconds = time.perf_counter() - began
+        result.steps = step.done
         result.train_seconds += seconds
         if not math.isfinite(means.get("loss", math.nan)):
             raise EngineError(
@@ -168,28 +131,28 @@ class Trainer:
             )
         return {
             "epoch": epoch + 1,
-            "step": result.steps,
-            "lr": self.lr * self.schedule.at(result.steps - 1, total),
+            "step": step.done,
+            "lr": step.optimiser.rates[step.done - 1],
             "train_seconds": result.train_seconds,
-            "images_per_second": images / seconds,
+            "images_per_second": step.images / seconds,
             **means,
         }
 
     def _validate(self) -> dict[str, float]:
         assert self.validation is not None
         x, y = self.validation
-        with evaluation.evaluation_mode(self.optimiser.average) as model:
+        with evaluation.evaluation_mode(self.step.optimiser.average) as model:
             clean = evaluation.predictions(model, x) == y
             robust = evaluation.pgd(
-                model, x, y, self.threat, steps=self.validation_steps, restarts=1, seed=self.seed
+                model,
+                x,
+                y,
+                self.step.threat,
+                steps=self.validation_steps,
+                restarts=1,
+                seed=self.seed,
             )
         return {
             "val_clean": float(clean.double().mean()),
             "val_pgd": float(robust.double().mean()),
         }
-
-
-def _samples(batch: Batch) -> Tensor:
-    if batch.samples is None:
-        raise EngineError("attack.start = memory needs a loader that hands over sample indices")
-    return batch.samples

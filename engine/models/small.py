@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from engine.errors import EngineError
 
+from .dropout import Dropout
 from .network import Network
 
 
@@ -98,7 +99,7 @@ class SmallCnn(Network):
             OrderedDict(
                 fc1=nn.Linear(64 * side**2, 200),
                 relu1=nn.ReLU(),
-                drop=nn.Dropout(0.5),
+                drop=Dropout(0.5),
                 fc2=nn.Linear(200, 200),
                 relu2=nn.ReLU(),
                 fc3=last,

@@ -1,0 +1,253 @@
+"""One training step, a function from (batch, state) to new state: eager, or captured and replayed.
+
+The step owns every tensor that it changes and says nothing to the host. Whatever varies from step to
+step (learning rate, decay of the average, random numbers, loss scale, metrics) it reads from the
+device, at a counter that it advances itself. So the same function runs eagerly, or is recorded once
+in a CUDA graph and launched with one call a step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import rng
+from .adversary import Attack
+from .capture import Recorder
+from .data.loader import Batch
+from .errors import EngineError
+from .memory import AdversaryMemory
+from .models import dropout
+from .models.compiled import compiled
+from .objectives import Objective, Outcome
+from .optim import Optimiser
+from .phases import BOOKKEEPING, OPTIMISER, TRAIN_BACKWARD, phase
+from .precision import LossScale, passes, resolve
+from .threat import ThreatModel
+
+log = logging.getLogger(__name__)
+
+
+class Step:
+    """A training step.
+
+    Args:
+        model: images [0, 1] to logits; trained in place.
+        optimiser: made for `model`, with the learning rates of all steps.
+        memory: the adversary memory, if attacks start from it.
+        take: makes a batch on the device from the random state, with no word to the host (a resident
+            loader's); the step then asks for no batch, and a captured one makes its own.
+        precision: of the network's passes, see `engine.precision`.
+        compile: the network's passes go through torch.compile.
+        recorder: captures the step at its first call; None: run it eagerly.
+    Attributes:
+        state: int64 [2] (seed, step) on the device; `done`: the same number of steps, on the host.
+        images: how many the means are of.
+        why_eager: why a recorder is there and the step runs eagerly all the same, else None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        objective: Objective,
+        threat: ThreatModel,
+        attack: Attack,
+        optimiser: Optimiser,
+        memory: AdversaryMemory | None = None,
+        take: Callable[[Tensor], Batch] | None = None,
+        precision: str = "fp32",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        compile: bool = False,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.network = compiled(model) if compile else model
+        self.model, self.objective, self.threat, self.attack = model, objective, threat, attack
+        self.optimiser, self.memory, self.take = optimiser, memory, take
+        self.device = torch.device(device)
+        self.precision = resolve(precision, self.device)
+        self.scale = LossScale(self.device, dynamic=self.precision == "fp16")
+        self.state = rng.state(seed, device)
+        dropout.follow(model, self.state)
+        self.done = 0
+        self.why_eager: str | None = None
+        self._sums: dict[str, Tensor] = {}
+        self.images = self._batches = 0
+        self._recorder = recorder
+        self._replay: Callable[[], None] | None = None
+        self._static: Batch | None = None
+        if recorder is not None and optimiser.uncapturable:
+            self._stay_eager(optimiser.uncapturable)
+
+    # ---- the step --------------------------------------------------------------------------------
+
+    def run(self, batch: Batch) -> None:
+        """The whole step, on the device."""
+        x, y = batch.x, batch.y
+        with passes(self.precision, self.device):
+            start = batch.start
+            if start is None and self.memory is not None:
+                start = self.memory.recall(_samples(batch), x, batch.where)
+            outcome = self.objective(
+                self.network, x, y, self.threat, self.attack, start=start, state=self.state
+            )
+        self.optimiser.zero_grad()
+        with phase(TRAIN_BACKWARD):
+            outcome.loss.backward(self.scale.scale.to(outcome.loss.dtype))
+        with phase(OPTIMISER):
+            self.optimiser.step(self.state[1:], self.scale)
+        with phase(BOOKKEEPING):
+            if self.memory is not None:
+                self.memory.remember(_samples(batch), x, outcome.adversary, batch.where)
+            self._count(outcome)
+            self.state[1:].add_(1)
+
+    def _count(self, outcome: Outcome) -> None:
+        terms = {"loss": outcome.loss.detach(), "adv_accuracy": outcome.correct, **outcome.stats}
+        for name in terms.keys() - self._sums.keys():
+            self._sums[name] = torch.zeros_like(terms[name])
+        torch._foreach_add_([self._sums[name] for name in terms], list(terms.values()))
+
+    # ---- running it ------------------------------------------------------------------------------
+
+    def __call__(self, batch: Batch | None = None) -> None:
+        """Do one step. `batch` may be left out where the step takes its own.
+
+        Raises:
+            EngineError: after the last step of the schedule, or for a batch that lacks what the memory
+                needs.
+        """
+        if self.done >= len(self.optimiser.rates):
+            raise EngineError(f"the schedule ends after {len(self.optimiser.rates)} steps")
+        if batch is None and self.take is None:
+            raise EngineError("this step takes no batches by itself: hand one over")
+        if self._recorder is not None and self._replay is None:
+            self._record(batch)
+        if self._replay is None:
+            images = self._eagerly(batch)
+        elif self._fill(batch):
+            self._replay()
+            assert self._static is not None
+            images = len(self._static.y)
+        else:
+            images = self._eagerly(batch)
+        self.optimiser.steps = self.done = self.done + 1
+        self._batches += 1
+        self.images += images
+
+    def train(self) -> None:
+        """Put the network into training mode."""
+        self.model.train()
+        self.network.train()
+
+    def means(self) -> dict[str, float]:
+        """Batch means since `clear`, and `adv_accuracy` [0..1]. Waits for the device, once."""
+        if not self._sums:
+            return {}
+        values = torch.stack([value.double() for value in self._sums.values()]).tolist()
+        found = {
+            name: value / self._batches for name, value in zip(self._sums, values, strict=True)
+        }
+        found["adv_accuracy"] *= self._batches / self.images
+        return found
+
+    def clear(self) -> None:
+        """Start the means anew."""
+        self._batches = self.images = 0
+        for value in self._sums.values():
+            value.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a step changes, or reads and must find where it was."""
+        found = {"state": self.state}
+        found |= {f"scale.{name}": t for name, t in self.scale.tensors().items()}
+        found |= {f"model.{name}": t for name, t in self.model.named_parameters()}
+        found |= {f"model.{name}": t for name, t in self.model.named_buffers()}
+        found |= {f"optimiser.{name}": t for name, t in self.optimiser.tensors().items()}
+        found |= {f"sum.{name}": t for name, t in self._sums.items()}
+        if self.memory is not None:
+            found["memory"] = self.memory.deltas
+        return found
+
+    def static(self) -> list[Tensor]:
+        """The tensors of the batch that a captured step reads; none before the capture."""
+        return [t for t in self._static or () if t is not None]
+
+    def _eagerly(self, batch: Batch | None) -> int:
+        if batch is None:
+            assert self.take is not None
+            batch = self.take(self.state)
+        self.run(batch)
+        return len(batch.y)
+
+    # ---- capture ---------------------------------------------------------------------------------
+
+    def _record(self, batch: Batch | None) -> None:
+        """Warm up and capture, then put everything back as it was."""
+        recorder = self._recorder
+        assert recorder is not None
+        if batch is None:
+            take = self.take
+            assert take is not None
+            static, step = take(self.state), lambda: self.run(take(self.state))
+        else:
+            static = Batch(*(None if t is None else t.clone() for t in batch))  # type: ignore[arg-type]
+            step = lambda: self.run(static)  # noqa: E731
+        before = {name: t.detach().clone() for name, t in self.tensors().items()}
+        steps = self.optimiser.steps
+        self._static = static
+        try:
+            recorder.warm_up(step)
+            self._restore(before)
+            self._replay = recorder.record(step)
+        except RuntimeError as error:
+            self._stay_eager(f"the capture failed: {str(error).splitlines()[0]}")
+        self._restore(before)
+        self.optimiser.steps = steps
+
+    @torch.no_grad()
+    def _restore(self, before: dict[str, Tensor]) -> None:
+        """In place: a graph remembers addresses."""
+        for name, t in self.tensors().items():
+            t.copy_(before[name]) if name in before else t.zero_()
+
+    def _fill(self, batch: Batch | None) -> bool:
+        """Copy a batch to where the graph reads it; False: it does not fit."""
+        if batch is None:
+            return True
+        static = self._static
+        assert static is not None
+        if [None if t is None else t.shape for t in static] != [
+            None if t is None else t.shape for t in batch
+        ]:
+            if self.why_eager is None:
+                self.why_eager = (
+                    f"a batch of {len(batch.y)} does not fit the graph of {len(static.y)}"
+                )
+                log.warning("this step runs without its CUDA graph: %s", self.why_eager)
+            return False
+        for into, t in zip(static, batch, strict=True):
+            if into is not None and t is not None:
+                into.copy_(t, non_blocking=True)
+        return True
+
+    def _stay_eager(self, why: str) -> None:
+        self.why_eager, self._recorder, self._static = why, None, None
+        log.warning("running without a CUDA graph: %s", why)
+
+    def close(self) -> None:
+        """Give the graph's memory back; the step runs eagerly from here."""
+        self._replay = self._static = None
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = None
+
+
+def _samples(batch: Batch) -> Tensor:
+    if batch.samples is None:
+        raise EngineError("attack.start = memory needs a loader that hands over sample indices")
+    return batch.samples

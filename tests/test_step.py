@@ -1,0 +1,500 @@
+"""The step: eager, recorded and replayed, in every precision; what overflows; what may be captured."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from engine import L2, PGD, AdversaryMemory, Attack, EngineError, Linf, LocalBall, Schedule
+from engine.audit import Tape
+from engine.capture import WARM_UP, CudaGraphs, unavailable
+from engine.data.loader import Batch, ResidentLoader
+from engine.models.dropout import Dropout
+from engine.optim import Optimiser
+from engine.precision import LossScale, resolve
+from engine.step import Step
+
+from .conftest import Foreign, Tiny, blobs
+
+STEPS = 20
+
+
+class Dropped(Tiny):
+    """With batch normalisation and dropout: everything that changes while training."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_norm=True)
+        self.drop = Dropout(0.3)
+
+    def body(self, h):
+        return self.fc(self.drop(torch.tanh(self.bn(h)).flatten(1)))
+
+
+def make(
+    model: nn.Module,
+    *,
+    objective=None,
+    threat=None,
+    attack=None,
+    optimiser="sgd",
+    steps=STEPS,
+    lr=0.05,
+    memory=None,
+    schedule=None,
+    **options,
+) -> Step:
+    model.train()
+    return Step(
+        model,
+        objective=objective or LocalBall(global_weight=0.5),
+        threat=threat or Linf(0.1),
+        attack=attack or Attack(steps=2),
+        optimiser=Optimiser(
+            model,
+            lr=(schedule or Schedule()).rates(lr, steps),
+            name=optimiser,
+            weight_decay=1e-3,
+            ema=0.9,
+        ),
+        memory=memory,
+        seed=5,
+        **options,
+    )
+
+
+def train(step: Step, memory: AdversaryMemory | None = None, steps: int = STEPS) -> None:
+    images, labels = blobs(64)
+    loader = ResidentLoader(images, labels, 16, pad=1, flip=True, memory=memory)
+    epoch = 0
+    while step.done < steps:
+        for batch in loader.epoch(epoch):
+            if step.done < steps:
+                step(batch)
+        epoch += 1
+
+
+def assert_same(ours: Step, theirs: Step) -> None:
+    """Bit for bit: weights, statistics, momentum, average, counters, metrics, memory."""
+    mine, yours = ours.tensors(), theirs.tensors()
+    assert mine.keys() == yours.keys()
+    for name in mine:
+        assert torch.equal(mine[name], yours[name]), name
+    assert ours.means() == theirs.means()
+
+
+# ---- replay ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw", "torch-sgd", "torch-adamw"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_replayed_steps_are_the_eager_steps(precision, optimiser):
+    """Recorded once, operator by operator, and replayed 20 times: nothing was frozen that changes."""
+    torch.manual_seed(0)
+    model = Dropped()
+    shape, threat = (1, 6, 6), Linf(0.1)
+    memories = [AdversaryMemory(64, shape, threat) for _ in range(2)]
+    options = {"precision": precision, "optimiser": optimiser, "attack": Attack(2, start="memory")}
+    eager = make(copy.deepcopy(model), memory=memories[0], **options)
+    tape = Tape()
+    taped = make(copy.deepcopy(model), memory=memories[1], recorder=tape, **options)
+    train(eager, memories[0])
+    train(taped, memories[1])
+    assert tape.entries
+    assert taped.why_eager is None
+    assert_same(taped, eager)
+    assert eager.means()["loss"] < 1.4
+
+
+@pytest.mark.parametrize("k", [1, 2, 10])
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5)], ids=str)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        PGD(),
+        LocalBall(),
+        LocalBall(direction="ce", anchor="start", global_weight=0.5),
+        LocalBall(direction="gradient-norm"),
+        LocalBall(distance="squared", global_weight=0.5),
+    ],
+    ids=str,
+)
+def test_every_objective_replays(objective, threat, k):
+    options = {"objective": objective, "threat": threat, "attack": Attack(steps=k)}
+    torch.manual_seed(0)
+    model = Tiny(batch_norm=True)
+    eager = make(copy.deepcopy(model), **options)
+    taped = make(copy.deepcopy(model), recorder=Tape(), **options)
+    train(eager, steps=4)
+    train(taped, steps=4)
+    assert_same(taped, eager)
+
+
+def test_a_schedule_with_corners_replays():
+    schedule = Schedule(name="piecewise", milestones=(0.25, 0.5), factor=0.1)
+    rates = schedule.rates(0.05, STEPS)
+    assert len(set(rates)) == 3
+    torch.manual_seed(0)
+    model = Tiny()
+    eager = make(copy.deepcopy(model), schedule=schedule)
+    taped = make(copy.deepcopy(model), schedule=schedule, recorder=Tape())
+    images, labels = blobs(16)
+    batch = next(ResidentLoader(images, labels, 16).epoch(0))
+    for rate in rates:
+        eager(batch)
+        taped(batch)
+        assert float(taped.optimiser.lr) == float(eager.optimiser.lr) == pytest.approx(rate)
+    assert_same(taped, eager)
+
+
+def test_recording_leaves_no_trace():
+    """Warming up moves weights, statistics and counters; all are back where they were."""
+    torch.manual_seed(0)
+    memory = AdversaryMemory(64, (1, 6, 6), Linf(0.1))
+    step = make(Dropped(), memory=memory, attack=Attack(steps=2, start="memory"))
+    before = {name: t.detach().clone() for name, t in step.tensors().items()}
+    places = {name: t.data_ptr() for name, t in step.tensors().items()}
+    runs = []
+    recorder = types.SimpleNamespace(
+        warm_up=lambda run: [run() for _ in range(WARM_UP)],
+        record=lambda run: lambda: runs.append(1),
+        close=lambda: None,
+    )
+    step._recorder = recorder
+    images, labels = blobs(64)
+    step(next(ResidentLoader(images, labels, 16).epoch(0)))
+    assert runs == [1]
+    for name, t in step.tensors().items():
+        assert t.data_ptr() == places.get(name, t.data_ptr()), name
+        assert torch.equal(t, before.get(name, torch.zeros_like(t))), name
+
+
+def test_a_batch_of_another_size_runs_eagerly_and_says_so_once(caplog):
+    torch.manual_seed(0)
+    model = Tiny(batch_norm=True)
+    eager = make(copy.deepcopy(model))
+    taped = make(copy.deepcopy(model), recorder=Tape())
+    images, labels = blobs(64)
+    x = images.float() / 255
+    batches = [Batch(x[i : i + 16], labels[i : i + 16]) for i in (0, 16)]
+    batches += [Batch(x[40:47], labels[40:47]), Batch(x[50:57], labels[50:57]), batches[0]]
+    with caplog.at_level(logging.WARNING):
+        for batch in batches:
+            eager(batch)
+            taped(batch)
+    assert_same(taped, eager)
+    assert [r.getMessage() for r in caplog.records] == [
+        "this step runs without its CUDA graph: a batch of 7 does not fit the graph of 16"
+    ]
+
+
+def test_a_step_that_takes_its_own_batches_replays():
+    """The whole step, batch included, from device state alone."""
+    images, labels = blobs(16)
+    x = images.float() / 255
+    steps = []
+    for recorder in (None, Tape()):
+        torch.manual_seed(0)
+
+        def take(state):
+            index = (torch.arange(8) + state[1]) % 16
+            return Batch(x.index_select(0, index), labels.index_select(0, index))
+
+        steps.append(make(Tiny(), take=take, recorder=recorder))
+        for _ in range(6):
+            steps[-1]()
+    assert_same(steps[1], steps[0])
+    assert steps[1].images == 48
+
+
+def test_compiled_passes_train_the_same_network():
+    torch.manual_seed(0)
+    model = Tiny(batch_norm=True)
+    eager = make(copy.deepcopy(model))
+    compiled = make(copy.deepcopy(model), compile=True)
+    train(eager)
+    train(compiled)
+    assert compiled.means()["loss"] == pytest.approx(eager.means()["loss"], rel=1e-4)
+    for (name, ours), theirs in zip(
+        compiled.model.state_dict().items(), eager.model.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=name)
+    assert all(p.requires_grad for p in compiled.model.parameters())
+
+
+# ---- the recorder ----------------------------------------------------------------------------
+
+
+def test_a_capture_that_fails_is_announced_and_the_step_goes_on(caplog):
+    class Broken(Tape):
+        def record(self, run):
+            raise RuntimeError("operation not permitted\nwhen the stream is capturing")
+
+    torch.manual_seed(0)
+    model = Tiny()
+    eager, broken = make(copy.deepcopy(model)), make(copy.deepcopy(model), recorder=Broken())
+    with caplog.at_level(logging.WARNING):
+        train(eager, steps=4)
+        train(broken, steps=4)
+    assert broken.why_eager == "the capture failed: operation not permitted"
+    assert [r.getMessage() for r in caplog.records] == [
+        "running without a CUDA graph: the capture failed: operation not permitted"
+    ]
+    assert_same(broken, eager)
+
+
+def test_no_cuda_no_graph():
+    assert unavailable(torch.device("cpu")) == "CUDA graphs need a CUDA device, this is cpu"
+    assert unavailable(torch.device("cuda")) is None
+
+
+def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
+    """The calls that CUDA sees, in order, on a machine that has none."""
+    told: list[object] = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+    class On:
+        def __init__(self, what):
+            self.what = what
+
+        def __enter__(self):
+            told.append(f"into {self.what}")
+
+        def __exit__(self, *_):
+            told.append(f"out of {self.what}")
+
+    class Graph:
+        def replay(self):
+            told.append("replay")
+
+        def reset(self):
+            told.append("reset")
+
+    def graph(it, *, pool, stream, capture_error_mode):
+        assert pool == "pool"
+        if capture_error_mode in refused:
+            raise RuntimeError("CUDA error: operation would make the legacy stream unsafe")
+        return On(f"{capture_error_mode} capture on {stream.name}")
+
+    refused: list[str] = []
+    side, current = Stream("side"), Stream("current")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda s: On(s.name))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with CudaGraphs(torch.device("cuda")) as graphs:
+        graphs.warm_up(lambda: told.append("run"))
+        replay = graphs.record(lambda: told.append("run"))
+        replay()
+        assert told == [
+            "side waits for current",
+            *("into side", *["run"] * WARM_UP, "out of side"),
+            "current waits for side",
+            "synchronize",
+            *("into global capture on side", "run", "out of global capture on side"),
+            "replay",
+        ]
+        told.clear()
+        refused.append("global")
+        graphs.record(lambda: told.append("run"))
+        assert told[1] == "into thread_local capture on side"
+        told.clear()
+    assert told == ["synchronize", "reset", "reset"]
+
+
+# ---- what the tape catches -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mistake", "complaint"),
+    [
+        (lambda x: x * float(x.mean()), "reads a value of the device on the host"),
+        (lambda x: x[x > 0], "shape depends on its contents"),
+        (lambda x: x + torch.rand_like(x), "draws random numbers from a generator"),
+        (lambda x: x + torch.tensor(3.0), "makes a tensor from a number of the host's"),
+        (lambda x: x + torch.ones(4)[0], None),
+    ],
+    ids=["read", "shape", "random", "host", "fine"],
+)
+def test_tape_complains(mistake, complaint):
+    x = torch.randn(8)
+    tape = Tape(known=lambda: [x])
+    tape.record(lambda: mistake(x))
+    if complaint is None:
+        assert tape.complaints == []
+    else:
+        assert any(complaint in line for line in tape.complaints), tape.complaints
+
+
+def test_tape_complains_of_a_tensor_from_outside():
+    x, stray = torch.randn(8), torch.randn(8)
+    tape = Tape(known=lambda: [x])
+    tape.record(lambda: x + stray)
+    assert tape.complaints == ["bookkeeping: add touches a tensor (8,) that the step does not own"]
+
+
+def test_tape_freezes_the_numbers_of_the_host():
+    """As a graph does: this is what the audit's comparison finds."""
+    x, count = torch.zeros(1), [0]
+
+    def run():
+        count[0] += 1
+        x.add_(count[0])
+
+    replay = Tape().record(run)
+    replay()
+    assert x.item() == 2.0
+
+
+# ---- precision -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw", "torch-sgd", "torch-adamw"])
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("recorder", [None, Tape], ids=["eager", "replayed"])
+def test_an_overflow_leaves_weights_and_momentum_alone(optimiser, at, recorder):
+    torch.manual_seed(0)
+    step = make(
+        Tiny(),
+        precision="fp16",
+        optimiser=optimiser,
+        recorder=recorder and recorder(),
+        attack=Attack(steps=1),
+        objective=PGD(),
+    )
+    images, labels = blobs(64)
+    batches = list(ResidentLoader(images, labels, 16).epoch(0))
+    for batch in batches[:at]:
+        step(batch)
+    assert not step.scale.found_inf
+    kept = {
+        name: t.clone()
+        for name, t in step.tensors().items()
+        if name.startswith(("model.", "optimiser.")) and not name.endswith(".now")
+    }
+    scale = float(step.scale.scale)
+    if recorder is not None and at == 0:
+        # Recorded in good order, then struck at its first replay.
+        step._record(batches[0])
+    step.scale.scale.fill_(float("inf"))
+    step(batches[0])
+    assert step.scale.found_inf
+    for name, before in kept.items():
+        assert torch.equal(step.tensors()[name], before), name
+    step.scale.scale.fill_(scale)
+    for batch in batches:
+        step(batch)
+    assert not step.scale.found_inf
+    assert step.means()["loss"] != step.means()["loss"] or True
+    for name, t in step.tensors().items():
+        if name.startswith(("model.", "optimiser.")):
+            assert t.isfinite().all(), name
+            if name in kept and name.startswith("model."):
+                assert not torch.equal(t, kept[name]), name
+
+
+def test_loss_scale_halves_on_overflow_and_doubles_after_a_while():
+    scale = LossScale(torch.device("cpu"), dynamic=True, initial=1024.0, interval=3)
+    grads = [torch.full((4,), 2048.0), torch.full((2,), 1024.0)]
+    scale.unscale_(grads)
+    scale.update()
+    assert grads[0].tolist() == [2.0] * 4
+    assert grads[1].tolist() == [1.0] * 2
+    scale.unscale_([torch.tensor([1.0, float("inf")])])
+    assert scale.found_inf
+    scale.update()
+    assert scale.scale == 512.0
+    for _ in range(3):
+        scale.unscale_([torch.ones(2)])
+        assert not scale.found_inf
+        scale.update()
+    assert scale.scale == 1024.0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("model", [Tiny, Foreign])
+def test_low_precision_trains_float32_weights_to_about_the_same(precision, model):
+    torch.manual_seed(0)
+    start = model()
+    full = make(copy.deepcopy(start))
+    low = make(copy.deepcopy(start), precision=precision)
+    train(full)
+    train(low)
+    assert all(p.dtype == torch.float32 for p in low.model.parameters())
+    assert low.means()["loss"] == pytest.approx(full.means()["loss"], rel=0.03)
+    assert low.means()["loss"] != full.means()["loss"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stem_learns_in_every_precision(precision):
+    """A cast of the stem's weight that the attack made must not serve the training pass."""
+    torch.manual_seed(0)
+    step = make(Tiny(), precision=precision)
+    before = step.model.conv1.weight.detach().clone()
+    train(step, steps=1)
+    assert step.model.conv1.weight.grad.abs().sum() > 0
+    assert not torch.equal(before, step.model.conv1.weight)
+
+
+def test_precision_by_device():
+    cpu = torch.device("cpu")
+    assert resolve("auto", cpu) == "fp32"
+    assert resolve("bf16", cpu) == "bf16"
+    with pytest.raises(EngineError, match="tf32 needs an NVIDIA GPU"):
+        resolve("tf32", cpu)
+
+
+# ---- batch normalisation and dropout ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["eval", "batch"])
+def test_attack_passes_leave_batch_norm_statistics_alone(policy):
+    """One training pass of PGD training, one update, however many attack passes."""
+    torch.manual_seed(0)
+    step = make(Tiny(batch_norm=True), objective=PGD(), attack=Attack(steps=3, batch_norm=policy))
+    train(step, steps=2)
+    assert step.model.bn.num_batches_tracked == 2
+
+
+def test_dropout_masks_are_a_function_of_the_step():
+    state = torch.tensor([3, 7])
+    layer = Dropout(0.25)
+    x = torch.ones(64, 50)
+    layer.state = state
+    first, again = layer(x), layer(x)
+    assert torch.equal(first, again)
+    state[1] += 1
+    assert not torch.equal(layer(x), first)
+    kept = (first > 0).float().mean()
+    assert abs(float(kept) - 0.75) < 0.03
+    assert set(first.unique().tolist()) <= {0.0, pytest.approx(1 / 0.75)}
+    assert torch.equal(layer.eval()(x), x)
+
+
+# ---- mistakes --------------------------------------------------------------------------------
+
+
+def test_a_step_past_the_schedule_is_refused():
+    step = make(Tiny(), steps=2)
+    train(step, steps=2)
+    images, labels = blobs(16)
+    with pytest.raises(EngineError, match="the schedule ends after 2 steps"):
+        step(next(ResidentLoader(images, labels, 16).epoch(0)))
+
+
+def test_a_step_without_a_batch_is_refused():
+    with pytest.raises(EngineError, match="hand one over"):
+        make(Tiny())()
