@@ -2,10 +2,12 @@
 
 from . import backends, ops, reference
 from .ops import (
+    adamw_ema_step,
     attack_step,
     attack_step_,
     augment,
     cross_entropy_grad,
+    finish_capture,
     input_grad_step,
     kl_grad,
     local_ball_loss,
@@ -16,11 +18,13 @@ from .ops import (
 )
 
 __all__ = [
+    "adamw_ema_step",
     "attack_step",
     "attack_step_",
     "augment",
     "backends",
     "cross_entropy_grad",
+    "finish_capture",
     "input_grad_step",
     "kl_grad",
     "local_ball_loss",

@@ -100,16 +100,14 @@ def examples() -> list[Example]:
         # Parameter, gradient, momentum, average: one tensor serves, as nothing runs.
         state = [flat_parameter]
         ops.sgd_ema_step(
-            state, state, state, state, lr=one, found_inf=one, weight_decay=[5e-4], ema_decay=0.99
+            state, state, state, state, lr=one, found_inf=one, weight_decay=[5e-4], ema_decay=one
         )
 
-    def sgd_one():
-        from .triton.launch import flat_tile
-        from .triton.sgd_ema_step import launch_one_by_one
-
-        t = flat_parameter
-        constants = {"NESTEROV": False, "AVERAGE": True, **flat_tile(t.numel())}
-        launch_one_by_one([(t, t, t, t, 5e-4)], one, one, 0.9, 0.01, constants)
+    def adamw():
+        state = [flat_parameter]
+        ops.adamw_ema_step(
+            state, state, state, state, state, lr=one, count=one, found_inf=one, weight_decay=[5e-4], ema_decay=one
+        )  # fmt: skip
 
     def stem(norm):
         return ops.input_grad_step(
@@ -142,7 +140,7 @@ def examples() -> list[Example]:
         Example("l2_recall", "recall", lambda: ops.recall(memory, index, where, x, one, norm="L2"), pixels, 9 + crop_bytes),
         Example("remember", "remember", lambda: ops.remember(memory, index, where, x, x, one), pixels, 9 + crop_bytes),
         Example("sgd_ema", "sgd_ema_step", sgd, pixels, 28, flat=True, branches=True),
-        Example("sgd_ema_one", "sgd_ema_step", sgd_one, pixels, 28, flat=True),
+        Example("adamw_ema", "adamw_ema_step", adamw, pixels, 36, flat=True, branches=True),
     ]  # fmt: skip
 
 

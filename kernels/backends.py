@@ -32,6 +32,7 @@ OPS = (
     "recall",
     "remember",
     "sgd_ema_step",
+    "adamw_ema_step",
 )
 _BY_DEVICE: dict[str, Backend] = {"cpu": "native", "cuda": "triton"}
 _MODULES = {"native": ".native", "triton": ".triton"}

@@ -10,10 +10,14 @@ other strides are made contiguous first. `eps`, `alpha`, `lam`, `mu` and `lr` ma
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .backends import dispatch
+from .backends import dispatch, load
 from .layout import same_order
 
 Scalar = float | Tensor
@@ -91,9 +95,34 @@ def _check_target(target: Tensor, logits: Tensor) -> Tensor:
     return target.contiguous()
 
 
+@lru_cache(maxsize=1024)
+def _cached(value: float, device: torch.device) -> Tensor:
+    # Not an inference tensor, whoever asks first: autograd will have to save it.
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+# A captured graph reads its constants at every replay, long after the cache has forgotten them.
+_pinned: dict[int, Tensor] = {}
+
+
+def constant(value: float, device: torch.device) -> Tensor:
+    """A float32 0-d tensor that nobody may write to, the same one for the same number.
+
+    Made anew it would be a copy from the host, which a graph capture does not allow; so it must have
+    been asked for once before a capture begins.
+    """
+    if torch.compiler.is_compiling() or isinstance(_get_current_dispatch_mode(), FakeTensorMode):
+        return torch.tensor(value, dtype=torch.float32, device=device)
+    found = _cached(value, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _pinned[id(found)] = found
+    return found
+
+
 def _check_scalar(name: str, value: Scalar, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=torch.float32, device=like.device)
+        return constant(float(value), like.device)
     if value.numel() != 1:
         raise ValueError(f"{name} must be one number, got shape {tuple(value.shape)}")
     if not value.is_floating_point():
@@ -122,10 +151,6 @@ def _check_index(index: Tensor, images: Tensor, name: str) -> Tensor:
         raise ValueError(f"index must be [B], got {tuple(index.shape)}")
     if index.device != images.device:
         raise ValueError(f"index is on {index.device}, {name} on {images.device}")
-    if index.device.type == "cpu" and index.numel():
-        low, high = int(index.min()), int(index.max())
-        if not (low >= 0 and high < len(images)):
-            raise IndexError(f"index must lie in [0, {len(images)})")
     return index.contiguous()
 
 
@@ -260,7 +285,7 @@ def attack_step_(
     z, grad = _check_like("z", z, x, "x"), _check_like("grad", grad, x, "x")
     if z.dtype != x.dtype:
         raise TypeError(f"z is {z.dtype}, x is {x.dtype}")
-    if z.is_set_to(x):
+    if z.data_ptr() == x.data_ptr() and z.numel() > 0:
         raise ValueError("z is x itself: the step would move the centre of the ball")
     if not grad.is_floating_point():
         raise TypeError(f"grad must be a float tensor, got {grad.dtype}")
@@ -654,11 +679,16 @@ def remember(
 
 _sgd_ema_step = _define(
     "sgd_ema_step",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] averages, Tensor lr, Tensor found_inf, float momentum, float[] weight_decay, bool nesterov, float ema_decay) -> ()",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] averages, Tensor lr, Tensor found_inf, float momentum, float[] weight_decay, bool nesterov, Tensor ema_decay) -> ()",
+)
+_adamw_ema_step = _define(
+    "adamw_ema_step",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] averages, Tensor lr, Tensor count, Tensor found_inf, float beta1, float beta2, float adam_eps, float[] weight_decay, Tensor ema_decay) -> ()",
 )
 
 
 @torch.library.register_fake("engine::sgd_ema_step")
+@torch.library.register_fake("engine::adamw_ema_step")
 def _(*args):
     return None
 
@@ -674,7 +704,7 @@ def sgd_ema_step(
     momentum: float = 0.9,
     weight_decay: list[float],
     nesterov: bool = False,
-    ema_decay: float = 0.0,
+    ema_decay: Scalar = 0.0,
 ) -> None:
     """Momentum SGD with weight decay and the weights' moving average, in place, in one pass.
 
@@ -686,21 +716,9 @@ def sgd_ema_step(
         averages: like `params`, or empty for no moving average.
         lr: learning rate; found_inf: float32 0-d or [1], device-held overflow flag.
         weight_decay: one number per parameter.
+        ema_decay: in [0, 1).
     """
-    if not (len(params) > 0):
-        raise ValueError("params is empty")
-    lists = {"grads": grads, "momenta": momenta, "weight_decay": weight_decay}
-    if averages:
-        lists["averages"] = averages
-    for name, values in lists.items():
-        if len(values) != len(params):
-            raise ValueError(f"{name} has {len(values)} for {len(params)} params")
-    for name, tensors in (("grads", grads), ("momenta", momenta), ("averages", averages)):
-        for p, t in zip(params, tensors, strict=False):
-            if t.shape != p.shape:
-                raise ValueError(f"{name}: {tuple(t.shape)} for a {tuple(p.shape)} parameter")
-            if t.device != p.device:
-                raise ValueError(f"{name}: on {t.device}, parameter on {p.device}")
+    _check_lists(params, weight_decay, averages, grads=grads, momenta=momenta)
     _sgd_ema_step(
         params,
         grads,
@@ -711,5 +729,79 @@ def sgd_ema_step(
         float(momentum),
         [float(d) for d in weight_decay],
         bool(nesterov),
-        float(ema_decay),
+        _check_scalar("ema_decay", ema_decay, params[0]),
     )
+
+
+def adamw_ema_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    averages: list[Tensor],
+    *,
+    lr: Scalar,
+    count: Tensor,
+    found_inf: Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    adam_eps: float = 1e-8,
+    weight_decay: list[float],
+    ema_decay: Scalar = 0.0,
+) -> None:
+    """AdamW and the weights' moving average, in place, in one pass (Loshchilov & Hutter, arXiv 1711.05101).
+
+    m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;
+    p = (1 - lr wd) p - lr / (1 - beta1^n) m / (sqrt(v) / sqrt(1 - beta2^n) + adam_eps);
+    e += (1 - ema_decay) (p - e). Nothing changes where `found_inf` is not 0.
+
+    Args:
+        params, exp_avgs (m), exp_avg_sqs (v), averages, grads: as for `sgd_ema_step`.
+        count: float32 0-d on the device: n, the number of this update, from 1; only read.
+    """
+    _check_lists(
+        params, weight_decay, averages, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs
+    )
+    first = params[0]
+    _adamw_ema_step(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        averages,
+        _check_scalar("lr", lr, first),
+        _check_scalar("count", count, first),
+        _check_scalar("found_inf", found_inf, first),
+        float(betas[0]),
+        float(betas[1]),
+        float(adam_eps),
+        [float(d) for d in weight_decay],
+        _check_scalar("ema_decay", ema_decay, first),
+    )
+
+
+def _check_lists(
+    params: list[Tensor],
+    weight_decay: list[float],
+    averages: list[Tensor],
+    **tensors: list[Tensor],
+) -> None:
+    if not (len(params) > 0):
+        raise ValueError("params is empty")
+    if averages:
+        tensors["averages"] = averages
+    for name, values in (*tensors.items(), ("weight_decay", weight_decay)):
+        if len(values) != len(params):
+            raise ValueError(f"{name} has {len(values)} for {len(params)} params")
+    for name, values in tensors.items():
+        for p, t in zip(params, values, strict=True):
+            if t.shape != p.shape:
+                raise ValueError(f"{name}: {tuple(t.shape)} for a {tuple(p.shape)} parameter")
+            if t.device != p.device:
+                raise ValueError(f"{name}: on {t.device}, parameter on {p.device}")
+
+
+def finish_capture() -> None:
+    """Complete what a capture of ops had to leave open; call it before the first replay."""
+    module, _ = load("triton")
+    if module is not None:
+        module.finish_capture()

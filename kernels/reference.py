@@ -272,6 +272,7 @@ def augment(
     eps: Tensor | None,
     norm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_range(index, images)
     b = index.shape[0]
     words = random_words(rng, stream, 4 * b).view(b, 4)
     side = 2 * pad + 1
@@ -284,6 +285,16 @@ def augment(
     if memory is None or eps is None:
         return x, where, x.new_empty(0)
     return x, where, recall(memory, index, where, x, eps, norm)
+
+
+def _check_range(index: Tensor, of: Tensor) -> None:
+    """On the CPU: reading a device's index would wait for it."""
+    if (
+        index.device.type == "cpu"
+        and index.numel()
+        and not 0 <= index.min() <= index.max() < len(of)
+    ):
+        raise IndexError(f"index must lie in [0, {len(of)})")
 
 
 def crop(images: Tensor, index: Tensor, where: Tensor) -> Tensor:
@@ -311,6 +322,7 @@ def recall(
     memory: Tensor, index: Tensor, where: Tensor, x: Tensor, eps: Tensor, norm: str
 ) -> Tensor:
     quantum = eps.to(x.dtype) / 127.0
+    _check_range(index, memory)
     delta = crop(memory, index, where).to(x.dtype) * quantum
     start = x + delta
     # Rounding to int8 steps can leave the L2 ball; a zero step projects back.
@@ -326,6 +338,7 @@ def remember(
     dy, dx, mirrored = where.unbind(1)
     back = torch.stack([-dy, torch.where(mirrored > 0, dx, -dx), mirrored], dim=1)
     _, inside = _source_pixels(back, *memory.shape[2:])
+    _check_range(index, memory)
     everything = torch.arange(len(index), device=index.device)
     moved_back = crop(steps, everything, back)
     inside = inside.view(-1, 1, *memory.shape[2:])
@@ -346,7 +359,7 @@ def sgd_ema_step(
     momentum: float,
     weight_decay: list[float],
     nesterov: bool,
-    ema_decay: float,
+    ema_decay: Tensor,
 ) -> None:
     # Arithmetic, not a branch: the flag is read on the device only.
     go = found_inf == 0
@@ -357,5 +370,40 @@ def sgd_ema_step(
         new_p = p - lr.to(p.dtype) * step
         m.copy_(torch.where(go, new_m, m))
         p.copy_(torch.where(go, new_p, p))
+    _average(params, averages, go, ema_decay)
+
+
+def adamw_ema_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    averages: list[Tensor],
+    lr: Tensor,
+    count: Tensor,
+    found_inf: Tensor,
+    beta1: float,
+    beta2: float,
+    adam_eps: float,
+    weight_decay: list[float],
+    ema_decay: Tensor,
+) -> None:
+    go = found_inf == 0
+    # In float64: 1 - beta^n cancels.
+    corrections = [1.0 - beta ** count.double() for beta in (beta1, beta2)]
+    for p, g, m, v, decay in zip(params, grads, exp_avgs, exp_avg_sqs, weight_decay, strict=True):
+        d, rate = g.to(p.dtype), lr.to(p.dtype)
+        new_m = m + (1.0 - beta1) * (d - m)
+        new_v = beta2 * v + (1.0 - beta2) * d * d
+        root = corrections[1].sqrt().to(p.dtype)
+        size = (lr.double() / corrections[0]).to(p.dtype)
+        new_p = (1.0 - rate * decay) * p - size * new_m / (new_v.sqrt() / root + adam_eps)
+        m.copy_(torch.where(go, new_m, m))
+        v.copy_(torch.where(go, new_v, v))
+        p.copy_(torch.where(go, new_p, p))
+    _average(params, averages, go, ema_decay)
+
+
+def _average(params: list[Tensor], averages: list[Tensor], go: Tensor, ema_decay: Tensor) -> None:
     for p, e in zip(params, averages, strict=False):
-        e.copy_(torch.where(go, e + (1.0 - ema_decay) * (p - e), e))
+        e.copy_(torch.where(go, e + (1.0 - ema_decay.to(p.dtype)) * (p - e), e))

@@ -15,17 +15,19 @@ from .input_grad_step import input_grad_step
 from .launch import INTERPRETING
 from .local_ball_loss import local_ball_loss, local_ball_loss_backward
 from .logit_grads import cross_entropy_grad, kl_grad
-from .sgd_ema_step import sgd_ema_step
+from .optimisers import adamw_ema_step, finish_capture, sgd_ema_step
 from .uniform_start import uniform_start
 
 ORIGIN = f"Triton {triton.__version__}" + (", interpreted" if INTERPRETING else "")
 
 __all__ = [
     "ORIGIN",
+    "adamw_ema_step",
     "attack_step",
     "attack_step_",
     "augment",
     "cross_entropy_grad",
+    "finish_capture",
     "input_grad_step",
     "kl_grad",
     "local_ball_loss",

@@ -18,7 +18,7 @@ FLAT = {
     "linf_step_in_place",
     "linf_step_bf16_input",
     "sgd_ema",
-    "sgd_ema_one",
+    "adamw_ema",
 }
 
 
@@ -174,6 +174,8 @@ def optimiser(dtype, grad, sizes, average, nesterov):
     p = [torch.zeros(n, dtype=dtype) for n in sizes]
     ops.sgd_ema_step(p, [t.to(grad) for t in p], p, p if average else [], lr=e, found_inf=e,
                      weight_decay=[0.1] * len(p), nesterov=nesterov, ema_decay=0.5)
+    ops.adamw_ema_step(p, [t.to(grad) for t in p], p, p, p if average else [], lr=e, count=e, found_inf=e,
+                       weight_decay=[0.1] * len(p), ema_decay=0.5)
 
 product, norms = itertools.product, ("Linf", "L2")
 record = audit.recording("sm_90")

@@ -51,6 +51,14 @@ def every_op():
         kernels.sgd_ema_step(*lists, lr=0.1, found_inf=zero, weight_decay=[0.1] * 4, ema_decay=0.9)
         return torch.cat([t.flatten() for group in lists for t in group])
 
+    def adamw():
+        shapes = [(300, 200), (7,), (64, 3, 3, 3), (50_000,)]
+        lists = [[shared.normal(s, "cpu", seed=i) for s in shapes] for i in range(5)]
+        options = {"lr": 0.1, "count": torch.tensor(3.0), "found_inf": torch.zeros(())}
+        lists[3] = [t.square() for t in lists[3]]
+        kernels.adamw_ema_step(*lists, weight_decay=[0.1] * 4, ema_decay=0.9, **options)
+        return torch.cat([t.flatten() for group in lists for t in group])
+
     def loss():
         leaves = [t.clone().requires_grad_() for t in (adv, ball, clean)]
         value, stats = kernels.local_ball_loss(leaves[0], target, leaves[1], leaves[2])
@@ -74,6 +82,7 @@ def every_op():
         "recall": recall,
         "remember": remember,
         "sgd_ema_step": optimise,
+        "adamw_ema_step": adamw,
     }
 
 

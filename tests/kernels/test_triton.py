@@ -19,7 +19,7 @@ from engine.kernels.triton import (  # noqa: E402
     philox,
 )
 
-sgd = sys.modules["engine.kernels.triton.sgd_ema_step"]
+sgd = sys.modules["engine.kernels.triton.optimisers"]
 loss = sys.modules["engine.kernels.triton.local_ball_loss"]
 
 pytestmark = pytest.mark.skipif(
@@ -239,9 +239,52 @@ def test_many_tensors_over_many_programs(narrow):
     assert_same_step(optimiser_state(SHAPES))
 
 
-def test_one_launch_a_tensor_where_a_capture_has_no_table(monkeypatch):
-    monkeypatch.setattr(sgd, "_table", lambda members, block: None)
-    assert_same_step(optimiser_state(SHAPES))
+def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch):
+    """What the capture launches reads its table at the first replay, not before."""
+    state = optimiser_state(SHAPES)
+    wanted = run_sgd(on_reference, state, steps=1)
+    monkeypatch.setattr(sgd, "_tables", type(sgd._tables)())
+    monkeypatch.setattr(sgd, "_captured", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    launches = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append((grid, args, options))
+
+    kernel, table = sgd.sgd_ema_kernel, sgd._table
+
+    class Cuda:
+        """A device that says it is CUDA; its memory is the host's."""
+
+        type = "cuda"
+
+    def pretending(members, block):
+        real = torch.empty_like
+        monkeypatch.setattr(torch, "empty_like", lambda t, device=None, **k: real(t, **k).fill_(-1))
+        first = members[0]
+
+        class P:
+            device = Cuda()
+            data_ptr, numel = first.p.data_ptr, first.p.numel
+
+        found = table([first._replace(p=P()), *members[1:]], block)
+        monkeypatch.setattr(torch, "empty_like", real)
+        return found
+
+    monkeypatch.setattr(sgd, "_table", pretending)
+    monkeypatch.setattr(sgd, "sgd_ema_kernel", Recorded())
+    p, g, m, e = ([t.clone() for t in tensors] for tensors in state)
+    on_triton(
+        "sgd_ema_step", p, g, m, e, lr=0.1, found_inf=torch.zeros((), **SCALAR),
+        weight_decay=[0.1 * i for i in range(len(p))], ema_decay=0.9, nesterov=True,
+    )  # fmt: skip
+    ((grid, args, options),) = launches
+    assert (args[0] == -1).all()
+    kernels.finish_capture()
+    assert not sgd._unfilled
+    kernel[grid](*args, **options)
+    torch.testing.assert_close(p + m + e, wanted, atol=1e-6, rtol=1e-6)
 
 
 def test_layouts_of_their_own(monkeypatch):

@@ -35,11 +35,13 @@ struct Images {
   int64_t channels, h, w;
 };
 
-// One parameter tensor of n elements; all in the same memory order. `average` may be null.
+// One parameter tensor of n elements; all in the same memory order. `average` may be null; `v`, Adam's
+// second moment, is null under SGD.
 struct Parameter {
   float* p;
   const void* g;
   float* m;
+  float* v;
   float* average;
   int64_t n;
   int grad_dtype;
@@ -49,6 +51,11 @@ struct Parameter {
 struct Sgd {
   float lr, momentum, blend;  // blend = 1 - ema_decay
   bool nesterov;
+};
+
+// rate = lr / (1 - beta1^count), root = sqrt(1 - beta2^count), towards_x = 1 - beta.
+struct AdamW {
+  float lr, towards_m, beta2, towards_v, rate, root, eps, blend;
 };
 
 // The ops as one instruction set compiles them; arguments are explained beside each kernel.
@@ -79,6 +86,7 @@ struct Kernels {
   void (*remember)(int8_t* memory, const int64_t* index, const int32_t* where, const Images& shape,
                    const float* x, const float* z, int64_t b, bool channels_last, float eps);
   void (*sgd_ema_step)(const Parameter* tensors, int64_t count, const Sgd& step);
+  void (*adamw_ema_step)(const Parameter* tensors, int64_t count, const AdamW& step);
 };
 
 }  // namespace engine

@@ -150,37 +150,58 @@ void local_ball_loss_backward(float grad_loss, Address adv, int adv_dtype, Addre
                                {at<void>(grad_ball), ball_dtype}, {at<void>(grad_clean), clean_dtype});
 }
 
-void augment(Address images, Address index, int64_t channels, int64_t h, int64_t w, Address x,
-             Address where, int64_t b, int64_t seed, int64_t step, uint32_t stream, int64_t pad,
+void check_index(const int64_t* index, int64_t b, int64_t samples) {
+  for (int64_t i = 0; i < b; ++i)
+    if (index[i] < 0 || index[i] >= samples)
+      throw std::out_of_range("index must lie in [0, " + std::to_string(samples) + ")");
+}
+
+void augment(Address images, Address index, int64_t samples, int64_t channels, int64_t h, int64_t w,
+             Address x, Address where, int64_t b, int64_t seed, int64_t step, uint32_t stream, int64_t pad,
              bool flip, Address memory, Address start, float eps, bool l2) {
+  check_index(at<int64_t>(index), b, samples);
   run.kernels->augment(at<uint8_t>(images), at<int64_t>(index), {channels, h, w}, at<float>(x),
               at<int32_t>(where), b, uint64_t(seed), uint64_t(step), stream, pad, flip,
               at<int8_t>(memory), at<float>(start), eps, l2);
 }
 
-void recall(Address memory, Address index, Address where, int64_t channels, int64_t h, int64_t w,
-            Address x, Address out, int64_t b, bool channels_last, float eps, bool l2) {
+void recall(Address memory, Address index, Address where, int64_t samples, int64_t channels, int64_t h,
+            int64_t w, Address x, Address out, int64_t b, bool channels_last, float eps, bool l2) {
+  check_index(at<int64_t>(index), b, samples);
   run.kernels->recall(at<int8_t>(memory), at<int64_t>(index), at<int32_t>(where), {channels, h, w},
              at<float>(x), at<float>(out), b, channels_last, eps, l2);
 }
 
-void remember(Address memory, Address index, Address where, int64_t channels, int64_t h, int64_t w,
-              Address x, Address z, int64_t b, bool channels_last, float eps) {
+void remember(Address memory, Address index, Address where, int64_t samples, int64_t channels,
+              int64_t h, int64_t w, Address x, Address z, int64_t b, bool channels_last, float eps) {
+  check_index(at<int64_t>(index), b, samples);
   run.kernels->remember(at<int8_t>(memory), at<int64_t>(index), at<int32_t>(where), {channels, h, w},
                at<float>(x), at<float>(z), b, channels_last, eps);
 }
 
-// One tuple a tensor: p, grad, grad dtype, momentum, average or 0, elements, weight decay.
-using Row = std::tuple<Address, Address, int, Address, Address, int64_t, float>;
+// One tuple a tensor: p, grad, grad dtype, first moment, second or 0, average or 0, elements, weight decay.
+using Row = std::tuple<Address, Address, int, Address, Address, Address, int64_t, float>;
+
+std::vector<Parameter> parameters(const std::vector<Row>& rows) {
+  std::vector<Parameter> tensors;
+  tensors.reserve(rows.size());
+  for (const auto& [p, g, dtype, m, v, average, n, decay] : rows)
+    tensors.push_back(
+        {at<float>(p), at<void>(g), at<float>(m), at<float>(v), at<float>(average), n, dtype, decay});
+  return tensors;
+}
 
 void sgd_ema_step(const std::vector<Row>& rows, float lr, float momentum, float blend,
                   bool nesterov) {
-  std::vector<Parameter> tensors;
-  tensors.reserve(rows.size());
-  for (const auto& [p, g, dtype, m, average, n, decay] : rows)
-    tensors.push_back(
-        {at<float>(p), at<void>(g), at<float>(m), at<float>(average), n, dtype, decay});
+  const auto tensors = parameters(rows);
   run.kernels->sgd_ema_step(tensors.data(), int64_t(tensors.size()), {lr, momentum, blend, nesterov});
+}
+
+void adamw_ema_step(const std::vector<Row>& rows, float lr, float towards_m, float beta2,
+                    float towards_v, float rate, float root, float eps, float blend) {
+  const auto tensors = parameters(rows);
+  run.kernels->adamw_ema_step(tensors.data(), int64_t(tensors.size()),
+                     {lr, towards_m, beta2, towards_v, rate, root, eps, blend});
 }
 
 }  // namespace
@@ -211,4 +232,5 @@ NB_MODULE(_native, m) {
   m.def("recall", &recall, release);
   m.def("remember", &remember, release);
   m.def("sgd_ema_step", &sgd_ema_step, release);
+  m.def("adamw_ema_step", &adamw_ema_step, release);
 }

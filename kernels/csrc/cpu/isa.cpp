@@ -2,7 +2,7 @@
 #include "../core/attack.hpp"
 #include "../core/data.hpp"
 #include "../core/logits.hpp"
-#include "../core/sgd.hpp"
+#include "../core/optimisers.hpp"
 #include "../core/stem.hpp"
 
 namespace engine::ENGINE_ISA {
@@ -11,7 +11,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     uniform_start,   attack_step,              cross_entropy_grad, kl_grad, input_grad_step,
     local_ball_loss, local_ball_loss_backward, augment,            recall,  remember,
-    sgd_ema_step,
+    sgd_ema_step,    adamw_ema_step,
 };
 
 }  // namespace engine::ENGINE_ISA

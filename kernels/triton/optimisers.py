@@ -1,0 +1,360 @@
+"""Momentum SGD and AdamW with the weights' moving average: one launch for all parameters."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from .launch import flat_tile, on_device
+from .maths import number
+
+_TL = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+class _Table(NamedTuple):
+    """Where the tensors lie, on the device."""
+
+    pointers: (
+        Tensor  # int64 [T, 4 + moments]: param, grad, moments, average (0: none), element count
+    )
+    chunks: Tensor  # int64 [P, 2]: tensor and first element of each program
+    decay: Tensor  # float64 [T]: weight decay
+    aligned: bool  # every pointer is a multiple of 16 bytes
+
+
+class _Member(NamedTuple):
+    """One parameter and what belongs to it."""
+
+    p: Tensor
+    g: Tensor
+    moments: tuple[Tensor, ...]
+    e: Tensor | None
+    decay: float
+
+
+# Gradients that autograd allocates anew mostly land on the addresses of an earlier step, so a few
+# tables serve a whole run.
+_tables: OrderedDict[tuple, _Table] = OrderedDict()
+_MOST_TABLES = 32
+# A captured graph reads its table at every replay, long after the cache has forgotten it.
+_captured: dict[tuple, _Table] = {}
+# Tables first met in a capture, and what is to be written into them when it has ended.
+_unfilled: list[tuple[_Table, _Table]] = []
+
+
+def sgd_ema_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    averages: list[Tensor],
+    lr: Tensor,
+    found_inf: Tensor,
+    momentum: float,
+    weight_decay: list[float],
+    nesterov: bool,
+    ema_decay: Tensor,
+) -> None:
+    rest = (lr, found_inf, momentum)
+
+    def alone(m: _Member) -> None:
+        reference.sgd_ema_step(
+            [m.p], [m.g], [*m.moments], _list(m.e), *rest, [m.decay], nesterov, ema_decay
+        )
+
+    def launch(table: _Table, constants: dict) -> None:
+        sgd_ema_kernel[(len(table.chunks),)](
+            table.pointers, table.chunks, table.decay, lr, found_inf, ema_decay, momentum,
+            NESTEROV=nesterov, ALIGNED=table.aligned, **constants,
+        )  # fmt: skip
+
+    _run(_members(params, grads, (momenta,), averages, weight_decay), alone, launch)
+
+
+def adamw_ema_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    averages: list[Tensor],
+    lr: Tensor,
+    count: Tensor,
+    found_inf: Tensor,
+    beta1: float,
+    beta2: float,
+    adam_eps: float,
+    weight_decay: list[float],
+    ema_decay: Tensor,
+) -> None:
+    rest = (lr, count, found_inf, beta1, beta2, adam_eps)
+
+    def alone(m: _Member) -> None:
+        first, second = m.moments
+        reference.adamw_ema_step(
+            [m.p], [m.g], [first], [second], _list(m.e), *rest, [m.decay], ema_decay
+        )
+
+    def launch(table: _Table, constants: dict) -> None:
+        adamw_ema_kernel[(len(table.chunks),)](
+            table.pointers, table.chunks, table.decay, lr, count, found_inf, ema_decay,
+            beta1, beta2, math.log(beta1), math.log(beta2), adam_eps,
+            ALIGNED=table.aligned, **constants,
+        )  # fmt: skip
+
+    members = _members(params, grads, (exp_avgs, exp_avg_sqs), averages, weight_decay)
+    _run(members, alone, launch)
+
+
+def finish_capture() -> None:
+    """Fill the tables that a capture could only make room for."""
+    for empty, full in _unfilled:
+        for into, values in zip(empty[:3], full[:3], strict=True):
+            into.copy_(values)
+    _unfilled.clear()
+
+
+def _members(
+    params: list[Tensor],
+    grads: list[Tensor],
+    moments: tuple[list[Tensor], ...],
+    averages: list[Tensor],
+    weight_decay: list[float],
+) -> list[_Member]:
+    return [
+        _Member(p, g, tuple(m[i] for m in moments), averages[i] if averages else None, decay)
+        for i, (p, g, decay) in enumerate(zip(params, grads, weight_decay, strict=True))
+    ]
+
+
+def _list(t: Tensor | None) -> list[Tensor]:
+    return [] if t is None else [t]
+
+
+def _run(
+    members: list[_Member],
+    alone: Callable[[_Member], None],
+    launch: Callable[[_Table, dict], None],
+) -> None:
+    """One launch for each pair of types; `alone` takes what no kernel is written for."""
+    groups: dict[tuple[torch.dtype, torch.dtype], list[_Member]] = {}
+    for member in members:
+        p, g = member.p, member.g
+        if not _fits(member) or g.dtype not in _TL:
+            alone(member)
+            continue
+        if g.stride() != p.stride():
+            member = member._replace(g=torch.empty_like(p, dtype=g.dtype).copy_(g))
+        groups.setdefault((p.dtype, g.dtype), []).append(member)
+    with on_device(members[0].p):
+        for (p_type, g_type), group in groups.items():
+            tile = flat_tile(max(member.p.numel() for member in group))
+            table = _table(group, tile["BLOCK"])
+            average = group[0].e is not None
+            launch(table, {"PARAM": _TL[p_type], "GRAD": _TL[g_type], "AVERAGE": average, **tile})
+
+
+def _fits(member: _Member) -> bool:
+    """Whether a parameter and its state are dense, of one type and in one memory order."""
+    p = member.p
+    same = all(
+        t.dtype == p.dtype and t.stride() == p.stride() for t in (*member.moments, *_list(member.e))
+    )
+    dense = p.is_contiguous() or (
+        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+    )
+    return same and dense and p.dtype in (torch.float32, torch.float64)
+
+
+def _table(members: list[_Member], block: int) -> _Table:
+    """The table for these tensors.
+
+    Building one copies from the host, which a graph capture does not allow. There the kernel gets room
+    for a table, and `finish_capture` writes it: a graph reads its table when it is replayed.
+    """
+    rows = tuple(
+        (
+            m.p.data_ptr(),
+            m.g.data_ptr(),
+            *(t.data_ptr() for t in m.moments),
+            0 if m.e is None else m.e.data_ptr(),
+            m.p.numel(),
+        )
+        for m in members
+    )
+    decay = tuple(m.decay for m in members)
+    device = members[0].p.device
+    key = (device, rows, decay)
+    table = _tables.get(key)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if table is None:
+            full = _build(rows, decay, block, torch.device("cpu"))
+            room = [torch.empty_like(t, device=device) for t in full[:3]]
+            table = _Table(*room, full.aligned)
+            _unfilled.append((table, full))
+        _captured[key] = table
+        return table
+    if table is None:
+        table = _tables[key] = _build(rows, decay, block, device)
+        if len(_tables) > _MOST_TABLES:
+            _tables.popitem(last=False)
+    _tables.move_to_end(key)
+    return table
+
+
+def _build(rows: tuple, decay: tuple[float, ...], block: int, device: torch.device) -> _Table:
+    chunks = [(t, at) for t, row in enumerate(rows) for at in range(0, row[-1], block)]
+    return _Table(
+        torch.tensor(rows, dtype=torch.int64, device=device),
+        torch.tensor(chunks, dtype=torch.int64, device=device).view(-1, 2),
+        torch.tensor(decay, dtype=torch.float64, device=device),
+        all(pointer % 16 == 0 for row in rows for pointer in row[:-1]),
+    )
+
+
+@triton.jit
+def _sgd(
+    p_ptr, g_ptr, m_ptr, e_ptr, offsets, n, lr, momentum, decay, towards,
+    NESTEROV: tl.constexpr, AVERAGE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step for the elements `offsets` (below n, if MASKED) of one tensor; scalars in its type."""
+    mask = offsets < n if MASKED else None
+    p = tl.load(p_ptr + offsets, mask=mask)
+    m = tl.load(m_ptr + offsets, mask=mask)
+    d = tl.load(g_ptr + offsets, mask=mask).to(p.dtype) + decay * p
+    m = momentum * m + d
+    p -= lr * (d + momentum * m if NESTEROV else m)
+    tl.store(m_ptr + offsets, m, mask=mask)
+    tl.store(p_ptr + offsets, p, mask=mask)
+    if AVERAGE:
+        e = tl.load(e_ptr + offsets, mask=mask)
+        tl.store(e_ptr + offsets, e + towards * (p - e), mask=mask)
+
+
+@triton.jit
+def _adamw(
+    p_ptr, g_ptr, m_ptr, v_ptr, e_ptr, offsets, n,
+    keep, rate, root, towards_m, beta2, towards_v, eps, towards,
+    AVERAGE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One step for the elements `offsets` (below n, if MASKED) of one tensor; scalars in its type."""
+    mask = offsets < n if MASKED else None
+    p = tl.load(p_ptr + offsets, mask=mask)
+    m = tl.load(m_ptr + offsets, mask=mask)
+    v = tl.load(v_ptr + offsets, mask=mask)
+    d = tl.load(g_ptr + offsets, mask=mask).to(p.dtype)
+    m += towards_m * (d - m)
+    v = beta2 * v + towards_v * d * d
+    p = keep * p - rate * m / (tl.sqrt(v) / root + eps)
+    tl.store(m_ptr + offsets, m, mask=mask)
+    tl.store(v_ptr + offsets, v, mask=mask)
+    tl.store(p_ptr + offsets, p, mask=mask)
+    if AVERAGE:
+        e = tl.load(e_ptr + offsets, mask=mask)
+        tl.store(e_ptr + offsets, e + towards * (p - e), mask=mask)
+
+
+@triton.jit
+def _address(row, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address that the table holds at `row`."""
+    pointer = tl.load(row).to(tl.pointer_type(TYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit
+def sgd_ema_kernel(
+    pointers_ptr, chunks_ptr, decay_ptr, lr_ptr, found_inf_ptr, ema_ptr, momentum: tl.float64,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, NESTEROV: tl.constexpr, AVERAGE: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program i updates chunk i, BLOCK elements of one tensor. Grid: (chunks,).
+
+    Full chunks take no mask, so their accesses are 128 bits wide whatever the tensor's size.
+
+    Args:
+        pointers_ptr: int64 [T, 5], addresses of param, grad, momentum, average and the element count.
+        chunks_ptr: int64 [P, 2], tensor and first element; decay_ptr: float64 [T].
+        lr_ptr, found_inf_ptr, ema_ptr: one float each: learning rate, overflow flag (nothing is written
+            where it is not 0), decay of the average.
+        PARAM, GRAD: element types; momentum and average have PARAM's.
+        ALIGNED: every address is a multiple of 16 bytes.
+    """
+    if tl.load(found_inf_ptr) == 0:
+        tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
+        start = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1)
+        row = pointers_ptr + 5 * tensor
+        p_ptr, g_ptr = _address(row, PARAM, ALIGNED), _address(row + 1, GRAD, ALIGNED)
+        m_ptr, e_ptr = _address(row + 2, PARAM, ALIGNED), _address(row + 3, PARAM, ALIGNED)
+        n = tl.load(row + 4)
+        start = tl.multiple_of(start, BLOCK)
+        offsets = start + tl.arange(0, BLOCK)
+        lr, decay = tl.load(lr_ptr).to(PARAM), tl.load(decay_ptr + tensor).to(PARAM)
+        beta, towards = number(momentum, PARAM), 1.0 - tl.load(ema_ptr).to(PARAM)
+        if start + BLOCK <= n:
+            _sgd(
+                p_ptr, g_ptr, m_ptr, e_ptr, offsets, n, lr, beta, decay, towards,
+                NESTEROV, AVERAGE, False,
+            )  # fmt: skip
+        else:
+            _sgd(
+                p_ptr, g_ptr, m_ptr, e_ptr, offsets, n, lr, beta, decay, towards,
+                NESTEROV, AVERAGE, True,
+            )  # fmt: skip
+
+
+@triton.jit
+def adamw_ema_kernel(
+    pointers_ptr, chunks_ptr, decay_ptr, lr_ptr, count_ptr, found_inf_ptr, ema_ptr,
+    beta1: tl.float64, beta2: tl.float64, log_beta1: tl.float64, log_beta2: tl.float64,
+    eps: tl.float64,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, AVERAGE: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `sgd_ema_kernel`, for AdamW.
+
+    Args:
+        pointers_ptr: int64 [T, 6], addresses of param, grad, first and second moment, average, and the
+            element count.
+        count_ptr: one float, the number of this update from 1.
+        log_beta1, log_beta2: natural logarithms of the betas.
+    """
+    if tl.load(found_inf_ptr) == 0:
+        tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
+        start = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1)
+        row = pointers_ptr + 6 * tensor
+        p_ptr, g_ptr = _address(row, PARAM, ALIGNED), _address(row + 1, GRAD, ALIGNED)
+        m_ptr, v_ptr = _address(row + 2, PARAM, ALIGNED), _address(row + 3, PARAM, ALIGNED)
+        e_ptr = _address(row + 4, PARAM, ALIGNED)
+        n = tl.load(row + 5)
+        start = tl.multiple_of(start, BLOCK)
+        offsets = start + tl.arange(0, BLOCK)
+        # Bias corrections in float64: 1 - beta^n cancels.
+        count, lr = tl.load(count_ptr).to(tl.float64), tl.load(lr_ptr).to(tl.float64)
+        decay = tl.load(decay_ptr + tensor)
+        rate = (lr / (1.0 - tl.exp(count * log_beta1))).to(PARAM)
+        root = tl.sqrt(1.0 - tl.exp(count * log_beta2)).to(PARAM)
+        keep = (1.0 - lr * decay).to(PARAM)
+        towards_m, towards_v = number(1.0 - beta1, PARAM), number(1.0 - beta2, PARAM)
+        second, small = number(beta2, PARAM), number(eps, PARAM)
+        towards = 1.0 - tl.load(ema_ptr).to(PARAM)
+        if start + BLOCK <= n:
+            _adamw(
+                p_ptr, g_ptr, m_ptr, v_ptr, e_ptr, offsets, n,
+                keep, rate, root, towards_m, second, towards_v, small, towards, AVERAGE, False,
+            )  # fmt: skip
+        else:
+            _adamw(
+                p_ptr, g_ptr, m_ptr, v_ptr, e_ptr, offsets, n,
+                keep, rate, root, towards_m, second, towards_v, small, towards, AVERAGE, True,
+            )  # fmt: skip
