@@ -107,7 +107,14 @@ def build_parser() -> Parser:
     bench.add_argument("--quick", action="store_true", help="under a minute")
     bench.add_argument("--json", action="store_true")
 
-    doctor = add("doctor", _doctor, "what this machine has, and which backend serves each op")
+    doctor = add(
+        "doctor",
+        _doctor,
+        "what this machine has, and which backend serves each op; or whether a recipe's step can be "
+        "captured in a CUDA graph",
+        overridable=True,
+    )
+    doctor.add_argument("--capture", metavar="RECIPE", help="audit the step, no GPU needed")
     doctor.add_argument("--json", action="store_true")
     return parser
 
@@ -261,16 +268,20 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+    if arguments.capture is not None:
+        return _audit(arguments.capture, _overrides(rest), arguments.json)
+    if rest:
+        raise EngineError(f"unknown argument {rest[0]} (see engine doctor --help)")
     from rich.table import Table
 
-    from . import kernels, models
+    from . import apex, kernels, models
     from . import recipe as recipes
     from .progress import stdout
     from .runs import environment
 
     found = {
-        "environment": environment(),
+        "environment": {**environment(), "apex": apex.status()},
         "kernels": kernels.backends.table(),
         "models": sorted(models.MODELS),
         "recipes": recipes.names(),
@@ -287,6 +298,34 @@ def _doctor(arguments: argparse.Namespace) -> int:
     stdout.print("models:", ", ".join(found["models"]), highlight=False, soft_wrap=True)
     stdout.print("recipes:", ", ".join(found["recipes"]), highlight=False, soft_wrap=True)
     return 0
+
+
+def _audit(name: str, overrides: dict[str, str], as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from . import audit
+    from . import recipe as recipes
+
+    found = audit.audit(recipes.load(name, overrides))
+    if as_json:
+        print(json.dumps({**asdict(found), "ok": found.ok}))
+        return 0 if found.ok else 1
+    print(
+        f"{found.recipe}: the step can be captured in a CUDA graph; its replays are the eager steps, "
+        "bit for bit"
+        if found.ok
+        else f"{found.recipe}: the step cannot be captured in a CUDA graph"
+    )
+    for complaint in found.complaints:
+        print(f"  {complaint}")
+    print("operators a step, views and allocations left out:")
+    for phase, count in sorted(found.ops.items(), key=lambda item: -item[1]):
+        print(f"  {count:5} {phase}")
+    print(
+        f"outside the network: {found.attack_step_ops:g} per attack step, {found.loss_ops} for the "
+        f"loss, {found.optimiser_ops} for the optimiser and the average"
+    )
+    return 0 if found.ok else 1
 
 
 def _keep_freed_memory() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import apex, kernels
 from .capture import WARM_UP
 from .errors import EngineError
+from .phases import BOOKKEEPING, phase
 from .precision import LossScale
 
 OptimiserName = Literal[
@@ -99,21 +100,23 @@ class Optimiser:
         """
         used = [i for i, p in enumerate(self.params) if p.grad is not None]
         grads: list[Tensor] = [self.params[i].grad for i in used]  # type: ignore[misc]
-        torch.index_select(self._plan, 0, at, out=self._now)
-        self._count.add_(1)
-        if scale is not None and scale.dynamic:
-            scale.unscale_(grads)
-            self._count.sub_(scale.found_inf)
+        with phase(BOOKKEEPING):
+            torch.index_select(self._plan, 0, at, out=self._now)
+            self._count.add_(1)
+            if scale is not None and scale.dynamic:
+                scale.unscale_(grads)
+                self._count.sub_(scale.found_inf)
         if self._theirs is None:
             self._ours(used, grads, self._never if scale is None else scale.found_inf)
         else:
             self._others(scale)
-        if self._averages:
-            _follow(*self._floating, self._towards)
-            if self._counting[0]:
-                torch._foreach_copy_(self._counting[1], self._counting[0])
-        if scale is not None:
-            scale.update()
+        with phase(BOOKKEEPING):
+            if self._averages:
+                _follow(*self._floating, self._towards)
+                if self._counting[0]:
+                    torch._foreach_copy_(self._counting[1], self._counting[0])
+            if scale is not None:
+                scale.update()
         self.steps += 1
 
     def tensors(self) -> dict[str, Tensor]:

@@ -99,7 +99,9 @@ def _check_target(target: Tensor, logits: Tensor) -> Tensor:
 def _cached(value: float, device: torch.device) -> Tensor:
     # Not an inference tensor, whoever asks first: autograd will have to save it.
     with torch.inference_mode(False):
-        return torch.tensor(value, dtype=torch.float32, device=device)
+        made = torch.tensor(value, dtype=torch.float32, device=device)
+    made.is_constant = True  # type: ignore[attr-defined]
+    return made
 
 
 # A captured graph reads its constants at every replay, long after the cache has forgotten them.
@@ -107,7 +109,7 @@ _pinned: dict[int, Tensor] = {}
 
 
 def constant(value: float, device: torch.device) -> Tensor:
-    """A float32 0-d tensor that nobody may write to, the same one for the same number.
+    """A float32 0-d tensor that nobody may write to, the same one for the same number; it says `is_constant`.
 
     Made anew it would be a copy from the host, which a graph capture does not allow; so it must have
     been asked for once before a capture begins.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import types
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine import L2, PGD, AdversaryMemory, Attack, EngineError, Linf, LocalBall, Schedule
+from engine import L2, PGD, AdversaryMemory, Attack, EngineError, Linf, LocalBall, Schedule, audit
+from engine import recipe as recipes
 from engine.audit import Tape
 from engine.capture import WARM_UP, CudaGraphs, unavailable
 from engine.data.loader import Batch, ResidentLoader
@@ -107,7 +109,8 @@ def test_replayed_steps_are_the_eager_steps(precision, optimiser):
     assert tape.entries
     assert taped.why_eager is None
     assert_same(taped, eager)
-    assert eager.means()["loss"] < 1.4
+    for name, t in model.named_parameters():
+        assert not torch.equal(t, eager.tensors()[f"model.{name}"]), name
 
 
 @pytest.mark.parametrize("k", [1, 2, 10])
@@ -359,6 +362,46 @@ def test_tape_freezes_the_numbers_of_the_host():
     assert x.item() == 2.0
 
 
+# ---- recipes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        # The same networks and objectives as CIFAR-10's.
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith("cifar100") else name
+        for name in recipes.names()
+    ],
+)
+def test_every_recipe_can_be_captured(name):
+    found = audit.audit(recipes.load(name))
+    assert found.complaints == []
+    # The whole of it outside the network: what the kernels are for.
+    assert found.attack_step_ops <= 2
+    assert found.loss_ops <= 2
+    assert found.optimiser_ops == 1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_recipe_can_be_captured_in_low_precision(precision):
+    found = audit.audit(recipes.load("fashion-mnist", {"step.precision": precision}))
+    assert found.complaints == []
+
+
+def test_audit_notices_a_generator_and_a_number_of_the_host(monkeypatch):
+    compute = PGD.compute
+
+    def careless(self, model, x, y, *rest):
+        outcome = compute(self, model, x + 1e-3 * torch.rand_like(x), y, *rest)
+        return dataclasses.replace(outcome, loss=outcome.loss * (1 + float(outcome.loss)))
+
+    monkeypatch.setattr(PGD, "compute", careless)
+    complaints = " ".join(audit.audit(recipes.load("quickstart-pgd10")).complaints)
+    assert "rand_like draws random numbers from a generator" in complaints
+    assert "_local_scalar_dense reads a value of the device on the host" in complaints
+    assert "differs between replay and eager step" in complaints
+
+
 # ---- precision -------------------------------------------------------------------------------
 
 
@@ -398,7 +441,6 @@ def test_an_overflow_leaves_weights_and_momentum_alone(optimiser, at, recorder):
     for batch in batches:
         step(batch)
     assert not step.scale.found_inf
-    assert step.means()["loss"] != step.means()["loss"] or True
     for name, t in step.tensors().items():
         if name.startswith(("model.", "optimiser.")):
             assert t.isfinite().all(), name
@@ -480,7 +522,7 @@ def test_dropout_masks_are_a_function_of_the_step():
     assert not torch.equal(layer(x), first)
     kept = (first > 0).float().mean()
     assert abs(float(kept) - 0.75) < 0.03
-    assert set(first.unique().tolist()) <= {0.0, pytest.approx(1 / 0.75)}
+    torch.testing.assert_close(first.unique(), torch.tensor([0.0, 1 / 0.75]))
     assert torch.equal(layer.eval()(x), x)
 
 
