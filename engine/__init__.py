@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .adversary import Attack
     from .api import attack, evaluate, train
     from .memory import AdversaryMemory
-    from .objectives import PGD, LocalBall, Objective, Outcome
+    from .objectives import PGD, TRADES, LocalBall, Objective, Outcome
     from .schedule import Schedule
     from .threat import L2, Linf, ThreatModel
     from .trainer import Hooks, Result
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Loaded on first use: `import engine` and `engine --help` do not wait for torch.
 _HOMES = {
     "PGD": "objectives",
+    "TRADES": "objectives",
     "AdversaryMemory": "memory",
     "Attack": "adversary",
     "Hooks": "trainer",
@@ -45,6 +46,7 @@ _HOMES = {
 __all__ = [
     "L2",
     "PGD",
+    "TRADES",
     "AdversaryMemory",
     "Attack",
     "EngineError",

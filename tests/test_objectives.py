@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from engine import L2, PGD, Attack, Linf, LocalBall
+from engine import L2, PGD, TRADES, Attack, Linf, LocalBall
 from engine import rng as engine_rng
 from engine.models import Network
 from engine.objectives import Passes
@@ -69,6 +69,7 @@ class CountingForeign(nn.Module):
 
 CHEAP = [
     PGD(),
+    TRADES(),
     LocalBall(),
     LocalBall(global_weight=1.0),
     LocalBall(direction="ce"),
@@ -231,6 +232,41 @@ def test_gradient_norm_is_the_first_order_bound(batch):
     (grad,) = torch.autograd.grad(F.cross_entropy(model(a), y, reduction="sum"), a)
     expected = 0.15 * grad.flatten(1).norm(dim=1).mean()
     torch.testing.assert_close(outcome.stats["local"], expected)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.4)], ids=str)
+def test_trades_is_the_papers_formula(model, batch, threat, steps):
+    """Equation 5 with its attack, written out: loss, adversaries and weight gradients."""
+    x, y = batch
+    start = (x + 1e-3 * torch.randn_like(x)).clamp(0, 1)
+    outcome = TRADES(beta=6.0)(model, x, y, threat, Attack(steps=steps, alpha=0.03), start=start)
+    outcome.loss.backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    z, clean = start, F.softmax(model(x), dim=1).detach()
+    for _ in range(steps):
+        z = z.detach().requires_grad_()
+        divergence = F.kl_div(F.log_softmax(model(z), dim=1), clean, reduction="sum")
+        (grad,) = torch.autograd.grad(divergence, z)
+        if threat.norm == "Linf":
+            z = z + 0.03 * grad.sign()
+            z = torch.minimum(torch.maximum(z, x - 0.1), x + 0.1)
+        else:
+            z = z + 0.03 * grad / grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            delta = (z - x).flatten(1).renorm(2, 0, 0.4).view_as(x)
+            z = x + delta
+        z = z.clamp(0, 1).detach()
+    at_x, at_z = model(x), model(z)
+    kl = F.kl_div(F.log_softmax(at_z, dim=1), F.softmax(at_x, dim=1), reduction="batchmean")
+    loss = F.cross_entropy(at_x, y) + 6.0 * kl
+    loss.backward()
+    torch.testing.assert_close(outcome.adversary, z, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outcome.loss, loss, atol=1e-5, rtol=1e-5)
+    assert outcome.correct == (at_z.argmax(1) == y).sum()
+    for ours_, p in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(ours_, p.grad, atol=1e-5, rtol=1e-3)
 
 
 # ---- properties ------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ from pydantic import Field
 from .base import Objective, Outcome, Passes
 from .local_ball import LocalBall
 from .pgd import PGD
+from .trades import TRADES
 
-AnyObjective = Annotated[LocalBall | PGD, Field(discriminator="name")]
+AnyObjective = Annotated[LocalBall | PGD | TRADES, Field(discriminator="name")]
 
-__all__ = ["PGD", "AnyObjective", "LocalBall", "Objective", "Outcome", "Passes"]
+__all__ = ["PGD", "TRADES", "AnyObjective", "LocalBall", "Objective", "Outcome", "Passes"]

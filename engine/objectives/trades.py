@@ -1,0 +1,70 @@
+"""TRADES (Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", arXiv 1901.08573).
+
+Their equation 5: CE(f(x), y) + beta max_a KL(p(x) || p(a)), a in the ball around x. 2k + 7 F: the clean
+logits that the attack climbs away from are computed once, in evaluation mode as theirs are, not once
+a step.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from .. import kernels, rng
+from ..adversary import Attack, away_from, climb, passes_without_training
+from ..phases import ATTACK_FORWARD, ATTACK_START, LOSS, phase
+from ..threat import ThreatModel
+from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+
+# The attack's gradient vanishes at the clean image itself; theirs starts from normal noise of 0.001.
+_NEAR = 1e-3
+
+
+@dataclass(frozen=True)
+class TRADES(Objective):
+    """Cross-entropy on the clean image, and the divergence of the prediction over the ball around it."""
+
+    name: Literal["trades"] = "trades"
+    beta: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="weight of the divergence")
+    ] = 6.0
+
+    def passes(self, attack: Attack) -> Passes:
+        return Passes(1, 0, 0) + attack_passes(attack.steps) + trained_passes(2)
+
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        start: Tensor | None,
+        state: Tensor,
+    ) -> Outcome:
+        with phase(ATTACK_FORWARD), passes_without_training(model, attack.batch_norm):
+            # Detached, not under no_grad: see `engine.adversary` on autocast's cache.
+            anchor = model(x).detach()
+        if start is None:
+            near = min(_NEAR, threat.eps)
+            with phase(ATTACK_START):
+                start = kernels.uniform_start(x, near, state, norm=threat.norm, stream=rng.START)
+        adversary, _ = climb(
+            model,
+            x,
+            start,
+            away_from(anchor),
+            steps=attack.steps,
+            eps=threat.eps,
+            alpha=attack.step_size(threat.eps),
+            norm=threat.norm,
+            batch_norm=attack.batch_norm,
+        )
+        at_clean, at_adversary = trained_pass(model, x), trained_pass(model, adversary)
+        with phase(LOSS):
+            # CE(first) + beta KL(first || second): the loss of the local ball, around the clean image.
+            loss, stats = kernels.local_ball_loss(at_clean, y, at_adversary, lam=self.beta)
+        return Outcome(loss, adversary, {"ce": stats[0], "divergence": stats[1]}, stats[4])
