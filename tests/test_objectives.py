@@ -239,7 +239,7 @@ def test_gradient_norm_is_the_first_order_bound(batch):
 def test_trades_is_the_papers_formula(model, batch, threat, steps):
     """Equation 5 with its attack, written out: loss, adversaries and weight gradients."""
     x, y = batch
-    start = (x + 1e-3 * torch.randn_like(x)).clamp(0, 1)
+    start = (x + 0.05 * torch.randn_like(x)).clamp(0, 1)
     outcome = TRADES(beta=6.0)(model, x, y, threat, Attack(steps=steps, alpha=0.03), start=start)
     outcome.loss.backward()
     ours = [p.grad.clone() for p in model.parameters()]
