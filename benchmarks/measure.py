@@ -38,10 +38,12 @@ def side_by_side(
     repeats = {}
     for name, call in calls.items():
         call()
-        call()
-        spent = min(_timed(call, 1) for _ in range(3))
+        spent = _timed(call, 1)
+        if spent < 0.05:
+            spent = min(spent, *(_timed(call, 1) for _ in range(3)))
         repeats[name] = max(1, min(1000, int(sample_ms * 1e-3 / max(spent, 1e-9))))
-        _timed(call, repeats[name])
+        if repeats[name] > 1:
+            _timed(call, repeats[name])
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for done in range(samples):

@@ -56,6 +56,13 @@ def _eager_step(x: Tensor, z: Tensor, grad: Tensor, eps: float, alpha: float) ->
     return torch.minimum(torch.maximum(z, x - eps), x + eps).clamp(0.0, 1.0)
 
 
+def _eager_step_to_half(
+    x: Tensor, z: Tensor, grad: Tensor, eps: float, alpha: float
+) -> tuple[Tensor, Tensor]:
+    stepped = _eager_step(x, z, grad, eps, alpha)
+    return stepped, stepped.to(torch.float16, memory_format=torch.channels_last)
+
+
 def _eager_input_grad_step(
     x: Tensor, z: Tensor, gy: Tensor, weight: Tensor, stride: int, padding: int
 ) -> Tensor:
@@ -86,6 +93,19 @@ def _eager_augment(images: Tensor, index: Tensor, pad: int) -> Tensor:
     sample = torch.arange(b)[:, None, None, None]
     channel = torch.arange(c)[None, :, None, None]
     return padded[sample, channel, rows[:, None], columns[:, None]].float() / 255.0
+
+
+def _eager_augment_with_start(
+    images: Tensor,
+    index: Tensor,
+    pad: int,
+    memory: Tensor,
+    where: Tensor,
+    x: Tensor,
+    eps: Tensor,
+) -> tuple[Tensor, Tensor]:
+    made = _eager_augment(images, index, pad)
+    return made, reference.recall(memory, index, where, x, eps, "Linf")
 
 
 # ---- cases -----------------------------------------------------------------------------------
@@ -132,12 +152,21 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
     index = torch.randperm(n)[:b]
     _, where, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
     eps, alpha = torch.tensor(EPS), torch.tensor(ALPHA)
+    last = torch.channels_last
 
     def check_augment() -> None:
         out = kernels.augment(data, index, rng, pad=pad, flip=True)[:2]
         with backends.use("reference"):
             expected = kernels.augment(data, index, rng, pad=pad, flip=True)[:2]
         _close(out, expected)
+
+    moving, half = z.clone(), torch.empty(shape, dtype=torch.float16).contiguous(memory_format=last)
+
+    def check_in_place() -> None:
+        stepped, network_input = z.clone(), torch.empty_like(half)
+        kernels.attack_step_(x, stepped, grad, eps, alpha, network_input=network_input)
+        _close(stepped, kernels.attack_step(x, z, grad, eps, alpha))
+        assert torch.equal(network_input, stepped.half())
 
     def check_remember() -> None:
         stored, expected = memory.clone(), memory.clone()
@@ -166,6 +195,15 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             4 * size,
         ),
         Case(
+            "attack_step_ to fp16",
+            name,
+            lambda: kernels.attack_step_(x, moving, grad, eps, alpha, network_input=half),
+            _eager_step_to_half,
+            (x, z, grad, EPS, ALPHA),
+            check_in_place,
+            4 * size + size // 2,
+        ),
+        Case(
             "attack_step L2",
             name,
             lambda: step(x, z, grad, eps, alpha, norm="L2"),
@@ -182,6 +220,15 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             (data, index, pad),
             check_augment,
             size + size // 4,
+        ),
+        Case(
+            "augment with start",
+            name,
+            lambda: kernels.augment(data, index, rng, pad=pad, flip=True, memory=memory, eps=eps),
+            _eager_augment_with_start,
+            (data, index, pad, memory, where, x, eps),
+            check_augment,
+            2 * size + size // 2,
         ),
         Case(
             "recall",
@@ -278,6 +325,25 @@ def _stem_case(
     )
 
 
+def _weight_case(
+    label: str, x_shape: tuple[int, ...], out: int, k: int, stride: int, pad: int
+) -> Case:
+    b, _, h, _ = x_shape
+    side = (h + 2 * pad - k) // stride + 1
+    last = torch.channels_last
+    x, gy = torch.rand(x_shape), torch.randn(b, out, side, side).contiguous(memory_format=last)
+    options = {"kernel": (k, k), "stride": stride, "padding": pad}
+    return Case(
+        "stem_weight_grad",
+        f"{label} {_name(x_shape)}",
+        lambda: kernels.stem_weight_grad(x, gy, **options),
+        reference.stem_weight_grad,
+        (x, gy, k, k, stride, pad),
+        _against_reference(kernels.stem_weight_grad, x, gy, **options),
+        4 * (x.numel() + gy.numel()),
+    )
+
+
 def _sgd_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
     params, grads, momenta, averages = ([torch.randn(s) for s in shapes] for _ in range(4))
     lr, zero, decay = torch.tensor(0.1), torch.tensor(0.0), [5e-4] * len(shapes)
@@ -291,7 +357,8 @@ def _sgd_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         narrow = [[t.clone() for t in ts] for ts in lists]
         wide = [[t.double() for t in ts] for ts in lists]
         step(*narrow)
-        reference.sgd_ema_step(*wide, lr.double(), zero.double(), 0.9, decay, False, 0.999)
+        rest = (0.9, decay, False, torch.tensor(0.999))
+        reference.sgd_ema_step(*wide, lr.double(), zero.double(), *rest)
         for ours, exact in zip(narrow, wide, strict=True):
             for a, e in zip(ours, exact, strict=True):
                 _close(a, e)
@@ -301,9 +368,57 @@ def _sgd_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         f"{label} ({count} parameters)",
         lambda: step(params, grads, momenta, averages),
         reference.sgd_ema_step,
-        (params, grads, momenta, averages, lr, zero, 0.9, decay, False, 0.999),
+        (params, grads, momenta, averages, lr, zero, 0.9, decay, False, torch.tensor(0.999)),
         check,
         28 * count,
+    )
+
+
+def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
+    params, grads, first, averages = ([torch.randn(s) for s in shapes] for _ in range(4))
+    second = [t.square() for t in first]
+    lr, zero, count, decay = torch.tensor(0.01), torch.tensor(0.0), torch.tensor(5.0), 5e-4
+    n = sum(p.numel() for p in params)
+    theirs = [p.clone().requires_grad_() for p in params]
+    for p, g in zip(theirs, grads, strict=True):
+        p.grad = g
+    optimiser = torch.optim.AdamW(theirs, lr=0.01, weight_decay=decay, fused=True)
+    followed = [p.detach().clone() for p in theirs]
+
+    def step(*lists: list[Tensor]) -> None:
+        kernels.adamw_ema_step(
+            *lists,
+            lr=lr,
+            count=count,
+            found_inf=zero,
+            weight_decay=[decay] * len(shapes),
+            ema_decay=0.999,
+        )
+
+    def eager() -> None:
+        optimiser.step()
+        torch._foreach_lerp_(followed, [p.detach() for p in theirs], 0.001)
+
+    def check() -> None:
+        lists = (params, grads, first, second, averages)
+        narrow = [[t.clone() for t in ts] for ts in lists]
+        wide = [[t.double() for t in ts] for ts in lists]
+        step(*narrow)
+        rest = (lr.double(), count.double(), zero.double(), 0.9, 0.999, 1e-8)
+        decays = [decay] * len(shapes)
+        reference.adamw_ema_step(*wide, *rest, decays, torch.tensor(0.999))
+        for ours, exact in zip(narrow, wide, strict=True):
+            for a, e in zip(ours, exact, strict=True):
+                _close(a, e)
+
+    return Case(
+        "adamw_ema_step",
+        f"{label} ({n} parameters)",
+        lambda: step(params, grads, first, second, averages),
+        eager,
+        (),
+        check,
+        36 * n,
     )
 
 
@@ -317,7 +432,11 @@ def _cases(quick: bool) -> list[Case]:
     cases.append(_stem_case("Fast-AT", MNIST, 16, 4, 2, 1))
     cases.append(_stem_case("SmallCNN", MNIST, 32, 3, 1, 0))
     cases.append(_stem_case("ResNet", CIFAR, 64, 3, 1, 1))
+    cases.append(_weight_case("Fast-AT", MNIST, 16, 4, 2, 1))
+    cases.append(_weight_case("SmallCNN", MNIST, 32, 3, 1, 0))
+    cases.append(_weight_case("ResNet", CIFAR, 64, 3, 1, 1))
     cases.append(_sgd_case("SmallCNN", SMALL_CNN))
+    cases.append(_adamw_case("SmallCNN", SMALL_CNN))
     if not quick:
         cases += _logit_cases(128, 100) + _logit_cases(256, 1000)
         cases.append(_sgd_case("Fast-AT", FAST_AT))

@@ -103,8 +103,8 @@ def build_parser() -> Parser:
     kernels.add_argument("--json", action="store_true")
 
     bench = add("bench", _bench, "measure on this machine")
-    bench.add_argument("what", choices=("ops",))
-    bench.add_argument("--quick", action="store_true", help="under a minute")
+    bench.add_argument("what", choices=("ops", "step"))
+    bench.add_argument("--quick", action="store_true", help="under a minute; step: under two")
     bench.add_argument("--json", action="store_true")
 
     doctor = add(
@@ -262,9 +262,13 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from .benchmarks import ops
+    from importlib import import_module
 
-    _rows(ops.run(quick=arguments.quick), arguments.json)
+    if arguments.what == "step":
+        # As `engine train` runs: that is what is measured.
+        _keep_freed_memory()
+    found = import_module(f"engine.benchmarks.{arguments.what}").run(quick=arguments.quick)
+    _rows(found, arguments.json)
     return 0
 
 

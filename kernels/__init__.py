@@ -14,6 +14,7 @@ from .ops import (
     recall,
     remember,
     sgd_ema_step,
+    stem_weight_grad,
     uniform_start,
 )
 
@@ -33,5 +34,6 @@ __all__ = [
     "reference",
     "remember",
     "sgd_ema_step",
+    "stem_weight_grad",
     "uniform_start",
 ]

@@ -418,6 +418,49 @@ def input_grad_step(
     return _input_grad_step(x, z, stem_grad, weight, stride, padding, eps, alpha, norm)
 
 
+_stem_weight_grad = _define(
+    "stem_weight_grad",
+    "(Tensor x, Tensor stem_grad, int kh, int kw, int stride, int padding) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("engine::stem_weight_grad")
+def _(x, stem_grad, kh, kw, stride, padding):
+    out = stem_grad.shape[1]
+    return stem_grad.new_empty(out, x.shape[1], kh, kw), stem_grad.new_empty(out)
+
+
+def stem_weight_grad(
+    x: Tensor, stem_grad: Tensor, *, kernel: tuple[int, int], stride: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    """The weight and bias gradients of a network's first convolution.
+
+    Vendor libraries are slow at it on the CPU where the image has few channels. On a GPU theirs is
+    fast, and serves.
+
+    Args:
+        x: [B, C, H, W] float, the convolution's input.
+        stem_grad: [B, O, H', W'] float, gradient at its output.
+        kernel: (kh, kw); stride, padding: the same in both directions (groups 1, dilation 1).
+    Returns:
+        [O, C, kh, kw] and [O], dtype of `stem_grad`.
+    """
+    x = _check_images("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got {tuple(x.shape)}")
+    if not stem_grad.is_floating_point():
+        raise TypeError(f"stem_grad must be a float tensor, got {stem_grad.dtype}")
+    (kh, kw), (b, _, h, w) = kernel, x.shape
+    sides = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
+    if stem_grad.dim() != 4 or (len(stem_grad), *stem_grad.shape[2:]) != (b, *sides):
+        raise ValueError(
+            f"stem_grad has shape {tuple(stem_grad.shape)}, expected ({b}, O, {sides[0]}, {sides[1]})"
+        )
+    if stem_grad.device != x.device:
+        raise ValueError(f"stem_grad is on {stem_grad.device}, x on {x.device}")
+    return _stem_weight_grad(x, stem_grad, kh, kw, stride, padding)
+
+
 # ---- loss ------------------------------------------------------------------------------------
 
 

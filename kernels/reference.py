@@ -185,6 +185,27 @@ def input_grad_step(
     return attack_step(x, z, grad, eps, alpha, norm)
 
 
+def stem_weight_grad(
+    x: Tensor, stem_grad: Tensor, kh: int, kw: int, stride: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    out_channels = stem_grad.shape[1]
+    weight = x.new_empty(out_channels, x.shape[1], kh, kw, dtype=stem_grad.dtype)
+    _, weight_grad, bias_grad = torch.ops.aten.convolution_backward(
+        stem_grad,
+        x.to(stem_grad.dtype),
+        weight,
+        [out_channels],
+        [stride, stride],
+        [padding, padding],
+        [1, 1],
+        False,
+        [0, 0],
+        1,
+        [False, True, True],
+    )
+    return weight_grad.contiguous(), bias_grad
+
+
 # ---- loss ------------------------------------------------------------------------------------
 
 

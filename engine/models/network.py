@@ -8,6 +8,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .. import kernels
 
 
 class Network(nn.Module):
@@ -59,7 +62,10 @@ class Network(nn.Module):
         """[B, C, H, W] in [0, 1] -> [B, O, H', W'], the first convolution's output."""
         if self.mu is not None and self.sigma is not None:
             x = (x - self.mu) / self.sigma
-        return self.stem_conv(x)
+        conv = self.stem_conv
+        if _weights_only(conv, x):
+            return _WeightsOnly.apply(x, conv.weight, conv.bias, conv.stride[0], conv.padding[0])
+        return conv(x)
 
     def body(self, h: Tensor) -> Tensor:
         """[B, O, H', W'] -> logits [B, K]; leaves `h` as it is."""
@@ -67,6 +73,40 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self.stem(x))
+
+
+def _weights_only(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a pass needs the stem's weight gradient alone, on a CPU, where the library is slow at it."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == conv.weight.dtype == torch.float32
+        and torch.is_grad_enabled()
+        and conv.weight.requires_grad
+        and not x.requires_grad
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and _plain(conv)
+    )
+
+
+class _WeightsOnly(torch.autograd.Function):
+    """A convolution of images that need no gradient; `kernels.stem_weight_grad` is its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x)
+        ctx.kernel, ctx.stride, ctx.padding = weight.shape[2:], stride, padding
+        ctx.biased = bias is not None
+        return torch.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        weight_grad, bias_grad = kernels.stem_weight_grad(
+            x, grad, kernel=tuple(ctx.kernel), stride=ctx.stride, padding=ctx.padding
+        )
+        return None, weight_grad, bias_grad if ctx.biased else None, None, None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,12 +133,22 @@ def stem_of(model: nn.Module) -> Stem | None:
     """
     conv = getattr(model, "stem_conv", None)
     exposed = callable(getattr(model, "stem", None)) and callable(getattr(model, "body", None))
-    if not exposed or not isinstance(conv, nn.Conv2d) or isinstance(conv.padding, str):
+    if not exposed or not isinstance(conv, nn.Conv2d):
         return None
-    plain = conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-    (stride, stride_x), (padding, padding_x) = conv.stride, conv.padding
-    if not plain or stride != stride_x or padding != padding_x:
+    if not _plain(conv):
         return None
     weight = conv.weight.detach()
     sigma = getattr(model, "sigma", None)
+    stride, padding = conv.stride[0], cast(int, conv.padding[0])
     return Stem(weight if sigma is None else weight / sigma, stride, padding)
+
+
+def _plain(conv: nn.Conv2d) -> bool:
+    return (
+        not isinstance(conv.padding, str)
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.stride[0] == conv.stride[1]
+        and conv.padding[0] == conv.padding[1]
+    )

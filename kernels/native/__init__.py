@@ -194,6 +194,28 @@ def input_grad_step(
     return out
 
 
+def stem_weight_grad(
+    x: Tensor, stem_grad: Tensor, kh: int, kw: int, stride: int, padding: int
+) -> tuple[Tensor, Tensor]:
+    if x.dtype is not torch.float32 or stem_grad.dtype is not torch.float32 or x.shape[0] == 0:
+        return reference.stem_weight_grad(x, stem_grad, kh, kw, stride, padding)
+    if not (stem_grad.is_contiguous() or _channels_last(stem_grad)):
+        stem_grad = stem_grad.contiguous()
+    x = x.contiguous()
+    weight_grad = x.new_empty(stem_grad.shape[1], x.shape[1], kh, kw)
+    bias_grad = x.new_empty(stem_grad.shape[1])
+    _native.stem_weight_grad(
+        x.data_ptr(),
+        stem_grad.data_ptr(),
+        not stem_grad.is_contiguous(),
+        [*x.shape[1:], *stem_grad.shape[1:], kh, kw, stride, padding],
+        x.shape[0],
+        weight_grad.data_ptr(),
+        bias_grad.data_ptr(),
+    )
+    return weight_grad, bias_grad
+
+
 # ---- loss ------------------------------------------------------------------------------------
 
 

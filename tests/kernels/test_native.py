@@ -74,6 +74,18 @@ def every_op():
         "cross_entropy_grad": lambda: kernels.cross_entropy_grad(adv, target),
         "kl_grad": lambda: kernels.kl_grad(adv, ball),
         "input_grad_step": lambda: kernels.input_grad_step(x, z, gy, weight, norm="L2", **stem),
+        "stem_weight_grad": lambda: torch.cat(
+            [
+                1e-2 * t.flatten()
+                for t in kernels.stem_weight_grad(
+                    x,
+                    gy,
+                    kernel=tuple(weight.shape[2:]),
+                    stride=stem["stride"],
+                    padding=stem["padding"],
+                )
+            ]
+        ),
         "loss": loss,
         "augment": lambda: kernels.augment(data, index, rng, pad=4, flip=True)[0],
         "augment start": lambda: kernels.augment(

@@ -764,6 +764,32 @@ def test_memory_of_an_empty_batch(backend, device):
     assert kernels.recall(memory, index, where, x, 0.1).shape == x.shape
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "out", "kernel", "stride", "padding"),
+    [
+        ((5, 1, 28, 28), 16, (4, 4), 2, 1),
+        ((3, 1, 9, 7), 5, (3, 3), 1, 0),
+        ((9, 3, 8, 8), 40, (3, 3), 1, 1),
+        ((17, 2, 6, 11), 3, (1, 5), 3, 2),
+        ((0, 3, 8, 8), 4, (3, 3), 1, 1),
+    ],
+    ids=str,
+)
+def test_stem_weight_grad(backend, device, shape, out, kernel, stride, padding, layout):
+    x = lay_out(images(shape, device), layout)
+    side = [(n + 2 * padding - k) // stride + 1 for n, k in zip(shape[2:], kernel, strict=True)]
+    grad = lay_out(normal((shape[0], out, *side), device), layout)
+    options = {"kernel": kernel, "stride": stride, "padding": padding}
+    weight = torch.zeros(out, shape[1], *kernel, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(out, dtype=torch.float64, requires_grad=True)
+    y = torch.conv2d(x.cpu().double(), weight, bias, stride, padding)
+    exact = torch.autograd.grad(y, (weight, bias), grad.cpu().double())
+    for actual, wanted in zip(kernels.stem_weight_grad(x, grad, **options), exact, strict=True):
+        assert actual.shape == wanted.shape
+        torch.testing.assert_close(actual.cpu().double(), wanted, atol=2e-5, rtol=2e-5)
+
+
 # ---- sgd_ema_step ----------------------------------------------------------------------------
 
 PARAMETERS = [(16, 1, 4, 4), (16,), (1,), (0, 3), (), (100, 33), (7, 3, 3, 3)]
@@ -960,6 +986,7 @@ def operator_arguments(device):
             (x, x, gy, weight, 1, 1, small, small, "Linf"),
             (xl, xl, gy, weight, 1, 1, small, small, "L2"),
         ],
+        "stem_weight_grad": [(x, gy, 3, 3, 1, 1), (xl, lay_out(gy, "channels_last"), 3, 3, 1, 1)],
         "local_ball_loss": [
             (learn[0], target, learn[1], learn[2], small, small, 0.1),
             (learn[0], target, None, None, small, small, 0.0),
@@ -1122,6 +1149,16 @@ def bad_calls(device):
             "z",
             lambda: k.remember(memory, index, where, batch, batch[:1], 0.1),
         ),
+        "stem_weight_grad x": (
+            ValueError,
+            "x",
+            lambda: k.stem_weight_grad(x[0], x, kernel=(3, 3), stride=1, padding=1),
+        ),
+        "stem_weight_grad stem_grad": (
+            ValueError,
+            "stem_grad",
+            lambda: k.stem_weight_grad(batch, batch[..., :2], kernel=(3, 3), stride=1, padding=1),
+        ),
         "params": (
             ValueError,
             "params",
@@ -1177,6 +1214,7 @@ def test_an_op_dispatches_itself_and_nothing_else(backend, device):
         lambda: kernels.cross_entropy_grad(adv, target),
         lambda: kernels.kl_grad(adv, ball),
         lambda: kernels.input_grad_step(x, z, gy, weight, **stem),
+        lambda: kernels.stem_weight_grad(x, gy, kernel=(3, 3), stride=1, padding=1),
         lambda: kernels.local_ball_loss(adv, target, ball, clean, lam=0.5, mu=2.0),
         lambda: kernels.augment(data, index, rng, pad=2, flip=True, memory=memory, eps=0.25),
         lambda: kernels.recall(memory, index, where, batch, 0.25),

@@ -1,4 +1,5 @@
-// input_grad_step: the input gradient of the first convolution, and the attack step from it.
+// The first convolution: input_grad_step, its input gradient and the attack step from it; and
+// stem_weight_grad, its weights' gradient.
 //
 // For one row (c, y) of the image's gradient, and every column kx of the filter,
 //     A_kx[x'] = sum over o and ky of W[o, c, ky, kx] gy[o, (y + padding - ky) / stride, x']
@@ -198,6 +199,105 @@ inline void input_grad_step(const float* x, const float* z, const void* gy, int 
         step_linf(x + at, z + at, grad.data(), out + at, d, eps, alpha);
     }
   }
+}
+
+// ---- the weights' gradient -------------------------------------------------------------------
+
+// sums[t][o] += g[i][o] x[i, t] over the positions i of one sample, for T taps of the filter and two
+// registers of output channels. x: the sample with its padding, rows `pitch` apart; tap t reads offset[t]
+// further on. g: [out_h, out_w, step], o running along it.
+template <int T>
+inline void correlate(const Stem& s, const float* x, int64_t pitch, const int64_t* offset,
+                      const float* g, int64_t step, float* sums) {
+  vf sum[T][2] = {};
+  for (int64_t y = 0; y < s.out_h; ++y) {
+    const float* row = x + y * s.stride * pitch;
+    for (int64_t i = 0; i < s.out_w; ++i, row += s.stride, g += step) {
+      const vf low = load(g), high = load(g + V);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) {
+        const vf factor = splat(row[offset[t]]);
+        sum[t][0] = madd(low, factor, sum[t][0]);
+        sum[t][1] = madd(high, factor, sum[t][1]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) {
+    store(sums + t * step, load(sums + t * step) + sum[t][0]);
+    store(sums + t * step + V, load(sums + t * step + V) + sum[t][1]);
+  }
+}
+
+using Correlate = void (*)(const Stem&, const float*, int64_t, const int64_t*, const float*, int64_t,
+                           float*);
+constexpr Correlate CORRELATE[] = {correlate<1>, correlate<2>, correlate<3>,
+                                   correlate<4>, correlate<5>, correlate<6>};
+
+// weight_grad: [O, C, kh, kw]; bias_grad: [O]; x: [B, C, h, w], gy: [B, O, out_h, out_w] or channels_last.
+// Samples are summed in fixed groups, and the groups in order: the same bits for any number of threads.
+inline void stem_weight_grad(const float* x, const float* gy, bool gy_channels_last, const Stem& s,
+                             int64_t b, float* weight_grad, float* bias_grad) {
+  constexpr int64_t GROUP = 8;
+  const int64_t taps = s.channels * s.kh * s.kw, positions = s.out_h * s.out_w;
+  const int64_t step = ceil_div(s.out_channels, 2 * V) * 2 * V, groups = ceil_div(b, GROUP);
+  const int64_t pitch = s.w + 2 * s.padding, plane = (s.h + 2 * s.padding) * pitch;
+  const bool direct = gy_channels_last && step == s.out_channels;
+  std::vector<int64_t> offset;
+  for (int64_t c = 0; c < s.channels; ++c)
+    for (int64_t ky = 0; ky < s.kh; ++ky)
+      for (int64_t kx = 0; kx < s.kw; ++kx) offset.push_back(c * plane + ky * pitch + kx);
+  // Row `taps` of each group is the bias.
+  const int64_t part = (taps + 1) * step;
+  std::vector<float> parts(size_t(groups * part));
+#pragma omp parallel if (b * positions * step > GRAIN)
+  {
+    std::vector<float> padded(size_t(s.channels * plane)), copy(size_t(positions * step));
+#pragma omp for schedule(static)
+    for (int64_t group = 0; group < groups; ++group) {
+      float* sums = parts.data() + group * part;
+      for (int64_t n = group * GROUP; n < min(b, (group + 1) * GROUP); ++n) {
+        for (int64_t c = 0; c < s.channels; ++c)
+          for (int64_t y = 0; y < s.h; ++y)
+            std::memcpy(padded.data() + c * plane + (y + s.padding) * pitch + s.padding,
+                        x + ((n * s.channels + c) * s.h + y) * s.w, size_t(s.w) * sizeof(float));
+        const float* g = gy + n * s.out_channels * positions;
+        if (!direct) {
+          // In tiles: a plane of every o at once is more streams than the cache has ways.
+          for (int64_t i0 = 0; i0 < positions; i0 += 16)
+            for (int64_t o0 = 0; o0 < s.out_channels; o0 += 16)
+              for (int64_t i = i0; i < min(positions, i0 + 16); ++i)
+                for (int64_t o = o0; o < min(s.out_channels, o0 + 16); ++o)
+                  copy[size_t(i * step + o)] =
+                      gy_channels_last ? g[i * s.out_channels + o] : g[o * positions + i];
+          g = copy.data();
+        }
+        for (int64_t o = 0; o < step; o += 2 * V) {
+          for (int64_t t = 0; t < taps;) {
+            // Blocks of about one size, none above 6: sums and operands fit 16 registers.
+            const int64_t left = taps - t, block = ceil_div(left, ceil_div(left, 6));
+            CORRELATE[block - 1](s, padded.data(), pitch, offset.data() + t, g + o, step,
+                                 sums + t * step + o);
+            t += block;
+          }
+          vf low = {}, high = {};
+          for (int64_t i = 0; i < positions; ++i) {
+            low += load(g + i * step + o);
+            high += load(g + i * step + o + V);
+          }
+          float* bias = sums + taps * step + o;
+          store(bias, load(bias) + low);
+          store(bias + V, load(bias + V) + high);
+        }
+      }
+    }
+  }
+  for (int64_t o = 0; o < s.out_channels; ++o)
+    for (int64_t t = 0; t <= taps; ++t) {
+      float sum = 0.0f;
+      for (int64_t group = 0; group < groups; ++group) sum += parts[size_t(group * part + t * step + o)];
+      (t < taps ? weight_grad[o * taps + t] : bias_grad[o]) = sum;
+    }
 }
 
 }  // namespace engine::ENGINE_ISA

@@ -130,6 +130,14 @@ void input_grad_step(Address x, Address z, Address gy, int dtype, bool gy_channe
                       at<float>(weight), s, at<float>(out), b, x_channels_last, eps, alpha, l2);
 }
 
+void stem_weight_grad(Address x, Address gy, bool gy_channels_last, const std::vector<int64_t>& stem,
+                      int64_t b, Address weight_grad, Address bias_grad) {
+  const Stem s{stem.at(0), stem.at(1), stem.at(2), stem.at(3), stem.at(4),
+               stem.at(5), stem.at(6), stem.at(7), stem.at(8), stem.at(9)};
+  run.kernels->stem_weight_grad(at<float>(x), at<float>(gy), gy_channels_last, s, b,
+                       at<float>(weight_grad), at<float>(bias_grad));
+}
+
 void local_ball_loss(Address adv, int adv_dtype, Address target, Address ball, int ball_dtype,
                      Address clean, int clean_dtype, float lam, float mu, float smoothing, int64_t b,
                      int64_t classes, Address loss, Address stats) {
@@ -226,6 +234,7 @@ NB_MODULE(_native, m) {
   m.def("cross_entropy_grad", &cross_entropy_grad, release);
   m.def("kl_grad", &kl_grad, release);
   m.def("input_grad_step", &input_grad_step, release);
+  m.def("stem_weight_grad", &stem_weight_grad, release);
   m.def("local_ball_loss", &local_ball_loss, release);
   m.def("local_ball_loss_backward", &local_ball_loss_backward, release);
   m.def("augment", &augment, release);

@@ -1,0 +1,143 @@
+"""Training loops as people use them: their structure, our words.
+
+Each function returns `step(x, y, start=None)` that does one training step, momentum SGD included, the way
+the named code is built (what it computes, in which mode, what it reads back), so that the engine is
+timed against what its users leave behind. `start`, where the attack begins, is drawn as there when
+left out; tests hand in one to compare results.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Step = Callable[..., None]
+
+LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
+
+
+def _sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def fast_adversarial(model: nn.Module, eps: float, alpha: float, k: int) -> Step:
+    """PGD training as in the code of "Fast is better than free" (arXiv 2001.03994).
+
+    The attack calls backward on the loss, so every step of it computes and accumulates the weight
+    gradients, which the training step then discards; the network stays in training mode; loss and
+    accuracy are read back every step.
+    """
+    opt = _sgd(model)
+    totals = [0.0, 0.0]
+
+    def step(x: Tensor, y: Tensor, start: Tensor | None = None) -> None:
+        model.train()
+        if start is None:
+            delta = torch.zeros_like(x)
+            for channel in range(x.shape[1]):
+                delta[:, channel].uniform_(-eps, eps)
+            delta.data = torch.max(torch.min(delta, 1 - x), 0 - x)
+        else:
+            delta = start - x
+        delta.requires_grad = True
+        for _ in range(k):
+            F.cross_entropy(model(x + delta), y).backward()
+            assert delta.grad is not None
+            gradient = delta.grad.detach()
+            moved = torch.clamp(delta + alpha * torch.sign(gradient), -eps, eps)
+            delta.data = torch.max(torch.min(moved, 1 - x), 0 - x)
+            delta.grad.zero_()
+        delta = delta.detach()
+        output = model(x + delta)
+        loss = F.cross_entropy(output, y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        totals[0] += loss.item() * len(y)
+        totals[1] += (output.max(1)[1] == y).sum().item()
+
+    return step
+
+
+def trades(model: nn.Module, eps: float, alpha: float, k: int, beta: float = 6.0) -> Step:
+    """TRADES as in its authors' code (arXiv 1901.08573).
+
+    The clean logits are computed again at every attack step, with their graph, and twice more for the
+    loss.
+    """
+    opt = _sgd(model)
+    divergence = nn.KLDivLoss(reduction="sum")
+
+    def step(x: Tensor, y: Tensor, start: Tensor | None = None) -> None:
+        model.eval()
+        adversary = x + 0.001 * torch.randn(x.shape) if start is None else start
+        for _ in range(k):
+            adversary = adversary.detach().requires_grad_()
+            loss = divergence(F.log_softmax(model(adversary), dim=1), F.softmax(model(x), dim=1))
+            gradient = torch.autograd.grad(loss, [adversary])[0]
+            adversary = adversary.detach() + alpha * torch.sign(gradient.detach())
+            adversary = torch.min(torch.max(adversary, x - eps), x + eps)
+            adversary = torch.clamp(adversary, 0.0, 1.0)
+        model.train()
+        opt.zero_grad()
+        natural = F.cross_entropy(model(x), y)
+        robust = divergence(F.log_softmax(model(adversary), dim=1), F.softmax(model(x), dim=1))
+        (natural + beta * robust / len(x)).backward()
+        opt.step()
+
+    return step
+
+
+def torchattacks_pgd(model: nn.Module, eps: float, alpha: float, k: int) -> Step:
+    """A plain training loop around torchattacks' PGD. Raises ImportError without the package."""
+    import torchattacks
+
+    attack = torchattacks.PGD(model, eps=eps, alpha=alpha, steps=k, random_start=True)
+    opt = _sgd(model)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        adversary = attack(x, y)
+        opt.zero_grad()
+        F.cross_entropy(model(adversary), y).backward()
+        opt.step()
+
+    return step
+
+
+def toolbox(
+    model: nn.Module, eps: float, alpha: float, k: int, shape: tuple[int, ...], classes: int
+) -> Step:
+    """The Madry trainer of the adversarial-robustness-toolbox. Raises ImportError without it."""
+    # Its progress bars are for people.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from art.defences.trainer import AdversarialTrainerMadryPGD
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(
+        model=model,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=_sgd(model),
+        input_shape=shape[1:],
+        nb_classes=classes,
+        clip_values=(0.0, 1.0),
+    )
+    trainer = AdversarialTrainerMadryPGD(
+        classifier,
+        nb_epochs=1,
+        batch_size=shape[0],
+        eps=eps,
+        eps_step=alpha,
+        max_iter=k,
+        num_random_init=1,
+    )
+
+    def step(x: Tensor, y: Tensor) -> None:
+        # It takes arrays, and one epoch over one batch is one step.
+        trainer.fit(x.numpy(), np.eye(classes, dtype=np.float32)[y.numpy()], validation_data=None)
+
+    return step

@@ -1,0 +1,314 @@
+"""Whole training steps: against the bare network passes they need, and against the loops people use.
+
+Everything on one network is timed in one run, in turn. `bare` is exactly the forward passes, input
+gradients and weight gradients that an objective declares, by plain autograd on the same network in the
+same layout, and nothing else: no attack, no loss, no optimiser.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import PGD, TRADES, AdversaryMemory, Attack, LocalBall, Schedule, models
+from engine.capture import CudaGraphs, unavailable
+from engine.data.loader import ResidentLoader
+from engine.objectives import Objective, Passes
+from engine.optim import Optimiser
+from engine.step import Step
+from engine.threat import Linf
+
+from . import measure, rivals
+
+EPS = 0.1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One objective with its attack."""
+
+    label: str
+    objective: Objective
+    attack: Attack
+
+
+def _method(label: str, objective: Objective, k: int, start: str = "random") -> Method:
+    return Method(label, objective, Attack(steps=k, start=start))  # type: ignore[arg-type]
+
+
+_CHEAP = LocalBall(direction="ce", local_weight=1.0, rho=0.25)
+PGD10, TRADES10 = _method("pgd", PGD(), 10), _method("trades", TRADES(), 10)
+METHODS = [
+    _method("local-ball, ce, memory", _CHEAP, 1, "memory"),
+    _method("local-ball, ce, memory", _CHEAP, 2, "memory"),
+    _method("local-ball, kl", LocalBall(), 2),
+    _method("pgd, memory", PGD(), 1, "memory"),
+    _method("pgd, memory", PGD(), 2, "memory"),
+    PGD10,
+    TRADES10,
+]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network, a batch, and what is timed on it."""
+
+    network: str
+    shape: tuple[int, int, int, int]
+    methods: list[Method]
+    packages: bool  # also the packages from PyPI and torch.compile
+    loops: bool  # also the well-known loops
+    seconds: float
+
+
+def settings(quick: bool) -> list[Setting]:
+    mnist, small = (256, 1, 28, 28), (128, 1, 28, 28)
+    first = Setting("fast-at-mnist", mnist, METHODS, True, True, 30.0 if quick else 120.0)
+    if quick:
+        return [
+            first,
+            Setting("small-cnn", small, [METHODS[1], PGD10], False, True, 20.0),
+            Setting("preact-resnet18", (16, 3, 32, 32), [METHODS[0]], False, False, 15.0),
+        ]
+    return [
+        first,
+        Setting("small-cnn", small, METHODS, False, True, 180.0),
+        Setting("preact-resnet18", (128, 3, 32, 32), [METHODS[0], METHODS[1]], False, False, 240.0),
+    ]
+
+
+# ---- what is timed ---------------------------------------------------------------------------
+
+
+def network(setting: Setting, *, ours: bool = True) -> nn.Module:
+    """A fresh network; ours are channels_last, as recipes build them, the rivals' as they come."""
+    torch.manual_seed(0)
+    _, channels, size, _ = setting.shape
+    built = models.build(setting.network, in_channels=channels, image_size=size, classes=10)
+    return built.to(memory_format=torch.channels_last) if ours else built  # type: ignore[call-overload]
+
+
+def our_step(
+    setting: Setting, method: Method, *, compile: bool = False, captured: bool = False
+) -> Callable[[], None]:
+    """A whole step of ours, batch included: loader, attack, loss, optimiser, average, memory."""
+    batch = setting.shape[0]
+    data, labels = _data(setting)
+    images = (data * 255).to(torch.uint8)
+    memory = None
+    if method.attack.start == "memory":
+        memory = AdversaryMemory(len(images), images.shape[1:], Linf(EPS))
+    model = network(setting)
+    model.train()
+    steps = 1_000_000
+    step = Step(
+        model,
+        objective=method.objective,
+        threat=Linf(EPS),
+        attack=method.attack,
+        optimiser=Optimiser(
+            model,
+            lr=Schedule(name="piecewise", milestones=()).rates(rivals.LR, steps),
+            momentum=rivals.MOMENTUM,
+            weight_decay=rivals.WEIGHT_DECAY,
+            ema=0.999,
+        ),
+        memory=memory,
+        compile=compile,
+        recorder=CudaGraphs(torch.device("cuda")) if captured else None,
+    )
+    loader = ResidentLoader(images, labels, batch, memory=memory)
+
+    def batches():
+        while True:
+            yield from loader.epoch(0)
+
+    stream = batches()
+    return lambda: step(next(stream))
+
+
+def bare_passes(model: nn.Module, x: Tensor, passes: Passes) -> Callable[[], None]:
+    """The network passes of one step: `passes`, on `x`, by plain autograd and nothing else."""
+    parameters = list(model.parameters())
+    trained = passes.weight_grad
+    forwards, inputs = passes.forward - trained, passes.input_grad - trained
+    seed = torch.randn_like(model(x))
+    attacks = min(forwards, inputs)
+
+    def run() -> None:
+        model.eval()
+        for _ in range(attacks):
+            point = x.detach().requires_grad_()
+            torch.autograd.grad(model(point), point, seed)
+        with torch.no_grad():
+            for _ in range(forwards - attacks):
+                model(x)
+        model.train()
+        for number in range(trained):
+            # An input gradient whose forward pass is the loss's own.
+            shared = number < inputs - attacks
+            point = x.detach().requires_grad_(shared)
+            logits = model(point)
+            if shared:
+                torch.autograd.grad(logits, point, seed, retain_graph=True)
+            torch.autograd.grad(logits, parameters, seed)
+
+    return run
+
+
+def _data(setting: Setting) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    n = 4 * setting.shape[0]
+    x = torch.rand((n, *setting.shape[1:]), generator=draw)
+    return x, torch.randint(0, 10, (n,), generator=draw)
+
+
+def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
+    """One step of a rival's loop and one of ours, from the same weights and start: the same weights after.
+
+    On the Fast-AT network, which has no BatchNorm: theirs run it in different modes.
+    """
+    setting = Setting("fast-at-mnist", (64, 1, 28, 28), [method], False, False, 0.0)
+    x, y = (t[:64] for t in _data(setting))
+    draw = torch.Generator().manual_seed(2)
+    noise = 0.05 * torch.rand(x.shape, generator=draw)
+    start = (x + noise).clamp(0.0, 1.0)
+    theirs, ours = network(setting, ours=False), network(setting)
+    alpha = method.attack.step_size(EPS)
+    loop(theirs, EPS, alpha, method.attack.steps)(x, y, start)
+    ours.train()
+    step = Step(
+        ours,
+        objective=method.objective,
+        threat=Linf(EPS),
+        attack=method.attack,
+        optimiser=Optimiser(
+            ours, lr=[rivals.LR], momentum=rivals.MOMENTUM, weight_decay=rivals.WEIGHT_DECAY
+        ),
+    )
+    from engine.data.loader import Batch
+
+    step(Batch(x, y, start=start))
+    # The sign of a gradient near zero may turn by rounding; a pixel or two then differ.
+    return all(
+        torch.allclose(a, b, rtol=1e-3, atol=2e-5)
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
+
+
+# ---- running ---------------------------------------------------------------------------------
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    """Time every setting.
+
+    Args:
+        quick: fewer networks' methods, fewer samples; under two minutes.
+    Returns:
+        One row per network, method and mode: network, batch, objective, k, mode, p20_ms, p50_ms,
+        p80_ms, passes, overhead_vs_passes (the step over its bare passes), speedup_vs (by rival: its
+        p50 over ours; None where the rival is not there or disagrees), share_of_pgd10 (of our own
+        PGD-10 step), note.
+    """
+    return [row for setting in settings(quick) for row in _measure(setting, quick)]
+
+
+def _measure(setting: Setting, quick: bool) -> list[dict[str, Any]]:
+    x, y = (t[: setting.shape[0]] for t in _data(setting))
+    calls: dict[str, Callable[[], object]] = {}
+    for method in setting.methods:
+        key = _key(method)
+        calls[f"ours {key}"] = our_step(setting, method)
+        passes = method.objective.passes(method.attack)
+        calls[f"bare {key}"] = bare_passes(network(setting), x, passes)
+        if unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is None:
+            calls[f"captured {key}"] = our_step(setting, method, captured=True)
+    if setting.packages:
+        calls[f"compiled {_key(PGD10)}"] = our_step(setting, PGD10, compile=True)
+    notes: list[str] = []
+    for name, step in _rivals(setting, notes):
+        calls[name] = _bind(step, x, y)
+    times = measure.side_by_side(calls, seconds=setting.seconds, sample_ms=0.0)
+    rows = []
+    for method in setting.methods:
+        key = _key(method)
+        for mode, call in (("eager", "ours"), ("compiled", "compiled"), ("captured", "captured")):
+            if f"{call} {key}" not in times:
+                continue
+            t = times[f"{call} {key}"]
+            against = {
+                name: round(times[name].p50 / t.p50, 3)
+                for name in _opponents(method)
+                if name in times
+            }
+            own = times.get(f"ours {_key(PGD10)}")
+            rows.append(
+                {
+                    "network": setting.network,
+                    "batch": "x".join(map(str, setting.shape)),
+                    "objective": method.label,
+                    "k": method.attack.steps,
+                    "mode": mode,
+                    "p20_ms": round(t.p20, 3),
+                    "p50_ms": round(t.p50, 3),
+                    "p80_ms": round(t.p80, 3),
+                    "passes": method.objective.passes(method.attack).total,
+                    "overhead_vs_passes": round(t.p50 / times[f"bare {key}"].p50, 3),
+                    "speedup_vs": against,
+                    "share_of_pgd10": None if own is None else round(t.p50 / own.p50, 3),
+                    "note": "; ".join(notes),
+                }
+            )
+    return rows
+
+
+def _rivals(setting: Setting, notes: list[str]) -> list[tuple[str, rivals.Step]]:
+    """The opponents of a setting that are installed and agree with us."""
+    found: list[tuple[str, rivals.Step]] = []
+    alpha = PGD10.attack.step_size(EPS)
+    if setting.loops:
+        for name, loop, method in (
+            ("fast_adversarial-style", rivals.fast_adversarial, PGD10),
+            ("TRADES-style", rivals.trades, TRADES10),
+        ):
+            if not any(m is method for m in setting.methods):
+                continue
+            if agrees(loop, method):
+                found.append((name, loop(network(setting, ours=False), EPS, alpha, 10)))
+            else:
+                notes.append(f"{name} disagrees with our step: no ratio")
+    if setting.packages:
+        plain = network(setting, ours=False)
+        compiled = torch.compile(plain)
+        found.append(
+            ("torch.compile of it", rivals.fast_adversarial(compiled, EPS, alpha, 10))  # type: ignore[arg-type]
+        )
+        for name, make in (
+            ("torchattacks", lambda net: rivals.torchattacks_pgd(net, EPS, alpha, 10)),
+            ("toolbox", lambda net: rivals.toolbox(net, EPS, alpha, 10, setting.shape, 10)),
+        ):
+            try:
+                found.append((name, make(network(setting, ours=False))))
+            except ImportError as error:
+                notes.append(f"{name} is not there ({error}): see `make rivals`")
+    return found
+
+
+def _opponents(method: Method) -> tuple[str, ...]:
+    if method is TRADES10:
+        return ("TRADES-style",)
+    return ("fast_adversarial-style", "torch.compile of it", "torchattacks", "toolbox")
+
+
+def _bind(step: rivals.Step, x: Tensor, y: Tensor) -> Callable[[], object]:
+    return lambda: step(x, y)
+
+
+def _key(method: Method) -> str:
+    return f"{method.label} k={method.attack.steps}"
