@@ -5,18 +5,28 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Quantiles of one call's wall-clock time, in milliseconds."""
+    """Quantiles of one call's wall-clock time, in milliseconds, and its samples in the order taken."""
 
     p20: float
     p50: float
     p80: float
+    samples: tuple[float, ...] = field(default=(), repr=False)
+
+    def over(self, other: Timing) -> float:
+        """How many times as long as `other` of the same run: the median over rounds.
+
+        Both were timed within each round, so a machine that slows down for a while slows down both.
+        """
+        pairs = zip(self.samples, other.samples, strict=True)
+        ratios = sorted(a / b for a, b in pairs)
+        return ratios[len(ratios) // 2]
 
 
 def side_by_side(
@@ -67,7 +77,7 @@ def _quantiles(values: list[float]) -> Timing:
     def at(q: float) -> float:
         return 1e3 * ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
-    return Timing(at(0.2), at(0.5), at(0.8))
+    return Timing(at(0.2), at(0.5), at(0.8), tuple(values))
 
 
 def copier(moved: int) -> Callable[[], object]:

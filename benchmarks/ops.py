@@ -510,7 +510,7 @@ def _measure(
 
     def ratio(of: str, to: str) -> float | None:
         known = correct and of in times and to in times
-        return round(times[of].p50 / times[to].p50, 3) if known else None
+        return round(times[of].over(times[to]), 3) if known else None
 
     rows = []
     for call, backend in (("op", served), ("eager", "eager"), ("compile", "compile")):

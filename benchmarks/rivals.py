@@ -8,7 +8,8 @@ left out; tests hand in one to compare results.
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 from collections.abc import Callable
 
 import numpy as np
@@ -113,8 +114,6 @@ def toolbox(
     model: nn.Module, eps: float, alpha: float, k: int, shape: tuple[int, ...], classes: int
 ) -> Step:
     """The Madry trainer of the adversarial-robustness-toolbox. Raises ImportError without it."""
-    # Its progress bars are for people.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     from art.defences.trainer import AdversarialTrainerMadryPGD
     from art.estimators.classification import PyTorchClassifier
 
@@ -137,7 +136,10 @@ def toolbox(
     )
 
     def step(x: Tensor, y: Tensor) -> None:
-        # It takes arrays, and one epoch over one batch is one step.
-        trainer.fit(x.numpy(), np.eye(classes, dtype=np.float32)[y.numpy()], validation_data=None)
+        # It takes arrays, and one epoch over one batch is one step. Its progress bars are for people.
+        with contextlib.redirect_stderr(io.StringIO()):
+            trainer.fit(
+                x.numpy(), np.eye(classes, dtype=np.float32)[y.numpy()], validation_data=None
+            )
 
     return step
