@@ -102,6 +102,13 @@ def build_parser() -> Parser:
     kernels.add_argument("--arch", action="append", help="sm_80, sm_90 or sm_100; may be repeated")
     kernels.add_argument("--json", action="store_true")
 
+    plan = add(
+        "plan", _plan, "what a recipe's step should cost on a GPU, on paper", overridable=True
+    )
+    plan.add_argument("recipe")
+    plan.add_argument("--gpu", default="h100", help="a100, h100 or h200")
+    plan.add_argument("--json", action="store_true")
+
     bench = add("bench", _bench, "measure on this machine")
     bench.add_argument("what", choices=("ops", "step"))
     bench.add_argument("--quick", action="store_true", help="under a minute; step: under two")
@@ -258,6 +265,40 @@ def _kernels(arguments: argparse.Namespace) -> int:
     if unknown := [a for a in archs if a not in audit.ARCHS]:
         raise EngineError(f"unknown --arch {unknown[0]}: {', '.join(audit.ARCHS)}")
     _rows(audit.rows(archs), arguments.json, hidden=("op", "threads", "flat"))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from dataclasses import asdict
+
+    from . import plan
+    from . import recipe as recipes
+    from .progress import stdout
+
+    found = plan.plan(recipes.load(arguments.recipe, _overrides(rest)), arguments.gpu)
+    if arguments.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    passes = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in found.passes.items())
+    bound = ", ".join(f"{name} {share:.0%}" for name, share in found.bound_by.items())
+    memory = ", ".join(f"{name} {size:.3g}" for name, size in found.memory_gb.items())
+    lines = {
+        "recipe": f"{found.recipe}, batch {found.batch}, {found.precision}, on {found.gpu}",
+        "passes": passes,
+        "FLOPs a step": f"{found.flops / 1e9:.4g} G",
+        "bytes a step": f"{found.bytes / 1e9:.4g} GB",
+        "launches": f"{found.launches} eager, 1 captured",
+        "step": f"{found.step_ms:.3g} ms captured, {found.eager_ms:.3g} ms eager (predicted)",
+        "bound by": bound,
+        "images": f"{found.images_per_second:,.0f} a second",
+        "training": f"{found.train_minutes:.3g} minutes, evaluation excluded",
+        "memory": f"GB: {memory}",
+        "PGD-10": f"{found.pgd10_ms:.3g} ms a step: this takes {found.share_of_pgd10:.0%} of it",
+        "measured": "no GPU here" if found.measured_ms is None else f"{found.measured_ms:.3g} ms",
+        "assumed": "; ".join(found.assumptions),
+    }
+    for name, text in lines.items():
+        stdout.print(f"{name:14} {text}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -37,6 +37,8 @@ class AdversaryMemory:
     ) -> None:
         self.threat = threat
         self.deltas = torch.empty((samples, *shape), dtype=torch.int8, device=device)
+        if self.deltas.is_meta:
+            return
         draw = torch.Generator(device=device).manual_seed(seed)
         # Random contents make the first visit a random start, with no flag to test for it.
         if threat.norm == "Linf":
