@@ -69,7 +69,7 @@ class Setting:
 
 def settings(quick: bool) -> list[Setting]:
     mnist, small = (256, 1, 28, 28), (128, 1, 28, 28)
-    first = Setting("fast-at-mnist", mnist, METHODS, True, True, 26.0 if quick else 120.0)
+    first = Setting("fast-at-mnist", mnist, METHODS, True, True, 26.0 if quick else 90.0)
     if quick:
         return [
             first,
@@ -78,8 +78,8 @@ def settings(quick: bool) -> list[Setting]:
         ]
     return [
         first,
-        Setting("small-cnn", small, METHODS, False, True, 180.0),
-        Setting("preact-resnet18", (128, 3, 32, 32), [METHODS[0], METHODS[1]], False, False, 240.0),
+        Setting("small-cnn", small, METHODS, False, True, 120.0),
+        Setting("preact-resnet18", (32, 3, 32, 32), METHODS[:2], False, False, 120.0),
     ]
 
 

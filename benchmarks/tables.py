@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,63 @@ def ops(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def step(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of `engine bench step` rows."""
+    lines = [
+        "| network | objective | k | mode | passes | p50 ms | over bare passes | of our PGD-10 | faster than |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share, rivals = row["share_of_pgd10"], row["speedup_vs"]
+        cells = [
+            f"`{row['network']}` {row['batch']}",
+            row["objective"],
+            row["k"],
+            row["mode"],
+            row["passes"],
+            f"{row['p50_ms']:.0f}",
+            f"{row['overhead_vs_passes']:.2f}",
+            "-" if share is None else f"{share:.0%}",
+            ", ".join(f"{name} {ratio:.1f}x" for name, ratio in rivals.items()) or "-",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def plans(recipes: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
+    """A Markdown table of `engine plan` for CIFAR-10 on every GPU it knows: predictions."""
+    from engine import plan, recipe
+
+    lines = [
+        "| recipe | GPU | passes | step ms | images/s | training, min | bound by compute | by memory | of PGD-10 |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for gpu in plan.GPUS:
+        for name in recipes:
+            found = plan.plan(recipe.load(name), gpu)
+            cells = [
+                f"`{name}`",
+                gpu,
+                found.passes["total"],
+                f"{found.step_ms:.1f}",
+                f"{found.images_per_second:,.0f}",
+                f"{found.train_minutes:.1f}",
+                f"{found.bound_by['compute']:.0%}",
+                f"{found.bound_by['memory']:.0%}",
+                f"{found.share_of_pgd10:.0%}",
+            ]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def stored() -> dict[str, tuple[str, str]]:
     """Every stored result: by file name, the document that shows it and its table."""
     found = {}
     for path in sorted(RESULTS.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        if path.stem == "ops":
-            found[path.stem] = ("docs/performance.md", ops(rows))
+        if path.stem in ("ops", "step"):
+            table = ops(rows) if path.stem == "ops" else step(rows)
+            found[path.stem] = ("docs/performance.md", table)
         else:
             found[path.stem] = ("docs/results.md", comparison(rows))
     return found
@@ -81,3 +132,4 @@ def _percent(mean: float | None, deviation: float | None = None) -> str:
 if __name__ == "__main__":
     for name, (document, table) in stored().items():
         print(f"{name}, for {document}\n\n{table}\n")
+    print(f"engine plan, for docs/plan.md\n\n{plans()}")

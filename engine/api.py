@@ -102,6 +102,7 @@ def train(
             ema=ema,
         ),
         memory=memory,
+        take=None if loader is None else loader.take,
         precision=precision,
         seed=seed,
         device=where,

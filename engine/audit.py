@@ -204,16 +204,19 @@ def _train(recipe: Recipe, tape: Tape | None) -> tuple[Step, list[str]]:
     torch.manual_seed(0)
     model = runner.build_model(recipe, images, len(about.classes), images.shape[1:])
     memory = runner.memory_for(recipe, images)
-    step = runner.build_step(recipe, model, steps=len(images), memory=memory, recorder=tape)
     loader = ResidentLoader(
         images, labels, _BATCH, pad=recipe.data.pad, flip=recipe.data.flip, memory=memory
     )
+    step = runner.build_step(
+        recipe, model, steps=len(images), memory=memory, take=loader.take, recorder=tape
+    )
     if tape is not None:
-        tape.known = lambda: [*step.tensors().values(), *step.static()]
+        tape.known = lambda: [*step.tensors().values(), *loader.tensors()]
     step.train()
     places = {name: t.data_ptr() for name, t in step.tensors().items()}
-    for batch, _ in zip(loader.epoch(0), range(_STEPS), strict=False):
-        step(batch)
+    loader.begin(0)
+    for _ in range(_STEPS):
+        step()
     moved = [
         f"{name} moved in memory between steps"
         for name, t in step.tensors().items()

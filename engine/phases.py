@@ -14,6 +14,7 @@ ATTACK_FORWARD, ATTACK_BACKWARD = "attack forward", "attack backward"
 ATTACK_START, ATTACK_STEP = "attack start", "attack step"
 TRAIN_FORWARD, TRAIN_BACKWARD = "train forward", "train backward"
 LOSS, OPTIMISER, BOOKKEEPING = "loss", "optimiser", "bookkeeping"
+DATA = "data"
 
 
 class Listener(Protocol):

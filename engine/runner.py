@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from . import evaluation, models
 from .capture import CudaGraphs, Recorder, unavailable
 from .data import datasets
-from .data.loader import ResidentLoader
+from .data.loader import Batch, ResidentLoader
 from .errors import EngineError
 from .memory import AdversaryMemory
 from .optim import Optimiser
@@ -110,12 +111,14 @@ def build_step(
     *,
     steps: int,
     memory: AdversaryMemory | None = None,
+    take: Callable[[Tensor], Batch] | None = None,
     recorder: Recorder | None = None,
 ) -> Step:
     """The recipe's step for `model`, on the model's device.
 
     Args:
         steps: of the whole run: the schedule's length.
+        take: makes the batches on the device, see `Step`.
         recorder: captures the step; left out: CUDA graphs where the recipe wants them.
     Raises:
         EngineError: for a precision, an optimiser or a capture that this device does not have.
@@ -140,6 +143,7 @@ def build_step(
             ema=optim.ema,
         ),
         memory=memory,
+        take=take,
         precision=recipe.step.precision,
         seed=recipe.seed,
         device=where,
@@ -179,7 +183,8 @@ def train(recipe: Recipe, run: Run) -> Result:
         device=where,
         memory=memory,
     )
-    step = build_step(recipe, model, steps=recipe.optim.epochs * len(loader), memory=memory)
+    total = recipe.optim.epochs * len(loader)
+    step = build_step(recipe, model, steps=total, memory=memory, take=loader.take)
     board = _tensorboard(run.path)
     with bar() as progress:
         shown = TrainingBar(progress, recipe.name, recipe.optim.epochs)

@@ -24,7 +24,7 @@ from .models import dropout
 from .models.compiled import compiled
 from .objectives import Objective, Outcome
 from .optim import Optimiser
-from .phases import BOOKKEEPING, OPTIMISER, TRAIN_BACKWARD, phase
+from .phases import BOOKKEEPING, DATA, OPTIMISER, TRAIN_BACKWARD, phase
 from .precision import LossScale, passes, resolve
 from .threat import ThreatModel
 
@@ -177,10 +177,13 @@ class Step:
         """The tensors of the batch that a captured step reads; none before the capture."""
         return [t for t in self._static or () if t is not None]
 
+    def _own_batch(self) -> Batch:
+        assert self.take is not None
+        with phase(DATA):
+            return self.take(self.state)
+
     def _eagerly(self, batch: Batch | None) -> int:
-        if batch is None:
-            assert self.take is not None
-            batch = self.take(self.state)
+        batch = self._own_batch() if batch is None else batch
         self.run(batch)
         return len(batch.y)
 
@@ -191,12 +194,13 @@ class Step:
         recorder = self._recorder
         assert recorder is not None
         if batch is None:
-            take = self.take
-            assert take is not None
-            static, step = take(self.state), lambda: self.run(take(self.state))
+            static = self._own_batch()
         else:
             static = Batch(*(None if t is None else t.clone() for t in batch))  # type: ignore[arg-type]
-            step = lambda: self.run(static)  # noqa: E731
+
+        def step() -> None:
+            self.run(self._own_batch() if batch is None else static)
+
         before = {name: t.detach().clone() for name, t in self.tensors().items()}
         steps = self.optimiser.steps
         self._static = static

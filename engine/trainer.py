@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from . import evaluation
+from .data.loader import Batch
 from .errors import EngineError
 from .step import Step
 
@@ -63,7 +65,8 @@ class Trainer:
 
     Args:
         step: its optimiser has a learning rate for each of `epochs` times `len(loader)` steps.
-        loader: yields `Batch`es with `index` and `where` if the step has an adversary memory.
+        loader: yields `Batch`es with `samples` and `where` if the step has an adversary memory. Where the
+            step takes its batches itself, they are this loader's.
         validation: held-out (x float32 [V, C, H, W] in [0, 1], y int64 [V]), never the test set.
         seed: of the validation attack.
     """
@@ -117,7 +120,7 @@ class Trainer:
         began = time.perf_counter()
         step.train()
         step.clear()
-        for batch in self.loader.epoch(epoch):
+        for batch in self._batches(epoch):
             step(batch)
             self.hooks.step(step.done, total, step.means)
         # The epoch's only read from the device, unless a hook asks for more.
@@ -137,6 +140,13 @@ class Trainer:
             "images_per_second": step.images / seconds,
             **means,
         }
+
+    def _batches(self, epoch: int) -> Iterable[Batch | None]:
+        """An epoch's batches; nothing but their number where the step takes them itself."""
+        if self.step.take is None:
+            return self.loader.epoch(epoch)
+        self.loader.begin(epoch)  # type: ignore[attr-defined]
+        return itertools.repeat(None, len(self.loader))
 
     def _validate(self) -> dict[str, float]:
         assert self.validation is not None

@@ -77,7 +77,9 @@ def test_docs_name_real_commands_and_recipes():
         assert name in recipe.names(), name
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/architecture.md", "docs/method.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_links_between_documents_lead_somewhere(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
@@ -90,6 +92,12 @@ def test_architecture_names_every_module():
         if path.suffix == ".py" and not path.name.startswith("__"):
             assert path.name in text or path.name == "errors.py", path.name
     assert engine.__doc__
+
+
+def test_predictions_in_the_docs_are_those_of_engine_plan():
+    from engine.benchmarks import tables
+
+    assert tables.plans() in (ROOT / "docs/plan.md").read_text(encoding="utf-8")
 
 
 def test_tables_in_the_docs_are_the_stored_results():

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import engine
 from engine import L2, PGD, AdversaryMemory, Attack, EngineError, Linf, LocalBall, Schedule
+from engine.audit import Tape
 from engine.data.loader import ResidentLoader, TensorLoader
 from engine.optim import Optimiser
 from engine.step import Step
@@ -39,6 +40,50 @@ def test_batches_depend_on_seed_and_epoch_alone():
         assert torch.equal(a.x, b.x)
         assert torch.equal(a.y, b.y)
         assert torch.equal(a.where, b.where)
+
+
+def test_taking_a_batch_from_the_steps_own_state_is_the_epochs_batch():
+    """So a captured step makes its batches: position and augmentation from device state alone."""
+    images, labels = blobs(64)
+    for data, options in ((images, {"pad": 1, "flip": True}), (images.float() / 255, {})):
+        made, taken = (ResidentLoader(data, labels, 16, seed=3, **options) for _ in range(2))
+        places = [t.data_ptr() for t in taken.tensors()]
+        state = engine.rng.state(3)
+        for epoch in range(2):
+            taken.begin(epoch)
+            for batch in made.epoch(epoch):
+                for ours, theirs in zip(taken.take(state), batch, strict=True):
+                    assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+                state[1] += 1
+        assert [t.data_ptr() for t in taken.tensors()] == places
+
+
+def test_a_run_replayed_without_the_host_is_the_eager_run():
+    """Several epochs, every step one replay, batches included; then the same handed over from outside."""
+    images, labels = blobs(64)
+    results = []
+    for recorder, own in ((None, True), (Tape(), True), (None, False)):
+        torch.manual_seed(0)
+        model, memory = Tiny(batch_norm=True), AdversaryMemory(64, (1, 6, 6), Linf(0.1))
+        loader = ResidentLoader(images, labels, 16, seed=2, pad=1, flip=True, memory=memory)
+        step = Step(
+            model,
+            objective=LocalBall(),
+            threat=Linf(0.1),
+            attack=Attack(steps=2, start="memory"),
+            optimiser=Optimiser(model, lr=Schedule().rates(0.1, 12), ema=0.9),
+            memory=memory,
+            take=loader.take if own else None,
+            seed=2,
+            recorder=recorder,
+        )
+        rows = Trainer(step, loader, epochs=3).run().rows
+        results.append(([row["loss"] for row in rows], step.tensors()))
+    (losses, tensors), *others = results
+    for other_losses, other in others:
+        assert losses == other_losses
+        for name, t in tensors.items():
+            assert torch.equal(t, other[name]), name
 
 
 def test_batch_holds_the_pixels_it_names():

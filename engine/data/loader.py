@@ -72,37 +72,40 @@ class ResidentLoader:
         self.images = images.to(device).contiguous()
         self.labels = labels.to(device)
         self.batch_size, self.seed, self.pad, self.flip = batch_size, seed, pad, flip
-        self.state = rng.state(seed, device)
         self.memory = memory
+        # The order of the epoch at hand, and the number of its first step since training began.
+        self._order = torch.zeros((len(self), batch_size), dtype=torch.int64, device=device)
+        self._first = torch.zeros(1, dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
         """Steps in an epoch."""
         return len(self.images) // self.batch_size
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch (counted from 0), each made when it is asked for.
-
-        With a memory that matters across epochs: an epoch must not begin before the last has been
-        remembered. Within one, every sample occurs once.
-        """
+    def begin(self, epoch: int) -> None:
+        """Shuffle for an epoch (counted from 0): the one word that a captured step needs from the host."""
         # A generator of its own for every epoch: the order never depends on what ran before.
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.images), generator=draw).to(self.images.device)
-        for i in range(len(self)):
-            index = order[i * self.batch_size : (i + 1) * self.batch_size]
-            if self.images.is_floating_point():
-                where = torch.zeros((len(index), 3), dtype=torch.int32, device=index.device)
-                yield Batch(self.images[index], self.labels[index], index, where)
-                continue
-            self.state[1] = epoch * len(self) + i
-            yield self._augmented(index)
+        order = torch.randperm(len(self.images), generator=draw)[: self._order.numel()]
+        self._order.copy_(order.view_as(self._order))
+        self._first.fill_(epoch * len(self))
 
-    def _augmented(self, index: Tensor) -> Batch:
+    def take(self, state: Tensor) -> Batch:
+        """The batch of a step, made on the device with no word to or from the host.
+
+        Args:
+            state: int64 [2] (seed, steps since training began): says which batch of the epoch it is,
+                and seeds the augmentation.
+        """
+        index = self._order.index_select(0, state[1:] - self._first).view(-1)
+        labels = self.labels.index_select(0, index)
+        if self.images.is_floating_point():
+            where = torch.zeros((len(index), 3), dtype=torch.int32, device=index.device)
+            return Batch(self.images.index_select(0, index), labels, index, where)
         memory = self.memory
         x, where, start = kernels.augment(
             self.images,
             index,
-            self.state,
+            state,
             pad=self.pad,
             flip=self.flip,
             stream=rng.AUGMENT,
@@ -110,7 +113,23 @@ class ResidentLoader:
             eps=None if memory is None else memory.threat.eps,
             norm="Linf" if memory is None else memory.threat.norm,
         )
-        return Batch(x, self.labels[index], index, where, start)
+        return Batch(x, labels, index, where, start)
+
+    def tensors(self) -> list[Tensor]:
+        """What `take` reads, and must find where it was."""
+        return [self.images, self.labels, self._order, self._first]
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch, each made when it is asked for.
+
+        With a memory that matters across epochs: an epoch must not begin before the last has been
+        remembered. Within one, every sample occurs once.
+        """
+        self.begin(epoch)
+        state = rng.state(self.seed, self.images.device, epoch * len(self))
+        for _ in range(len(self)):
+            yield self.take(state)
+            state[1:].add_(1)
 
 
 class TensorLoader:
