@@ -18,15 +18,35 @@ if TYPE_CHECKING:
     from .adversary import Attack
     from .api import attack, evaluate, train
     from .memory import AdversaryMemory
-    from .objectives import PGD, TRADES, LocalBall, Objective, Outcome
+    from .objectives import (
+        FGSMPGI,
+        GAT,
+        LLR,
+        MART,
+        NFGSM,
+        PGD,
+        TRADES,
+        Clean,
+        GradAlign,
+        LocalBall,
+        Objective,
+        Outcome,
+    )
     from .schedule import Schedule
     from .threat import L2, Linf, ThreatModel
     from .trainer import Hooks, Result
 
 # Loaded on first use: `import engine` and `engine --help` do not wait for torch.
 _HOMES = {
+    "FGSMPGI": "objectives",
+    "GAT": "objectives",
+    "LLR": "objectives",
+    "MART": "objectives",
+    "NFGSM": "objectives",
     "PGD": "objectives",
     "TRADES": "objectives",
+    "Clean": "objectives",
+    "GradAlign": "objectives",
     "AdversaryMemory": "memory",
     "Attack": "adversary",
     "Hooks": "trainer",
@@ -44,12 +64,19 @@ _HOMES = {
 }
 
 __all__ = [
+    "FGSMPGI",
+    "GAT",
     "L2",
+    "LLR",
+    "MART",
+    "NFGSM",
     "PGD",
     "TRADES",
     "AdversaryMemory",
     "Attack",
+    "Clean",
     "EngineError",
+    "GradAlign",
     "Hooks",
     "Linf",
     "LocalBall",

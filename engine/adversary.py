@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from . import kernels, rng
 from .models import Network, Stem, stem_of
-from .phases import ATTACK_BACKWARD, ATTACK_FORWARD, ATTACK_START, ATTACK_STEP, phase
+from .phases import (
+    ATTACK_BACKWARD,
+    ATTACK_FORWARD,
+    ATTACK_START,
+    ATTACK_STEP,
+    TRAIN_FORWARD,
+    phase,
+)
 from .threat import Number, ThreatModel
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -26,7 +33,14 @@ class Attack:
     Weak adversaries take one or two steps, strong ones ten (forty on MNIST).
     """
 
-    steps: Annotated[int, Field(ge=1, description="gradient steps k [count]")] = 2
+    steps: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="gradient steps k [count]; 0: train at the remembered adversary itself, and move "
+            "it along the gradient that training computes anyway",
+        ),
+    ] = 2
     alpha: Annotated[
         Annotated[Number, Field(gt=0)] | None,
         Field(
@@ -65,7 +79,7 @@ class Attack:
         *,
         start: Tensor | None = None,
         state: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Run the attack.
 
         Args:
@@ -75,12 +89,14 @@ class Attack:
             state: int64 [2] random state (see `engine.rng`), read only.
         Returns:
             The adversaries, like `x`, and the logits at the start, [B, K]: the first step's
-            forward pass has computed them anyway.
+            forward pass has computed them anyway (None without a step).
         """
         z = start
         if z is None:
             with phase(ATTACK_START):
                 z = kernels.uniform_start(x, threat.eps, state, norm=threat.norm, stream=rng.START)
+        if self.steps == 0:
+            return z, None
         return climb(
             model,
             x,
@@ -185,6 +201,56 @@ def _ascend(
     with phase(ATTACK_STEP):
         z = step_along(stem, centre, z, grad, eps=eps, alpha=alpha, norm=norm)
     return z, logits.detach()
+
+
+# A point at which a gradient is known takes its ascent step in the ball (centre, eps) by alpha.
+Along = Callable[[Tensor, float, float], Tensor]
+
+
+def ascend_from_training(model: nn.Module, z: Tensor, y: Tensor, norm: str) -> tuple[Tensor, Along]:
+    """A pass to train through that serves ascent too: one forward pass and one input gradient.
+
+    Returns:
+        The logits at `z` with their graph, and the step along the cross-entropy's gradient there.
+    """
+    logits, point, stem = _open_pass(model, z)
+    with phase(ATTACK_STEP):
+        towards = towards_errors(y)(logits.detach())
+    with phase(ATTACK_BACKWARD):
+        # Retained: the training backward pass runs through the same graph.
+        (grad,) = torch.autograd.grad(logits, point, towards, retain_graph=True)
+    return logits, _along(stem, z, lambda: grad, norm)
+
+
+def ascend_after_training(model: nn.Module, z: Tensor, norm: str) -> tuple[Tensor, Along]:
+    """A pass to train through, and the ascent step along the gradient that training leaves at `z`: free.
+
+    As Free-AT does it (Shafahi et al., arXiv 1904.12843). The step may be taken once the loss's backward
+    pass has run, and before the weights change.
+    """
+    logits, point, stem = _open_pass(model, z)
+    point.retain_grad()
+    return logits, _along(stem, z, lambda: cast(Tensor, point.grad), norm)
+
+
+def _along(stem: Stem | None, z: Tensor, grad: Callable[[], Tensor], norm: str) -> Along:
+    def step(centre: Tensor, eps: float, alpha: float) -> Tensor:
+        with phase(ATTACK_STEP):
+            return step_along(stem, centre, z, grad(), eps=eps, alpha=alpha, norm=norm)
+
+    return step
+
+
+def _open_pass(model: nn.Module, z: Tensor) -> tuple[Tensor, Tensor, Stem | None]:
+    """Logits at `z` with their graph, and the tensor on the way whose gradient an attack step takes."""
+    stem = stem_of(model)
+    with phase(TRAIN_FORWARD):
+        if stem is None:
+            point = z.detach().requires_grad_()
+            return model(point), point, None
+        network = cast(Network, model)
+        point = network.stem(z)
+        return network.body(point), point, stem
 
 
 def step_along(

@@ -205,7 +205,13 @@ def _train(recipe: Recipe, tape: Tape | None) -> tuple[Step, list[str]]:
     model = runner.build_model(recipe, images, len(about.classes), images.shape[1:])
     memory = runner.memory_for(recipe, images)
     loader = ResidentLoader(
-        images, labels, _BATCH, pad=recipe.data.pad, flip=recipe.data.flip, memory=memory
+        images,
+        labels,
+        _BATCH,
+        pad=recipe.data.pad,
+        flip=recipe.data.flip,
+        replays=recipe.optim.replays,
+        memory=memory,
     )
     step = runner.build_step(
         recipe, model, steps=len(images), memory=memory, take=loader.take, recorder=tape

@@ -66,6 +66,14 @@ class Optim:
     momentum: Annotated[float, Field(ge=0, lt=1, description="sgd: momentum [0..1)")] = 0.9
     batch_size: Annotated[int, Field(ge=1, description="batch size [images]")] = 256
     epochs: Annotated[int, Field(ge=1, description="passes over the training set [count]")] = 10
+    replays: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="steps in a row on every batch (Free-AT's m); an epoch has as many times more "
+            "steps [count]",
+        ),
+    ] = 1
     ema: Annotated[
         float,
         Field(
@@ -170,9 +178,13 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     if isinstance(tree.get("objective"), Mapping):
         tree["objective"] = {"name": _DEFAULT_OBJECTIVE, **tree["objective"]}
     try:
-        return _ADAPTER.validate_python(tree)
+        recipe = _ADAPTER.validate_python(tree)
+        recipe.objective.check(recipe.attack)
     except ValidationError as error:
         raise EngineError(f"{source}: {_one_line(error)}") from None
+    except EngineError as error:
+        raise EngineError(f"{source}: {error}") from None
+    return recipe
 
 
 def dump(recipe: Recipe) -> str:

@@ -180,6 +180,7 @@ def train(recipe: Recipe, run: Run) -> Result:
         seed=recipe.seed,
         pad=recipe.data.pad,
         flip=recipe.data.flip,
+        replays=recipe.optim.replays,
         device=where,
         memory=memory,
     )

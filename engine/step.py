@@ -65,6 +65,7 @@ class Step:
         compile: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
+        objective.check(attack)
         self.network = compiled(model) if compile else model
         self.model, self.objective, self.threat, self.attack = model, objective, threat, attack
         self.optimiser, self.memory, self.take = optimiser, memory, take
@@ -98,11 +99,14 @@ class Step:
         self.optimiser.zero_grad()
         with phase(TRAIN_BACKWARD):
             outcome.loss.backward(self.scale.scale.to(outcome.loss.dtype))
+        adversary = outcome.adversary
+        if not isinstance(adversary, Tensor):
+            adversary = adversary()
         with phase(OPTIMISER):
             self.optimiser.step(self.state[1:], self.scale)
         with phase(BOOKKEEPING):
             if self.memory is not None:
-                self.memory.remember(_samples(batch), x, outcome.adversary, batch.where)
+                self.memory.remember(_samples(batch), x, adversary, batch.where)
             self._count(outcome)
             self.state[1:].add_(1)
 

@@ -10,7 +10,22 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from engine import L2, PGD, TRADES, Attack, Linf, LocalBall
+from engine import (
+    FGSMPGI,
+    GAT,
+    L2,
+    LLR,
+    MART,
+    NFGSM,
+    PGD,
+    TRADES,
+    Attack,
+    Clean,
+    EngineError,
+    GradAlign,
+    Linf,
+    LocalBall,
+)
 from engine import rng as engine_rng
 from engine.models import Network
 from engine.objectives import Passes
@@ -70,6 +85,11 @@ class CountingForeign(nn.Module):
 CHEAP = [
     PGD(),
     TRADES(),
+    MART(),
+    GAT(),
+    NFGSM(),
+    FGSMPGI(),
+    Clean(),
     LocalBall(),
     LocalBall(global_weight=1.0),
     LocalBall(direction="ce"),
@@ -82,7 +102,7 @@ CHEAP = [
 
 @pytest.mark.parametrize("network", [CountingStem, CountingForeign])
 @pytest.mark.parametrize("steps", [1, 2, 10])
-@pytest.mark.parametrize("objective", CHEAP, ids=str)
+@pytest.mark.parametrize("objective", CHEAP, ids=repr)
 def test_passes_declared_are_the_passes_made(objective, steps, network, batch):
     model, attack = network(), Attack(steps=steps)
     x, y = batch
@@ -94,6 +114,30 @@ def test_passes_declared_are_the_passes_made(objective, steps, network, batch):
         "input_grad": declared.input_grad,
         "weight_grad": declared.weight_grad,
     }
+
+
+@pytest.mark.parametrize("network", [CountingStem, CountingForeign])
+@pytest.mark.parametrize(
+    "objective",
+    [PGD(), LocalBall(), LocalBall(direction="ce", global_weight=1.0), LocalBall(local_weight=0.0)],
+    ids=repr,
+)
+def test_a_free_step_costs_no_pass(objective, network, batch):
+    """k = 0 trains at the start and hands over its next point, from the passes of training alone."""
+    model, attack = network(), Attack(steps=0, start="memory", alpha=0.05)
+    x, y = batch
+    outcome = objective(model, x, y, Linf(0.1), attack, start=x)
+    outcome.loss.backward()
+    after = outcome.adversary if torch.is_tensor(outcome.adversary) else outcome.adversary()
+    assert not torch.equal(after, x)
+    declared = objective.passes(attack)
+    assert {k: v / len(x) for k, v in model.counts.items()} == {
+        "forward": declared.forward,
+        "input_grad": declared.input_grad,
+        "weight_grad": declared.weight_grad,
+    }
+    if isinstance(objective, PGD):
+        assert declared.total == 3
 
 
 def test_documented_totals():
@@ -269,6 +313,204 @@ def test_trades_is_the_papers_formula(model, batch, threat, steps):
         torch.testing.assert_close(ours_, p.grad, atol=1e-5, rtol=1e-3)
 
 
+def _weights_agree(model, outcome, expected):
+    """Our loss and its weight gradients are the written-out formula's."""
+    torch.testing.assert_close(outcome.loss, expected, atol=1e-5, rtol=1e-5)
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(expected, parameters)
+    got = torch.autograd.grad(outcome.loss, parameters)
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-3)
+
+
+def test_clean_is_cross_entropy(model, batch):
+    x, y = batch
+    outcome = Clean()(model, x, y, Linf(0.1), Attack())
+    _weights_agree(model, outcome, F.cross_entropy(model(x), y))
+    assert outcome.adversary is x
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_free_step_follows_the_loss(model, batch, threat):
+    """Free-AT: one backward pass, the weights' gradient and the perturbation's."""
+    x, y = batch
+    start = _project(x + 0.05 * torch.randn_like(x), x, threat.eps, threat.norm)
+    attack = Attack(steps=0, start="memory", alpha=0.07)
+    outcome = PGD()(model, x, y, threat, attack, start=start)
+    outcome.loss.backward()
+    expected = _plain_attack(model, x, y, start, threat, 0.07, 1)
+    torch.testing.assert_close(outcome.adversary(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(outcome.loss, F.cross_entropy(model(start), y))
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+@pytest.mark.parametrize("direction", ["kl", "ce"])
+def test_local_ball_around_a_remembered_adversary(model, batch, threat, direction):
+    x, y = batch
+    start = _project(x + 0.05 * torch.randn_like(x), x, threat.eps, threat.norm)
+    attack = Attack(steps=0, start="memory", alpha=0.07)
+    objective = LocalBall(local_weight=1e-6, direction=direction)
+    outcome = objective(model, x, y, threat, attack, start=start, state=engine_rng.state(0))
+    outcome.loss.backward()
+    after = outcome.adversary if direction == "ce" else outcome.adversary()
+    expected = _plain_attack(model, x, y, start, threat, 0.07, 1)
+    near = (after - expected).abs() < 1e-4
+    assert near.float().mean() > 0.98  # a sign at a gradient of nearly zero may differ
+
+
+def test_no_step_needs_a_memory_and_an_objective_that_can():
+    for objective, start in ((PGD(), "random"), (TRADES(), "memory"), (MART(), "memory")):
+        with pytest.raises(EngineError, match=r"attack\.steps = 0"):
+            objective.check(Attack(steps=0, start=start))
+    for bad in (
+        LocalBall(direction="gradient-norm"),
+        LocalBall(global_weight=1.0, anchor="start"),
+    ):
+        with pytest.raises(EngineError, match="at least 1"):
+            bad.check(Attack(steps=0, start="memory"))
+    PGD().check(Attack(steps=0, start="memory"))
+
+
+def test_mart_is_the_papers_formula(model, batch):
+    x, y = batch
+    threat, start = Linf(0.1), (x + 0.02).clamp(0, 1)
+    outcome = MART(weight=5.0)(model, x, y, threat, Attack(steps=3, alpha=0.04), start=start)
+    a = _plain_attack(model, x, y, start, threat, 0.04, 3)
+    torch.testing.assert_close(outcome.adversary, a, atol=1e-6, rtol=1e-5)
+    p, q = model(x).softmax(1), model(a).softmax(1)
+    rows = torch.arange(len(y))
+    rival = q.clone()
+    rival[rows, y] = 0
+    boosted = -q[rows, y].log() - (1 - rival.amax(1)).log()
+    divergence = (p * (p / q).log()).sum(1)
+    _weights_agree(model, outcome, (boosted + 5.0 * divergence * (1 - p[rows, y])).mean())
+
+
+def test_mart_is_finite_where_the_network_is_sure(batch):
+    from engine.objectives.mart import boosted_cross_entropy
+
+    logits = torch.tensor([[200.0, 0.0, 0.0], [0.0, 200.0, -200.0]], requires_grad=True)
+    loss = boosted_cross_entropy(logits, torch.tensor([0, 0]))
+    loss.sum().backward()
+    torch.testing.assert_close(loss.detach(), torch.tensor([0.0, 400.0]))
+    assert logits.grad.isfinite().all()
+
+
+def test_n_fgsm_steps_from_noise_and_is_not_clipped(model, batch):
+    x, y = batch
+    x = 0.3 + 0.4 * x
+    state = engine_rng.state(4)
+    outcome = NFGSM(noise=2.0)(model, x, y, Linf(0.05), Attack(steps=1), state=state)
+    from engine import kernels
+
+    noisy = kernels.uniform_start(x, 0.1, state, norm="Linf", stream=engine_rng.START)
+    point = noisy.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(point), y, reduction="sum"), point)
+    expected = noisy + 0.05 * grad.sign()
+    torch.testing.assert_close(outcome.adversary, expected, atol=1e-6, rtol=0)
+    assert (outcome.adversary - x).abs().max() > 0.05 * 1.5
+    _weights_agree(model, outcome, F.cross_entropy(model(expected), y))
+
+
+def test_fgsm_pgi_is_the_papers_formula(model, batch):
+    x, y = batch
+    threat = Linf(0.1)
+    start = _project(x + 0.1 * torch.randn_like(x), x, 0.1, "Linf")
+    outcome = FGSMPGI(weight=10.0)(
+        model, x, y, threat, Attack(steps=1, start="memory"), start=start
+    )
+    a = _plain_attack(model, x, y, start, threat, 0.1, 1)
+    torch.testing.assert_close(outcome.adversary, a, atol=1e-6, rtol=1e-5)
+    tie = F.mse_loss(model(a), model(start))
+    _weights_agree(model, outcome, F.cross_entropy(model(a), y) + 10.0 * tie)
+
+
+def test_grad_align_is_the_papers_formula(batch):
+    x, y = batch
+    torch.manual_seed(0)
+    model, threat, state = Foreign(), Linf(0.1), engine_rng.state(2)
+    outcome = GradAlign(weight=0.7)(model, x, y, threat, Attack(steps=1), state=state)
+    from engine import kernels
+
+    def gradient(z, **how):
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad(F.cross_entropy(model(z), y, reduction="sum"), z, **how)[0]
+
+    g = gradient(x)
+    a = _project(x + 0.125 * g.sign(), x, 0.1, "Linf")
+    noisy = kernels.uniform_start(x, 0.1, state, norm="Linf", stream=engine_rng.START)
+    h = gradient(noisy, create_graph=True).flatten(1)
+    g = g.flatten(1)
+    cosine = (g * h).sum(1) / (g.norm(dim=1) * h.norm(dim=1))
+    _weights_agree(model, outcome, F.cross_entropy(model(a), y) + 0.7 * (1 - cosine).mean())
+    torch.testing.assert_close(outcome.adversary, a)
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_llr_is_the_papers_formula(batch, threat):
+    x, y = batch
+    torch.manual_seed(0)
+    model = Foreign()
+    start = _project(x + 0.05 * torch.randn_like(x), x, threat.eps, threat.norm)
+    objective = LLR(linearity=4.0, slope=3.0)
+    outcome = objective(model, x, y, threat, Attack(steps=2, alpha=0.05), start=start)
+
+    point = x.clone().requires_grad_()
+    at_x = F.cross_entropy(model(point), y, reduction="none")
+    (g,) = torch.autograd.grad(at_x.sum(), point, create_graph=True)
+
+    def departure(z, g):
+        bent = F.cross_entropy(model(z), y, reduction="none")
+        return (
+            bent - F.cross_entropy(model(x), y, reduction="none") - ((z - x) * g).flatten(1).sum(1)
+        )
+
+    z = start
+    for _ in range(2):
+        z = z.detach().requires_grad_()
+        (up,) = torch.autograd.grad(departure(z, g.detach()).abs().sum(), z)
+        z = _project(z + 0.05 * _direction(up, threat.norm), x, threat.eps, threat.norm).detach()
+    torch.testing.assert_close(outcome.adversary, z, atol=1e-5, rtol=1e-4)
+    linear = ((z - x) * g).flatten(1).sum(1)
+    bend = F.cross_entropy(model(z), y, reduction="none") - at_x - linear
+    expected = at_x.mean() + 4.0 * bend.abs().mean() + 3.0 * linear.abs().mean()
+    _weights_agree(model, outcome, expected)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_gat_is_the_papers_formula(model, batch, step):
+    """The guiding term is there in every other step."""
+    x, y = batch
+    x = 0.2 + 0.6 * x
+    threat, state = Linf(0.1), engine_rng.state(3, step=step)
+    start = x + 0.05 * torch.randn_like(x).sign()
+    outcome = GAT(weight=10.0)(model, x, y, threat, Attack(steps=1), start=start, state=state)
+    p, point = model(x).softmax(1), start.clone().requires_grad_()
+    apart = (p.detach() - model(point).softmax(1)).square().sum(1)
+    cost = F.cross_entropy(model(point), y, reduction="sum") + step * 10.0 * apart.sum()
+    (grad,) = torch.autograd.grad(cost, point)
+    a = _project(start + 0.1 * grad.sign(), x, 0.1, "Linf")
+    torch.testing.assert_close(outcome.adversary, a, atol=1e-6, rtol=1e-5)
+    distance = (p - model(a).softmax(1)).square().sum(1).mean()
+    _weights_agree(model, outcome, F.cross_entropy(model(x), y) + 10.0 * distance)
+
+
+def test_gat_starts_from_bernoulli_noise(batch):
+    x, y = batch
+    torch.manual_seed(0)
+    x, seen = 0.3 + 0.4 * x, []
+
+    class Spy(Foreign):
+        def forward(self, z):
+            seen.append(z.detach().clone())
+            return super().forward(z)
+
+    GAT()(Spy(), x, y, Linf(0.1), Attack(steps=1))
+    noise = seen[1] - x
+    torch.testing.assert_close(noise.abs(), torch.full_like(x, 0.05))
+    assert 0.4 < float((noise > 0).float().mean()) < 0.6
+
+
 # ---- properties ------------------------------------------------------------------------------
 
 
@@ -334,7 +576,7 @@ def test_batch_norm_policy_changes_the_attack(batch):
     ("make", "field"),
     [
         (lambda: Linf(-0.1), "eps"),
-        (lambda: Attack(steps=0), "steps"),
+        (lambda: Attack(steps=-1), "steps"),
         (lambda: LocalBall(rho=0.0), "rho"),
         (lambda: LocalBall(rho=1.5), "rho"),
         (lambda: LocalBall(local_weight=-1), "local_weight"),

@@ -374,11 +374,13 @@ def test_tape_freezes_the_numbers_of_the_host():
     ],
 )
 def test_every_recipe_can_be_captured(name):
-    found = audit.audit(recipes.load(name))
+    recipe = recipes.load(name)
+    found = audit.audit(recipe)
     assert found.complaints == []
-    # The whole of it outside the network: what the kernels are for.
-    assert found.attack_step_ops <= 2
-    assert found.loss_ops <= 2
+    # The whole of it outside the network: what the kernels are for. These rivals' losses have none.
+    plain = recipe.objective.name in ("mart", "gat", "llr", "grad-align", "fgsm-pgi")
+    assert found.attack_step_ops <= (20 if plain else 2)
+    assert found.loss_ops <= (30 if plain else 2)
     assert found.optimiser_ops == 1
 
 

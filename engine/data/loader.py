@@ -38,6 +38,8 @@ class ResidentLoader:
         labels: int64 [N].
         batch_size: a last short batch is dropped, so every step has one shape.
         pad, flip: random crop of the image padded by `pad` pixels; random mirroring.
+        replays: steps in a row on every batch (Free-AT's m, arXiv 1904.12843); an epoch has as many
+            times more steps.
         memory: the trainer's adversary memory; batches of uint8 images then bring the attack's start,
             formed in the pass that makes them.
     Raises:
@@ -53,6 +55,7 @@ class ResidentLoader:
         seed: int = 0,
         pad: int = 0,
         flip: bool = False,
+        replays: int = 1,
         device: torch.device | str = "cpu",
         memory: AdversaryMemory | None = None,
     ) -> None:
@@ -72,14 +75,15 @@ class ResidentLoader:
         self.images = images.to(device).contiguous()
         self.labels = labels.to(device)
         self.batch_size, self.seed, self.pad, self.flip = batch_size, seed, pad, flip
-        self.memory = memory
+        self.replays, self.memory = replays, memory
         # The order of the epoch at hand, and the number of its first step since training began.
-        self._order = torch.zeros((len(self), batch_size), dtype=torch.int64, device=device)
+        batches = len(images) // batch_size
+        self._order = torch.zeros((batches, batch_size), dtype=torch.int64, device=device)
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
         """Steps in an epoch."""
-        return len(self.images) // self.batch_size
+        return len(self._order) * self.replays
 
     def begin(self, epoch: int) -> None:
         """Shuffle for an epoch (counted from 0): the one word that a captured step needs from the host."""
@@ -96,7 +100,12 @@ class ResidentLoader:
             state: int64 [2] (seed, steps since training began): says which batch of the epoch it is,
                 and seeds the augmentation.
         """
-        index = self._order.index_select(0, state[1:] - self._first).view(-1)
+        row = state[1:] - self._first
+        if self.replays > 1:
+            # A replay has the crops of its first time, so it draws them from that step's state.
+            state = torch.cat([state[:1], state[1:] - row % self.replays])
+            row = row // self.replays
+        index = self._order.index_select(0, row).view(-1)
         labels = self.labels.index_select(0, index)
         if self.images.is_floating_point():
             where = torch.zeros((len(index), 3), dtype=torch.int32, device=index.device)

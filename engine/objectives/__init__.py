@@ -5,10 +5,35 @@ from typing import Annotated
 from pydantic import Field
 
 from .base import Objective, Outcome, Passes
+from .clean import Clean
+from .fgsm_pgi import FGSMPGI
+from .gat import GAT
+from .grad_align import GradAlign
+from .llr import LLR
 from .local_ball import LocalBall
+from .mart import MART
+from .n_fgsm import NFGSM
 from .pgd import PGD
 from .trades import TRADES
 
-AnyObjective = Annotated[LocalBall | PGD | TRADES, Field(discriminator="name")]
+AnyObjective = Annotated[
+    LocalBall | PGD | TRADES | MART | NFGSM | FGSMPGI | GradAlign | LLR | GAT | Clean,
+    Field(discriminator="name"),
+]
 
-__all__ = ["PGD", "TRADES", "AnyObjective", "LocalBall", "Objective", "Outcome", "Passes"]
+__all__ = [
+    "FGSMPGI",
+    "GAT",
+    "LLR",
+    "MART",
+    "NFGSM",
+    "PGD",
+    "TRADES",
+    "AnyObjective",
+    "Clean",
+    "GradAlign",
+    "LocalBall",
+    "Objective",
+    "Outcome",
+    "Passes",
+]

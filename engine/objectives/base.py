@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..adversary import Attack
+from ..adversary import Attack, ascend_after_training
+from ..errors import EngineError
 from ..phases import TRAIN_FORWARD, phase
 from ..rng import state as rng_state
 from ..threat import ThreatModel
@@ -45,6 +48,16 @@ def trained_pass(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
+def attacked_pass(
+    model: nn.Module, x: Tensor, adversary: Tensor, threat: ThreatModel, attack: Attack
+) -> tuple[Tensor, Tensor | Callable[[], Tensor]]:
+    """A training pass at the adversary, and what to remember of it: itself, or its free step."""
+    if attack.steps:
+        return trained_pass(model, adversary), adversary
+    logits, along = ascend_after_training(model, adversary, threat.norm)
+    return logits, lambda: along(x, threat.eps, attack.step_size(threat.eps))
+
+
 def trained_passes(sets: int) -> Passes:
     """Forward and full backward passes of `sets` batches."""
     return Passes(sets, sets, sets)
@@ -56,19 +69,34 @@ class Outcome:
 
     Attributes:
         loss: 0-d, differentiable in the weights.
-        adversary: like the batch; what the adversary memory stores.
+        adversary: like the batch, what the adversary memory stores; or what gives it once the loss's
+            backward pass has run and before the weights change.
         stats: 0-d device tensors to log: batch means of the loss terms.
         correct: 0-d device tensor, how many adversaries are classified correctly.
     """
 
     loss: Tensor
-    adversary: Tensor
+    adversary: Tensor | Callable[[], Tensor]
     stats: dict[str, Tensor]
     correct: Tensor
 
 
 class Objective(abc.ABC):
-    """A training loss with the attack it needs; holds options only, no state of a run."""
+    """A training loss with the attack it needs; holds options only, no state of a run.
+
+    Attributes:
+        free_step: it can train at the remembered adversary itself (`attack.steps` = 0).
+    """
+
+    free_step: ClassVar[bool] = False
+
+    def check(self, attack: Attack) -> None:
+        """Refuse an attack that this objective cannot use; EngineError."""
+        if attack.steps == 0 and not (self.free_step and attack.start == "memory"):
+            raise EngineError(
+                "attack.steps = 0 trains at remembered adversaries: it needs attack.start = memory, and "
+                "the objective pgd or local-ball"
+            )
 
     @abc.abstractmethod
     def passes(self, attack: Attack) -> Passes:

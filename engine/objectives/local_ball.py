@@ -11,7 +11,8 @@ rho * eps around a, p = softmax(f).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -19,16 +20,26 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary import Attack, away_from, climb, step_along, towards_errors
-from ..models import Network, stem_of
-from ..phases import ATTACK_BACKWARD, ATTACK_START, ATTACK_STEP, LOSS, TRAIN_FORWARD, phase
+from ..adversary import Attack, ascend_from_training, away_from, climb
+from ..errors import EngineError
+from ..phases import ATTACK_START, LOSS, phase
 from ..threat import ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+from .base import (
+    Objective,
+    Outcome,
+    Passes,
+    attack_passes,
+    attacked_pass,
+    trained_pass,
+    trained_passes,
+)
 
 
 @dataclass(frozen=True)
 class LocalBall(Objective):
     """Local-ball robust training; see the module's docstring for the formula."""
+
+    free_step: ClassVar[bool] = True
 
     name: Literal["local-ball"] = "local-ball"
     local_weight: Annotated[
@@ -63,6 +74,15 @@ class LocalBall(Objective):
         float, Field(ge=0, lt=1, description="label smoothing of the cross-entropy [0..1)")
     ] = 0.0
 
+    def check(self, attack: Attack) -> None:
+        super().check(attack)
+        if attack.steps == 0 and self.global_weight > 0 and self.anchor == "start":
+            raise EngineError("objective.anchor = start needs attack.steps of at least 1")
+        if attack.steps == 0 and self.local_weight > 0 and self.direction == "gradient-norm":
+            raise EngineError(
+                "objective.direction = gradient-norm needs attack.steps of at least 1"
+            )
+
     def passes(self, attack: Attack) -> Passes:
         cost = attack_passes(attack.steps) + trained_passes(1)
         if self.local_weight > 0:
@@ -90,19 +110,23 @@ class LocalBall(Objective):
         adversary, start_logits = attack(model, x, y, threat, start=start, state=state)
         local = self.local_weight > 0
         at_ball = slope = at_anchor = None
+        keep: Tensor | Callable[[], Tensor] = adversary
         if local and self.direction == "gradient-norm":
             centre = adversary.detach().requires_grad_()
             at_centre = trained_pass(model, centre)
             slope = self._dual_norm(at_centre, centre, y, threat)
         elif local and self.direction == "ce":
-            at_centre, ball = self._along_cross_entropy(model, adversary, y, threat)
-            at_ball = trained_pass(model, ball)
+            at_centre, along = ascend_from_training(model, adversary, y, threat.norm)
+            radius = self.rho * threat.eps
+            at_ball = trained_pass(model, along(adversary, radius, radius))
+            if attack.steps == 0:
+                keep = along(x, threat.eps, attack.step_size(threat.eps))
         elif local:
-            at_centre = trained_pass(model, adversary)
+            at_centre, keep = attacked_pass(model, x, adversary, threat, attack)
             ball = self._along_kl(model, adversary, at_centre, threat, state)
             at_ball = trained_pass(model, ball)
         else:
-            at_centre = trained_pass(model, adversary)
+            at_centre, keep = attacked_pass(model, x, adversary, threat, attack)
         if self.global_weight > 0:
             at_anchor = trained_pass(model, x) if self.anchor == "clean" else start_logits
 
@@ -131,7 +155,7 @@ class LocalBall(Objective):
         if slope is not None:
             terms["local"] = slope
             loss = loss + self.local_weight * slope
-        return Outcome(loss, adversary, {k: v.detach() for k, v in terms.items()}, stats[3])
+        return Outcome(loss, keep, {k: v.detach() for k, v in terms.items()}, stats[3])
 
     def _along_kl(
         self,
@@ -158,31 +182,6 @@ class LocalBall(Objective):
             batch_norm="batch" if model.training else "eval",
         )
         return ball
-
-    def _along_cross_entropy(
-        self, model: nn.Module, centre: Tensor, y: Tensor, threat: ThreatModel
-    ) -> tuple[Tensor, Tensor]:
-        """The centre's logits, with their graph, and b: rho eps along the cross-entropy gradient there."""
-        radius = self.rho * threat.eps
-        stem = stem_of(model)
-        with phase(TRAIN_FORWARD):
-            if stem is None:
-                point = centre.detach().requires_grad_()
-                logits = model(point)
-            else:
-                network = cast(Network, model)
-                point = network.stem(centre)
-                logits = network.body(point)
-        with phase(ATTACK_STEP):
-            towards = towards_errors(y)(logits.detach())
-        with phase(ATTACK_BACKWARD):
-            # Retained: the training backward pass runs through the same graph.
-            (grad,) = torch.autograd.grad(logits, point, towards, retain_graph=True)
-        with phase(ATTACK_STEP):
-            ball = step_along(
-                stem, centre, centre, grad, eps=radius, alpha=radius, norm=threat.norm
-            )
-        return logits, ball
 
     def _dual_norm(
         self, at_centre: Tensor, centre: Tensor, y: Tensor, threat: ThreatModel

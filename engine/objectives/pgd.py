@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -12,12 +12,19 @@ from .. import kernels
 from ..adversary import Attack
 from ..phases import LOSS, phase
 from ..threat import ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+from .base import Objective, Outcome, Passes, attack_passes, attacked_pass, trained_passes
 
 
 @dataclass(frozen=True)
 class PGD(Objective):
-    """min E[CE(f(a), y)], a from k projected gradient steps."""
+    """min E[CE(f(a), y)], a from k projected gradient steps.
+
+    With k = 1 from a random point this is Fast-AT's FGSM-RS (Wong et al., arXiv 2001.03994), from the
+    adversary memory ATTA (Zheng et al., arXiv 1912.11969), and with k = 0 and `optim.replays` Free-AT
+    (Shafahi et al., arXiv 1904.12843).
+    """
+
+    free_step: ClassVar[bool] = True
 
     name: Literal["pgd"] = "pgd"
     label_smoothing: Annotated[
@@ -38,7 +45,7 @@ class PGD(Objective):
         state: Tensor,
     ) -> Outcome:
         adversary, _ = attack(model, x, y, threat, start=start, state=state)
-        logits = trained_pass(model, adversary)
+        logits, keep = attacked_pass(model, x, adversary, threat, attack)
         with phase(LOSS):
             loss, stats = kernels.local_ball_loss(logits, y, label_smoothing=self.label_smoothing)
-        return Outcome(loss, adversary, {"ce": stats[0]}, stats[3])
+        return Outcome(loss, keep, {"ce": stats[0]}, stats[3])

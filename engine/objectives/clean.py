@@ -1,0 +1,43 @@
+"""Training on clean images: what robustness is paid for with. 3 F."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from .. import kernels
+from ..adversary import Attack
+from ..phases import LOSS, phase
+from ..threat import ThreatModel
+from .base import Objective, Outcome, Passes, trained_pass, trained_passes
+
+
+@dataclass(frozen=True)
+class Clean(Objective):
+    """min E[CE(f(x), y)]; no attack is made, and `adv_accuracy` is the accuracy on clean images."""
+
+    name: Literal["clean"] = "clean"
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=1, description="label smoothing of the cross-entropy [0..1)")
+    ] = 0.0
+
+    def passes(self, attack: Attack) -> Passes:
+        return trained_passes(1)
+
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        start: Tensor | None,
+        state: Tensor,
+    ) -> Outcome:
+        logits = trained_pass(model, x)
+        with phase(LOSS):
+            loss, stats = kernels.local_ball_loss(logits, y, label_smoothing=self.label_smoothing)
+        return Outcome(loss, x, {"ce": stats[0]}, stats[3])

@@ -1,0 +1,84 @@
+"""GAT (Sriramanan et al., "Guided Adversarial Attack for Evaluating and Enhancing Adversarial Defenses", arXiv 2011.14969).
+
+Their section 5: CE(f(x), y) + lambda ||p(x) - p(a)||^2, a one step of size eps from Bernoulli noise of
+eps / 2, along the gradient of CE(z) + lambda ||p(x) - p(z)||^2, the second term in every other
+iteration. The clean pass serves attack and loss: 8 F, where their code makes it twice.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from .. import kernels, rng
+from ..adversary import Attack, LogitsGrad, climb
+from ..phases import ATTACK_START, LOSS, phase
+from ..threat import ThreatModel
+from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+
+
+@dataclass(frozen=True)
+class GAT(Objective):
+    """Cross-entropy on the clean image, and the distance of the guided adversary's probabilities."""
+
+    name: Literal["gat"] = "gat"
+    weight: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="lambda, weight of the distance")
+    ] = 10.0
+
+    def passes(self, attack: Attack) -> Passes:
+        return attack_passes(attack.steps) + trained_passes(2)
+
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        start: Tensor | None,
+        state: Tensor,
+    ) -> Outcome:
+        clean = trained_pass(model, x)
+        p = clean.float().softmax(1)
+        if start is None:
+            with phase(ATTACK_START):
+                middle = torch.full_like(x, 0.5)
+                drawn = kernels.uniform_start(middle, 0.25, state, norm="Linf", stream=rng.START)
+                start = (x + 0.5 * threat.eps * (drawn - middle).sign()).clamp(0, 1)
+        # Odd steps only; the counter lies on the device.
+        guided = self.weight * (state[1] % 2)
+        adversary, _ = climb(
+            model,
+            x,
+            start,
+            _guided(p.detach(), y, guided),
+            steps=attack.steps,
+            eps=threat.eps,
+            alpha=threat.eps / attack.steps if attack.alpha is None else attack.alpha,
+            norm=threat.norm,
+            batch_norm=attack.batch_norm,
+        )
+        adv = trained_pass(model, adversary)
+        with phase(LOSS):
+            ce, stats = kernels.local_ball_loss(clean, y)
+            distance = (p - adv.float().softmax(1)).square().sum(1).mean()
+            loss = ce + self.weight * distance
+            correct = (adv.detach().argmax(1) == y).sum()
+        return Outcome(loss, adversary, {"ce": stats[0], "distance": distance.detach()}, correct)
+
+
+def _guided(p: Tensor, y: Tensor, weight: Tensor) -> LogitsGrad:
+    """The gradient of CE + weight ||p - q||^2 with respect to the logits of q = softmax(logits)."""
+
+    def grad(logits: Tensor) -> Tensor:
+        q = logits.float().softmax(1)
+        apart = q - p
+        pull = 2 * q * (apart - (q * apart).sum(1, keepdim=True))
+        return kernels.cross_entropy_grad(logits, y) + (weight * pull).to(logits.dtype)
+
+    return grad

@@ -1,0 +1,79 @@
+"""GradAlign (Andriushchenko & Flammarion, "Understanding and Improving Fast Adversarial Training", arXiv 2007.02617).
+
+One-step training, held back from collapse by a regulariser (their equation 5):
+
+    CE(f(a), y)  +  lambda (1 - cos(grad CE(x), grad CE(x + eta))),   eta uniform in the ball
+
+a = x + alpha sign(grad CE(x)), projected; as in their code the gradient at x is held constant in the
+cosine. Differentiating the other one costs a double backward pass: about 9 F.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from .. import kernels, rng
+from ..adversary import Attack
+from ..phases import ATTACK_BACKWARD, ATTACK_START, ATTACK_STEP, LOSS, phase
+from ..threat import ThreatModel
+from .base import Objective, Outcome, Passes, trained_pass, trained_passes
+
+
+@dataclass(frozen=True)
+class GradAlign(Objective):
+    """FGSM from the clean image with aligned gradients; `attack.steps` and `attack.start` play no part."""
+
+    name: Literal["grad-align"] = "grad-align"
+    weight: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="lambda, weight of the alignment")
+    ] = 0.2
+
+    def passes(self, attack: Attack) -> Passes:
+        # The gradient at the noise, then a backward pass through it: about one more of each.
+        return Passes(1, 1, 0) + trained_passes(1) + Passes(1, 2, 1)
+
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        start: Tensor | None,
+        state: Tensor,
+    ) -> Outcome:
+        at_clean = input_gradient(model, x, y)
+        with phase(ATTACK_STEP):
+            alpha = attack.alpha or 1.25 * threat.eps
+            adversary = kernels.attack_step(x, x, at_clean, threat.eps, alpha, norm=threat.norm)
+        with phase(ATTACK_START):
+            noisy = kernels.uniform_start(x, threat.eps, state, norm=threat.norm, stream=rng.START)
+        at_noise = input_gradient(model, noisy, y, create_graph=True)
+        logits = trained_pass(model, adversary)
+        with phase(LOSS):
+            ce, stats = kernels.local_ball_loss(logits, y)
+            alignment = 1 - _cosine(at_clean.flatten(1), at_noise.flatten(1)).mean()
+            loss = ce + self.weight * alignment
+        terms = {"ce": stats[0], "alignment": alignment.detach()}
+        return Outcome(loss, adversary, terms, stats[3])
+
+
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool = False) -> Tensor:
+    """The gradient of every image's cross-entropy at `x` with labels `y`, like `x`."""
+    point = x.detach().requires_grad_()
+    total = F.cross_entropy(trained_pass(model, point).float(), y, reduction="sum")
+    with phase(ATTACK_BACKWARD):
+        (grad,) = torch.autograd.grad(total, point, create_graph=create_graph)
+    return grad
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of each pair of rows; 0, and no gradient, where one vanishes."""
+    squares = a.square().sum(1) * b.square().sum(1)
+    return (a * b).sum(1) * (squares + 1e-30).rsqrt()

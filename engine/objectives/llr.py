@@ -1,0 +1,108 @@
+"""LLR (Qin et al., "Adversarial Robustness through Local Linearization", arXiv 1907.02610).
+
+Their equations 6 and 8: the loss surface is pressed flat where it is least linear,
+
+    CE(x)  +  lambda |g(delta)|  +  mu |delta . grad CE(x)|,
+    g(delta) = CE(x + delta) - CE(x) - delta . grad CE(x),   delta = argmax |g| in the ball
+
+found by a few steps of projected ascent from a random point. The clean gradient is differentiated:
+2k + 6 F and a double backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from .. import kernels, rng
+from ..adversary import Attack, passes_without_training
+from ..phases import ATTACK_BACKWARD, ATTACK_FORWARD, ATTACK_START, ATTACK_STEP, LOSS, phase
+from ..threat import ThreatModel
+from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+
+
+@dataclass(frozen=True)
+class LLR(Objective):
+    """Local linearity: the cross-entropy may neither bend nor slope within the ball."""
+
+    name: Literal["llr"] = "llr"
+    linearity: Annotated[
+        float,
+        Field(ge=0, allow_inf_nan=False, description="lambda, weight of the departure from linear"),
+    ] = 4.0
+    slope: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="mu, weight of the linear change")
+    ] = 3.0
+
+    def passes(self, attack: Attack) -> Passes:
+        # Clean: the gradient, then a backward pass through it.
+        return Passes(1, 2, 1) + attack_passes(attack.steps) + trained_passes(1)
+
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        start: Tensor | None,
+        state: Tensor,
+    ) -> Outcome:
+        point = x.detach().requires_grad_()
+        at_clean = F.cross_entropy(trained_pass(model, point).float(), y, reduction="none")
+        with phase(ATTACK_BACKWARD):
+            (slope,) = torch.autograd.grad(at_clean.sum(), point, create_graph=True)
+        if start is None:
+            with phase(ATTACK_START):
+                start = kernels.uniform_start(
+                    x, threat.eps, state, norm=threat.norm, stream=rng.START
+                )
+        worst = self._least_linear(
+            model, x, y, start, at_clean.detach(), slope.detach(), threat, attack
+        )
+        logits = trained_pass(model, worst).float()
+        with phase(LOSS):
+            linear = ((worst - x) * slope).flatten(1).sum(1)
+            bend = F.cross_entropy(logits, y, reduction="none") - at_clean - linear
+            terms = {
+                "ce": at_clean.mean(),
+                "linearity": bend.abs().mean(),
+                "slope": linear.abs().mean(),
+            }
+            loss = terms["ce"] + self.linearity * terms["linearity"] + self.slope * terms["slope"]
+            correct = (logits.detach().argmax(1) == y).sum()
+        return Outcome(loss, worst, {k: v.detach() for k, v in terms.items()}, correct)
+
+    def _least_linear(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        z: Tensor,
+        at_clean: Tensor,
+        slope: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+    ) -> Tensor:
+        """`attack.steps` of projected ascent on |g|; its gradient is sign(g) (grad CE(z) - grad CE(x))."""
+        alpha = attack.step_size(threat.eps)
+        batch_norm = "batch" if model.training else "eval"
+        with passes_without_training(model, batch_norm):
+            for _ in range(attack.steps):
+                point = z.detach().requires_grad_()
+                with phase(ATTACK_FORWARD):
+                    loss = F.cross_entropy(model(point).float(), y, reduction="none")
+                with phase(ATTACK_BACKWARD):
+                    (grad,) = torch.autograd.grad(loss.sum(), point)
+                with phase(ATTACK_STEP):
+                    linear = ((z - x) * slope).flatten(1).sum(1)
+                    bent = (loss.detach() - at_clean - linear).sign().view(-1, *[1] * (x.dim() - 1))
+                    z = kernels.attack_step(
+                        x, z, bent * (grad - slope), threat.eps, alpha, norm=threat.norm
+                    )
+        return z

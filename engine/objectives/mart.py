@@ -1,0 +1,75 @@
+"""MART (Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020).
+
+Their table 1 and equation 8, with a the PGD adversary of x and p = softmax(f):
+
+    -log p_y(a) - log(1 - max_{k != y} p_k(a))  +  lambda KL(p(x) || p(a)) (1 - p_y(x))
+
+The attack is PGD on the cross-entropy, from within 0.001 of the clean image as in their code. 2k + 6 F.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from .. import kernels, rng
+from ..adversary import Attack
+from ..phases import ATTACK_START, LOSS, phase
+from ..threat import ThreatModel
+from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+
+_NEAR = 1e-3
+
+
+@dataclass(frozen=True)
+class MART(Objective):
+    """Boosted cross-entropy at the adversary; the divergence counts where the clean image is misread."""
+
+    name: Literal["mart"] = "mart"
+    weight: Annotated[
+        float, Field(ge=0, allow_inf_nan=False, description="lambda, weight of the divergence")
+    ] = 5.0
+
+    def passes(self, attack: Attack) -> Passes:
+        return attack_passes(attack.steps) + trained_passes(2)
+
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        start: Tensor | None,
+        state: Tensor,
+    ) -> Outcome:
+        if start is None:
+            near = min(_NEAR, threat.eps)
+            with phase(ATTACK_START):
+                start = kernels.uniform_start(x, near, state, norm=threat.norm, stream=rng.START)
+        adversary, _ = attack(model, x, y, threat, start=start, state=state)
+        clean, adv = trained_pass(model, x).float(), trained_pass(model, adversary).float()
+        with phase(LOSS):
+            boosted = boosted_cross_entropy(adv, y).mean()
+            log_p, log_q = clean.log_softmax(1), adv.log_softmax(1)
+            p = log_p.exp()
+            misread = 1 - p.gather(1, y[:, None]).squeeze(1)
+            divergence = ((p * (log_p - log_q)).sum(1) * misread).mean()
+            loss = boosted + self.weight * divergence
+            correct = (adv.detach().argmax(1) == y).sum()
+        stats = {"boosted_ce": boosted.detach(), "divergence": divergence.detach()}
+        return Outcome(loss, adversary, stats, correct)
+
+
+def boosted_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """-log p_y - log(1 - max_{k != y} p_k) of each row of logits [B, K] at labels int64 [B]: [B]."""
+    rest = logits.scatter(1, y[:, None], -torch.inf)
+    rival = rest.argmax(1, keepdim=True)
+    # 1 - p is the share of all the others: no difference of nearly equal numbers is taken.
+    others = logits.scatter(1, rival, -torch.inf).logsumexp(1)
+    return F.cross_entropy(logits, y, reduction="none") - (others - logits.logsumexp(1))

@@ -1,0 +1,65 @@
+"""N-FGSM (de Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training", arXiv 2202.01181).
+
+Strong noise first, then the step, and no projection back to the ball: that is what keeps one step from
+collapsing. Their section 4: x + eta + alpha sign(grad CE(x + eta)), eta uniform in [-k eps, k eps], k = 2,
+alpha = eps, clipped to [0, 1] only. 2 steps + 3 F.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from .. import kernels, rng
+from ..adversary import Attack, climb, towards_errors
+from ..phases import ATTACK_START, LOSS, phase
+from ..threat import ThreatModel
+from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+
+
+@dataclass(frozen=True)
+class NFGSM(Objective):
+    """Cross-entropy at one unclipped step from a noisy image; `attack.alpha` left out is eps."""
+
+    name: Literal["n-fgsm"] = "n-fgsm"
+    noise: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="radius of the noise [fraction of eps]")
+    ] = 2.0
+
+    def passes(self, attack: Attack) -> Passes:
+        return attack_passes(attack.steps) + trained_passes(1)
+
+    def compute(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+        start: Tensor | None,
+        state: Tensor,
+    ) -> Outcome:
+        alpha = threat.eps if attack.alpha is None else attack.alpha
+        if start is None:
+            radius = self.noise * threat.eps
+            with phase(ATTACK_START):
+                start = kernels.uniform_start(x, radius, state, norm=threat.norm, stream=rng.START)
+        adversary, _ = climb(
+            model,
+            start,
+            start,
+            towards_errors(y),
+            steps=attack.steps,
+            # A ball that no number of steps leaves: only the pixels' range clips.
+            eps=attack.steps * alpha,
+            alpha=alpha,
+            norm=threat.norm,
+            batch_norm=attack.batch_norm,
+        )
+        logits = trained_pass(model, adversary)
+        with phase(LOSS):
+            loss, stats = kernels.local_ball_loss(logits, y)
+        return Outcome(loss, adversary, {"ce": stats[0]}, stats[3])
