@@ -86,12 +86,24 @@ def build_parser() -> Parser:
     report = add("report", _report, "rebuild a run's report.html")
     report.add_argument("run_dir", type=Path, metavar="RUN")
 
-    compare = add("compare", _compare, "train several recipes side by side", overridable=True)
-    compare.add_argument("recipes", nargs="+", metavar="RECIPE")
-    compare.add_argument(
-        "--seeds", type=int, default=3, help="seeds 0..N-1 of every recipe [count]"
+    compare = add(
+        "compare",
+        _compare,
+        "train methods side by side: accuracy over training time",
+        overridable=True,
     )
-    compare.add_argument("--out", type=Path, help="folder for the runs and compare.json")
+    compare.add_argument(
+        "recipes", nargs="*", metavar="RECIPE", help="recipes, or one protocol file with methods"
+    )
+    compare.add_argument("--seeds", type=int, help="seeds 0..N-1 of every method [count]")
+    compare.add_argument("--epochs", help="budgets: 5,15,45 [passes over the training set]")
+    compare.add_argument("--minutes", help="budgets: 1,2.5 [training minutes]")
+    compare.add_argument("--target", type=float, help="robust accuracy to give the time to [0..1]")
+    compare.add_argument("--jobs", type=int, default=1, help="runs at a time [count]")
+    compare.add_argument("--out", type=Path, help="folder for the runs; finished ones are kept")
+    compare.add_argument(
+        "--from-store", action="store_true", help="show the results that come with the engine"
+    )
     compare.add_argument("--json", action="store_true")
 
     data = add("data", _data, "list, fetch, verify or describe datasets")
@@ -210,15 +222,38 @@ def _report(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
     from . import compare
 
-    _keep_freed_memory()
-    rows = compare.run(
-        arguments.recipes, _overrides(rest), seeds=arguments.seeds, out=arguments.out
-    )
+    if arguments.from_store:
+        from .benchmarks import tables
+
+        rows = compare.stored(tables.RESULTS)
+        if not rows:
+            raise EngineError("engine compare: no results are stored")
+    else:
+        if not arguments.recipes:
+            raise EngineError("engine compare: which recipes, or which protocol file?")
+        if arguments.jobs < 1:
+            raise EngineError(f"--jobs must be at least 1, got {arguments.jobs}")
+        _keep_freed_memory()
+        protocol = compare.read(
+            arguments.recipes,
+            _overrides(rest),
+            seeds=arguments.seeds,
+            epochs=_list("--epochs", arguments.epochs, int),
+            minutes=_list("--minutes", arguments.minutes, float),
+        )
+        rows = compare.run(protocol, out=arguments.out, workers=arguments.jobs)["rows"]
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
-        compare.show(rows)
+        compare.show(rows, arguments.target)
     return 0
+
+
+def _list(flag: str, text: str | None, kind: type) -> list[Any]:
+    try:
+        return [kind(word) for word in (text or "").split(",") if word]
+    except ValueError:
+        raise EngineError(f"{flag} {text}: numbers with commas between them, please") from None
 
 
 def _data(arguments: argparse.Namespace) -> int:

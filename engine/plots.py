@@ -21,7 +21,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    MultipleLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 
 from . import files
 
@@ -175,6 +182,52 @@ def draw_losses(
     if best is not None:
         ax.axvline(best, color=MUTED, linewidth=1, linestyle=":", zorder=1)
     _over_epochs(ax, rows)
+
+
+_SERIES = (BLUE, ORANGE, GREEN, PURPLE, INK, MUTED)
+_MARKERS = "osD^vP*X"
+
+
+def draw_curves(
+    ax: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    points: Sequence[Mapping[str, Any]],
+    *,
+    passes: bool,
+) -> None:
+    """Robust accuracy over what training cost: a line through each method's means, a dot for each seed.
+
+    Args:
+        rows, points: as `engine compare` writes them.
+        passes: cost in network passes of one image, all steps together; else in training seconds.
+    """
+    from .compare import robust
+
+    def cost(entry: Mapping[str, Any], steps: int) -> float:
+        return float(entry["passes_per_step"] * steps) if passes else float(entry["seconds"])
+
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        colour = _SERIES[number % len(_SERIES)]
+        marker = _MARKERS[number // len(_SERIES) % len(_MARKERS)]
+        curve = []
+        for row in rows:
+            if row["method"] != method:
+                continue
+            mine = [p for p in points if p["method"] == method and p["epochs"] == row["epochs"]]
+            places = [cost(p, p["steps"]) for p in mine]
+            heights = [robust(p, "") or 0.0 for p in mine]
+            ax.plot(places, heights, marker, color=colour, alpha=0.35, markersize=3.5)
+            curve.append((sum(places) / len(places), sum(heights) / len(heights)))
+        ax.plot(*zip(*sorted(curve), strict=True), marker=marker, color=colour, label=method)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_xlabel("steps x passes a step" if passes else "training time [s]")
+    ax.set_title("Robust accuracy against " + ("passes" if passes else "training time"))
+    if not passes:
+        ax.legend()
 
 
 def _line(

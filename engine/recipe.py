@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import tomllib
@@ -165,10 +166,20 @@ def load(name_or_path: str, overrides: Mapping[str, str] | None = None) -> Recip
     Raises:
         EngineError: unknown recipe or field (with the nearest name), or a value out of range.
     """
-    tree = _read(name_or_path, seen=())
-    for key, text in (overrides or {}).items():
-        _set(tree, key, text)
-    return parse(tree, source=f"recipe {name_or_path!r}")
+    return parse(overridden(tree(name_or_path), overrides or {}), source=f"recipe {name_or_path!r}")
+
+
+def tree(name_or_path: str) -> dict[str, Any]:
+    """A recipe's fields as nested dictionaries, what it extends included, not yet validated."""
+    return _read(name_or_path, seen=())
+
+
+def overridden(tree: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """`tree` with the command line's words ("attack.steps" -> "2") on top."""
+    changed = copy.deepcopy(dict(tree))
+    for key, text in overrides.items():
+        _set(changed, key, text)
+    return changed
 
 
 def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -216,19 +227,20 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(parent, str) or parent not in names() or parent in seen:
         raise EngineError(f"recipe {name_or_path}: extends {parent!r}, which is no recipe by name")
-    return _merge(_read(parent, (*seen, parent)), tree)
+    return merged(_read(parent, (*seen, parent)), tree)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `over` in place of its own, table by table."""
+    result = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
+        old = result.get(key)
         # Another objective's options mean nothing here: a new name starts from its own defaults.
         fresh = key == "objective" and isinstance(value, dict) and "name" in value
         if isinstance(value, dict) and isinstance(old, dict) and not fresh:
             value = {**old, **value}
-        merged[key] = value
-    return merged
+        result[key] = value
+    return result
 
 
 def _set(tree: dict[str, Any], key: str, text: str) -> None:

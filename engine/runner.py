@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -163,10 +164,13 @@ def memory_for(
     )
 
 
-def train(recipe: Recipe, run: Run) -> Result:
-    """Train as the recipe says, logging and saving into the run folder."""
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
+def steps_per_epoch(recipe: Recipe) -> int:
+    """Training steps in one pass over the recipe's training set."""
+    return len(split(recipe).train[0]) // recipe.optim.batch_size * recipe.optim.replays
+
+
+def prepare(recipe: Recipe, epochs: int) -> tuple[Step, ResidentLoader]:
+    """The recipe's training step and its batches, on the device, for a schedule of `epochs`."""
     torch.manual_seed(recipe.seed)
     where = device()
     parts = split(recipe)
@@ -184,8 +188,31 @@ def train(recipe: Recipe, run: Run) -> Result:
         device=where,
         memory=memory,
     )
-    total = recipe.optim.epochs * len(loader)
-    step = build_step(recipe, model, steps=total, memory=memory, take=loader.take)
+    step = build_step(recipe, model, steps=epochs * len(loader), memory=memory, take=loader.take)
+    return step, loader
+
+
+def step_of(recipe: Recipe) -> Callable[[], None]:
+    """One training step of the recipe on its own data, as often as it is called: for timing."""
+    step, loader = prepare(recipe, epochs=1 + 10_000 // steps_per_epoch(recipe))
+    step.train()
+
+    def call() -> None:
+        if step.done % len(loader) == 0:
+            loader.begin(step.done // len(loader))
+        step()
+        if step.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return call
+
+
+def train(recipe: Recipe, run: Run) -> Result:
+    """Train as the recipe says, logging and saving into the run folder."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    step, loader = prepare(recipe, recipe.optim.epochs)
+    where = step.device
     board = _tensorboard(run.path)
     with bar() as progress:
         shown = TrainingBar(progress, recipe.name, recipe.optim.epochs)
@@ -201,7 +228,7 @@ def train(recipe: Recipe, run: Run) -> Result:
             step,
             loader,
             epochs=recipe.optim.epochs,
-            validation=as_floats(*parts.validation, where),
+            validation=as_floats(*split(recipe).validation, where),
             validation_steps=recipe.validation.steps,
             validate_every=recipe.validation.every,
             seed=recipe.seed,
@@ -282,6 +309,7 @@ def summary(run: Run, result: Result, report: evaluation.Report | None) -> dict[
         "passes_per_step": recipe.objective.passes(recipe.attack).total,
         "steps": result.steps,
         "best_epoch": result.best_epoch,
+        "peak_memory_mb": _peak_memory_mb(),
         "run_dir": str(run.path),
     }
     run.write_json("summary.json", row)
@@ -291,6 +319,18 @@ def summary(run: Run, result: Result, report: evaluation.Report | None) -> dict[
 def as_floats(images: Tensor, labels: Tensor, where: torch.device) -> tuple[Tensor, Tensor]:
     """uint8 images as float32 in [0, 1], both on the device."""
     return images.to(where).float() / 255.0, labels.to(where)
+
+
+def _peak_memory_mb() -> int | None:
+    """The device's peak where it is a GPU, the process's own on the CPU; None where the system does not say."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)
 
 
 def _tensorboard(path: Path) -> Any:

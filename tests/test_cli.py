@@ -240,20 +240,6 @@ def test_doctor_shows_a_backend_for_every_op(capsys):
     assert all(row["why"] for row in found["kernels"])
 
 
-def test_compare_summarises_and_resumes(tmp_path, capsys):
-    words = ["compare", "quickstart", "--seeds", "2", "--out", str(tmp_path / "out"), "--json"]
-    words += [*FAST, "--evaluation.autoattack", "none", "--optim.epochs", "1"]
-    assert cli.run(words) == 0
-    first = json.loads(capsys.readouterr().out)
-    assert first[0]["seeds"] == 2
-    assert first[0]["pgd_sd"] >= 0
-    began = time.monotonic()
-    assert cli.run(words) == 0
-    assert json.loads(capsys.readouterr().out) == first
-    assert time.monotonic() - began < 5
-    assert cli.run([*words, "--attack.steps", "1"]) == 2
-
-
 @pytest.mark.parametrize(
     ("name", "network"),
     [("cifar10", "preact-resnet18"), ("cifar100", "tiny-cnn"), ("mnist", "small-cnn")],

@@ -1,0 +1,184 @@
+"""Comparisons: protocols, budgets, runs that resume, and what the rows say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from engine import cli, compare
+from engine.errors import EngineError
+from engine.runs import Run
+
+COMMON = """
+base = "quickstart"
+[common]
+data = { train_examples = 300, validation = 50 }
+validation = { steps = 2 }
+evaluation = { examples = 20, pgd_steps = 2, pgd_restarts = 1, autoattack = "none" }
+"""
+TWO = (
+    COMMON
+    + """
+[methods.weak]
+attack = { steps = 1 }
+objective = { name = "n-fgsm" }
+[methods.ball]
+"""
+)
+
+
+def protocol(tmp_path, text=TWO, **budgets):
+    path = tmp_path / "small.toml"
+    path.write_text(text)
+    return compare.read([str(path)], {}, **budgets)
+
+
+def test_protocol_file_merges_base_common_and_method(tmp_path):
+    found = protocol(tmp_path, seeds=2, epochs=[1, 3])
+    plan = compare.jobs(found, {})
+    assert [job.folder for job in plan[:4]] == [
+        "weak-e1-s0",
+        "weak-e3-s0",
+        "ball-e1-s0",
+        "ball-e3-s0",
+    ]
+    assert [job.recipe.seed for job in plan] == [0] * 4 + [1] * 4
+    weak, ball = plan[0].recipe, plan[2].recipe
+    assert weak.objective.name == "n-fgsm"
+    assert ball.objective.name == "local-ball"
+    assert weak.data == ball.data
+    assert weak.data.train_examples == 300
+    assert ball.optim.epochs == 1
+
+
+def test_minutes_become_epochs_of_each_methods_own_length(tmp_path):
+    found = protocol(tmp_path, seeds=1, minutes=[0.1])
+    epochs = {
+        job.method: job.recipe.optim.epochs
+        for job in compare.jobs(found, {"weak": 100.0, "ball": 400.0})
+    }
+    # 300 images in batches of 64: 4 steps an epoch.
+    assert epochs == {"weak": 15, "ball": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base = 'quickstart'\nmethods = 3", "methods"),
+        ("base = 'quickstart'\n[methods]", "methods"),
+        ("[methods.a]", "base"),
+        ("base = 'quickstart'\nepochs = ['x']\n[methods.a]", "epochs"),
+        ("base = 'quickstart'\nscore = 'luck'\n[methods.a]", "score"),
+        ("base = 'quickstart'\nseed = 1\n[methods.a]", "did you mean seeds"),
+        ("base = 'quickstart'\nseeds = 0\n[methods.a]", "--seeds"),
+        ("base = 'quickstart'\nepochs = [0]\n[methods.a]", "above 0"),
+        ("base = 'quickstart'\nepochs = [1]\nminutes = [1]\n[methods.a]", "not both"),
+        ("base = 'quickstat'\n[methods.a]", "did you mean quickstart"),
+        ("base = 'quickstart'\n[methods.a]\nattack = 3", "attack"),
+    ],
+)
+def test_mistakes_in_a_protocol_give_one_line(tmp_path, text, said):
+    with pytest.raises(EngineError) as caught:
+        compare.jobs(protocol(tmp_path, text), {})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    path = folder / "small.toml"
+    path.write_text(TWO)
+    words = ["compare", str(path), "--seeds", "2", "--epochs", "1", "--out", str(folder / "out")]
+    assert cli.run([*words, "--jobs", "2", "--json"]) == 0
+    return folder, words
+
+
+def test_runs_are_made_summarised_and_drawn(made):
+    folder, _ = made
+    found = json.loads((folder / "out" / "compare.json").read_text())
+    assert len(found["points"]) == 4
+    weak, ball = found["rows"]
+    assert (weak["method"], ball["method"]) == ("weak", "ball")
+    for row in (weak, ball):
+        mine = [p for p in found["points"] if p["method"] == row["method"]]
+        assert row["seeds"] == 2
+        assert row["pgd_mean"] == pytest.approx(sum(p["pgd"] for p in mine) / 2)
+        assert row["pgd_se"] == pytest.approx(row["pgd_sd"] / 2**0.5)
+        # The time axis is steps times the step as timed beside the others.
+        step = found["steps"][row["method"]]["p50_ms"]
+        assert row["train_seconds_mean"] == pytest.approx(mine[0]["steps"] * step / 1e3)
+    assert weak["train_seconds_mean"] < ball["train_seconds_mean"]
+    assert (folder / "out" / "compare.png").stat().st_size > 5000
+
+
+def test_finished_runs_are_not_run_again_and_unfinished_ones_are(made, monkeypatch, capsys):
+    folder, words = made
+    started = []
+    begin = compare._start
+    monkeypatch.setattr(compare, "_start", lambda *a: started.append(a[0].folder) or begin(*a))
+    assert cli.run([*words, "--json"]) == 0
+    assert started == []
+    first = json.loads(capsys.readouterr().out)
+    (folder / "out" / "ball-e1-s1" / "summary.json").unlink()
+    assert cli.run([*words, "--json"]) == 0
+    assert started == ["ball-e1-s1"]
+    again = json.loads(capsys.readouterr().out)
+    # Same seed, same numbers.
+    assert [row["pgd_mean"] for row in again] == [row["pgd_mean"] for row in first]
+
+
+def test_another_recipe_in_the_folder_is_refused(made, capsys):
+    _, words = made
+    assert cli.run([*words, "--data.validation", "60"]) == 2
+    assert "another recipe" in capsys.readouterr().err
+
+
+def test_a_failing_run_is_named_and_the_others_are_made(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "small.toml"
+    path.write_text(
+        TWO.replace("[methods.ball]", '[methods.ball]\noptim = { lr = 1e30, name = "sgd" }')
+    )
+    words = ["compare", str(path), "--seeds", "1", "--epochs", "2", "--out", str(tmp_path / "out")]
+    assert cli.run(words) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "ball-e2-s0" in said
+    assert "not finite" in said
+    assert Run.open(tmp_path / "out" / "weak-e2-s0").read_json("summary.json")["pgd"] >= 0
+
+
+def row(method, seconds, accuracy, epochs=1):
+    return {
+        "method": method,
+        "epochs": epochs,
+        "train_seconds_mean": seconds,
+        "autoattack_mean": accuracy,
+    }
+
+
+def test_time_to_target_lies_between_budgets():
+    rows = [row("a", 10, 0.5), row("a", 20, 0.7, 2), row("b", 5, 0.55), row("c", 1, 0.1)]
+    assert compare.time_to(rows, 0.6) == {"a": pytest.approx(15), "b": None, "c": None}
+    assert compare.time_to(rows, 0.5) == {"a": 10, "b": 5, "c": None}
+
+
+def test_pareto_front_has_what_nothing_beats():
+    def point(method, seconds, accuracy):
+        return {
+            **dict.fromkeys(("dataset", "network", "norm", "eps", "objective", "k", "start")),
+            "method": method,
+            "epochs": 1,
+            "examples": 10,
+            "passes_per_step": 5,
+            "seconds": seconds,
+            "pgd": accuracy,
+        }
+
+    rows = compare.summarise([point("slow", 9, 0.6), point("fast", 1, 0.5), point("bad", 5, 0.4)])
+    assert {r["method"] for r in rows if r["pareto"]} == {"slow", "fast"}
+
+
+def test_two_recipes_of_one_name_are_refused():
+    with pytest.raises(EngineError, match="one name"):
+        compare.read(["quickstart", "quickstart"], {})
