@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine import PGD, TRADES, AdversaryMemory, Attack, LocalBall, Schedule, models
 from engine.capture import CudaGraphs, unavailable
-from engine.data.loader import ResidentLoader
+from engine.data.loaders import ResidentLoader
 from engine.objectives import Objective, Passes
 from engine.optim import Optimiser
 from engine.step import Step
@@ -192,7 +192,7 @@ def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
             ours, lr=[rivals.LR], momentum=rivals.MOMENTUM, weight_decay=rivals.WEIGHT_DECAY
         ),
     )
-    from engine.data.loader import Batch
+    from engine.data.loaders import Batch
 
     step(Batch(x, y, start=start))
     # The sign of a gradient near zero may turn by rounding; a pixel or two then differ.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import rng
 from .adversary import Attack
 from .capture import CudaGraphs, unavailable
-from .data.loader import ResidentLoader, TensorLoader
+from .data.loaders import ResidentLoader, TensorLoader
 from .errors import EngineError
 from .evaluation import Report, evaluate, evaluation_mode
 from .memory import AdversaryMemory

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from . import phases, runner
 from .capture import Run
 from .data import datasets
-from .data.loader import ResidentLoader
+from .data.loaders import ResidentLoader
 from .recipe import Recipe
 from .step import Step
 
@@ -204,15 +204,7 @@ def _train(recipe: Recipe, tape: Tape | None) -> tuple[Step, list[str]]:
     torch.manual_seed(0)
     model = runner.build_model(recipe, images, len(about.classes), images.shape[1:])
     memory = runner.memory_for(recipe, images)
-    loader = ResidentLoader(
-        images,
-        labels,
-        _BATCH,
-        pad=recipe.data.pad,
-        flip=recipe.data.flip,
-        replays=recipe.optim.replays,
-        memory=memory,
-    )
+    loader = ResidentLoader(images, labels, _BATCH, memory=memory, **runner.sampling_of(recipe))
     step = runner.build_step(
         recipe, model, steps=len(images), memory=memory, take=loader.take, recorder=tape
     )

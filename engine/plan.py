@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from . import phases, runner
 from .data import datasets
-from .data.loader import Batch
+from .data.loaders import Batch
 from .errors import EngineError
 from .objectives import PGD
 from .recipe import Recipe

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticUndefined
 
 from .adversary import Attack
+from .data.loaders import LoaderName
 from .errors import EngineError
 from .objectives import AnyObjective, LocalBall
 from .optim import OptimiserName
@@ -42,6 +43,19 @@ class Data:
         int, Field(ge=0, description="random crop after zero-padding by this [pixels]")
     ] = 0
     flip: Annotated[bool, Field(description="mirror half of the images")] = False
+    cutout: Annotated[
+        int, Field(ge=0, description="side of a random square set to 0; 0: none [pixels]")
+    ] = 0
+    loader: Annotated[
+        LoaderName,
+        Field(
+            description="what makes batches: the device itself (resident), NVIDIA DALI, torch's "
+            "DataLoader; null repeats one batch, for benchmarks; auto: resident where it fits"
+        ),
+    ] = "auto"
+    workers: Annotated[
+        int, Field(ge=0, description="threads of DALI, processes of torch's DataLoader [count]")
+    ] = 2
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from . import evaluation, models
 from .capture import CudaGraphs, Recorder, unavailable
-from .data import datasets
-from .data.loader import Batch, ResidentLoader
+from .data import datasets, loaders
+from .data.loaders import Batch, Loader, ResidentLoader
 from .errors import EngineError
 from .memory import AdversaryMemory
 from .optim import Optimiser
@@ -96,8 +97,13 @@ def check(recipe: Recipe, *, evaluated: bool = True) -> None:
     parts = split(recipe)
     images, _ = parts.train
     build_model(recipe, images, len(parts.classes), images.shape[1:])
-    if recipe.data.pad >= min(images.shape[2:]):
+    side = min(images.shape[2:])
+    if recipe.data.pad >= side:
         raise EngineError(f"data.pad = {recipe.data.pad} is as large as the images")
+    if recipe.data.cutout > 2 * side:
+        raise EngineError(f"data.cutout = {recipe.data.cutout} is more than the whole image")
+    if recipe.data.loader == "dali" and (missing := loaders.dali.unavailable()):
+        raise EngineError(f"data.loader = dali: {missing}")
     if recipe.optim.batch_size > len(images):
         raise EngineError(
             f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training images"
@@ -169,7 +175,7 @@ def steps_per_epoch(recipe: Recipe) -> int:
     return len(split(recipe).train[0]) // recipe.optim.batch_size * recipe.optim.replays
 
 
-def prepare(recipe: Recipe, epochs: int) -> tuple[Step, ResidentLoader]:
+def prepare(recipe: Recipe, epochs: int) -> tuple[Step, Loader]:
     """The recipe's training step and its batches, on the device, for a schedule of `epochs`."""
     torch.manual_seed(recipe.seed)
     where = device()
@@ -177,19 +183,31 @@ def prepare(recipe: Recipe, epochs: int) -> tuple[Step, ResidentLoader]:
     images, labels = parts.train
     model = build_model(recipe, images, len(parts.classes), images.shape[1:]).to(where)
     memory = memory_for(recipe, images, where)
-    loader = ResidentLoader(
+    loader = loaders.build(
+        recipe.data.loader,
         images,
         labels,
         recipe.optim.batch_size,
-        seed=recipe.seed,
-        pad=recipe.data.pad,
-        flip=recipe.data.flip,
-        replays=recipe.optim.replays,
         device=where,
         memory=memory,
+        workers=recipe.data.workers,
+        **sampling_of(recipe),
     )
-    step = build_step(recipe, model, steps=epochs * len(loader), memory=memory, take=loader.take)
+    take = loader.take if isinstance(loader, ResidentLoader) else None
+    step = build_step(recipe, model, steps=epochs * len(loader), memory=memory, take=take)
     return step, loader
+
+
+def sampling_of(recipe: Recipe) -> dict[str, Any]:
+    """How the recipe draws its batches, as a loader's options."""
+    data = recipe.data
+    return {
+        "seed": recipe.seed,
+        "pad": data.pad,
+        "flip": data.flip,
+        "cutout": data.cutout,
+        "replays": recipe.optim.replays,
+    }
 
 
 def step_of(recipe: Recipe) -> Callable[[], None]:
@@ -197,10 +215,18 @@ def step_of(recipe: Recipe) -> Callable[[], None]:
     step, loader = prepare(recipe, epochs=1 + 10_000 // steps_per_epoch(recipe))
     step.train()
 
+    def batches() -> Iterator[Batch | None]:
+        for epoch in itertools.count():
+            if isinstance(loader, ResidentLoader):
+                loader.begin(epoch)
+                yield from itertools.repeat(None, len(loader))
+            else:
+                yield from loader.epoch(epoch)
+
+    stream = batches()
+
     def call() -> None:
-        if step.done % len(loader) == 0:
-            loader.begin(step.done // len(loader))
-        step()
+        step(next(stream))
         if step.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -242,6 +268,7 @@ def train(recipe: Recipe, run: Run) -> Result:
             result = trainer.run()
         finally:
             step.close()
+            loader.close()
     if board is not None:
         board.close()
     return result

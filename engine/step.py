@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import rng
 from .adversary import Attack
 from .capture import Recorder
-from .data.loader import Batch
+from .data.loaders import Batch
 from .errors import EngineError
 from .memory import AdversaryMemory
 from .models import dropout
@@ -129,8 +129,7 @@ class Step:
             raise EngineError(f"the schedule ends after {len(self.optimiser.rates)} steps")
         if batch is None and self.take is None:
             raise EngineError("this step takes no batches by itself: hand one over")
-        if self._recorder is not None and self._replay is None:
-            self._record(batch)
+        self.capture(batch)
         if self._replay is None:
             images = self._eagerly(batch)
         elif self._fill(batch):
@@ -192,6 +191,14 @@ class Step:
         return len(batch.y)
 
     # ---- capture ---------------------------------------------------------------------------------
+
+    def capture(self, batch: Batch | None = None) -> None:
+        """Record the step now, on a batch of the shapes to come, where it is to be recorded at all.
+
+        The first call does it otherwise; but a capture wants no loader's threads about.
+        """
+        if self._recorder is not None and self._replay is None:
+            self._record(batch)
 
     def _record(self, batch: Batch | None) -> None:
         """Warm up and capture, then put everything back as it was."""

@@ -7,21 +7,14 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from . import evaluation
-from .data.loader import Batch
+from .data.loaders import Batch, Loader, ResidentLoader
 from .errors import EngineError
 from .step import Step
-
-
-class Loader(Protocol):
-    """What feeds a trainer: batches of one epoch, the same for the same epoch."""
-
-    def __len__(self) -> int: ...
-    def epoch(self, epoch: int) -> Any: ...
 
 
 @dataclass
@@ -97,6 +90,8 @@ class Trainer:
             EngineError: when the loss is no longer a number, or a loader lacks what the memory needs.
         """
         result = Result(self.step.optimiser.average, {}, 0, 0.0, 0)
+        if self.step.take is None and (example := self.loader.example()) is not None:
+            self.step.capture(example)
         best = -math.inf
         for epoch in range(self.epochs):
             row = self._train_epoch(epoch, result)
@@ -145,7 +140,8 @@ class Trainer:
         """An epoch's batches; nothing but their number where the step takes them itself."""
         if self.step.take is None:
             return self.loader.epoch(epoch)
-        self.loader.begin(epoch)  # type: ignore[attr-defined]
+        assert isinstance(self.loader, ResidentLoader)
+        self.loader.begin(epoch)
         return itertools.repeat(None, len(self.loader))
 
     def _validate(self) -> dict[str, float]:

@@ -562,12 +562,12 @@ def local_ball_loss(
 
 _augment = _define(
     "augment",
-    "(Tensor images, Tensor index, Tensor rng, int pad, bool flip, int stream, Tensor? memory, Tensor? eps, str norm) -> (Tensor, Tensor, Tensor)",
+    "(Tensor images, Tensor index, Tensor rng, int pad, bool flip, int cutout, int stream, Tensor? memory, Tensor? eps, str norm) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("engine::augment")
-def _(images, index, rng, pad, flip, stream, memory, eps, norm):
+def _(images, index, rng, pad, flip, cutout, stream, memory, eps, norm):
     b = index.shape[0]
     x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
     where = images.new_empty((b, 3), dtype=torch.int32)
@@ -581,6 +581,7 @@ def augment(
     *,
     pad: int = 0,
     flip: bool = False,
+    cutout: int = 0,
     stream: int = 2,
     memory: Tensor | None = None,
     eps: Scalar | None = None,
@@ -596,6 +597,8 @@ def augment(
         rng: int64 [2], (seed, step).
         pad: crops start within `pad` pixels of the image's corner, in [0, min(H, W)).
         flip: mirror half of the samples left to right.
+        cutout: side of a square that is set to 0, its centre anywhere in the image (DeVries & Taylor,
+            arXiv 1708.04552); in [0, 2 min(H, W)], 0: none.
         memory: int8 [N, C, H, W], contiguous, as `recall` takes it; needs eps, the radius in pixel
             units, >= 0.
         norm: "Linf" or "L2", of the ball that the start lies in.
@@ -613,6 +616,8 @@ def augment(
         raise ValueError("images must be contiguous")
     if not (0 <= pad < min(images.shape[2:])):
         raise ValueError(f"pad must be in [0, {min(images.shape[2:])}): {pad}")
+    if not (0 <= cutout <= 2 * min(images.shape[2:])):
+        raise ValueError(f"cutout must be in [0, {2 * min(images.shape[2:])}]: {cutout}")
     _check_rng(rng, images)
     _check_norm(norm)
     index = _check_index(index, images, "images")
@@ -627,7 +632,7 @@ def augment(
             raise ValueError("eps is missing: memory holds steps of eps / 127")
         radius = _check_scalar("eps", eps, images)
     x, where, start = _augment(
-        images, index, rng, int(pad), bool(flip), stream, memory, radius, norm
+        images, index, rng, int(pad), bool(flip), int(cutout), stream, memory, radius, norm
     )
     return x, where, None if memory is None else start
 

@@ -288,24 +288,37 @@ def augment(
     rng: Tensor,
     pad: int,
     flip: bool,
+    cutout: int,
     stream: int,
     memory: Tensor | None,
     eps: Tensor | None,
     norm: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_range(index, images)
-    b = index.shape[0]
+    h, w = images.shape[2:]
+    drawn = draw_crops(rng, index.shape[0], pad, flip, stream, h, w)
+    where = drawn[:, :3].contiguous()
+    x = crop(images, index, where).to(torch.float32) / 255.0
+    if cutout:
+        rows = torch.arange(h, device=x.device) - (drawn[:, 3, None] - cutout // 2)
+        columns = torch.arange(w, device=x.device) - (drawn[:, 4, None] - cutout // 2)
+        inside_y, inside_x = (rows >= 0) & (rows < cutout), (columns >= 0) & (columns < cutout)
+        x = x.masked_fill((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)
+    if memory is None or eps is None:
+        return x, where, x.new_empty(0)
+    return x, where, recall(memory, index, where, x, eps, norm)
+
+
+def draw_crops(rng: Tensor, b: int, pad: int, flip: bool, stream: int, h: int, w: int) -> Tensor:
+    """int32 [B, 5]: (dy, dx, mirrored) of every crop, and the centre (y, x) of its cutout."""
     words = random_words(rng, stream, 4 * b).view(b, 4)
     side = 2 * pad + 1
     # word * side / 2^32 by a multiply and a shift: the same integer in every backend.
     dy = ((words[:, 0] * side) >> 32) - pad
     dx = ((words[:, 1] * side) >> 32) - pad
     mirrored = (words[:, 2] >> 31) if flip else torch.zeros_like(dy)
-    where = torch.stack([dy, dx, mirrored], dim=1).to(torch.int32)
-    x = crop(images, index, where).to(torch.float32) / 255.0
-    if memory is None or eps is None:
-        return x, where, x.new_empty(0)
-    return x, where, recall(memory, index, where, x, eps, norm)
+    y, x = ((words[:, 3] & 0xFFFF) * h) >> 16, ((words[:, 3] >> 16) * w) >> 16
+    return torch.stack([dy, dx, mirrored, y, x], dim=1).to(torch.int32)
 
 
 def _check_range(index: Tensor, of: Tensor) -> None:

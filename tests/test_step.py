@@ -15,7 +15,7 @@ from engine import L2, PGD, AdversaryMemory, Attack, EngineError, Linf, LocalBal
 from engine import recipe as recipes
 from engine.audit import Tape
 from engine.capture import WARM_UP, CudaGraphs, unavailable
-from engine.data.loader import Batch, ResidentLoader
+from engine.data.loaders import Batch, ResidentLoader
 from engine.models.dropout import Dropout
 from engine.optim import Optimiser
 from engine.precision import LossScale, resolve

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import engine
 from engine import L2, PGD, AdversaryMemory, Attack, EngineError, Linf, LocalBall, Schedule
 from engine.audit import Tape
-from engine.data.loader import ResidentLoader, TensorLoader
+from engine.data.loaders import ResidentLoader, TensorLoader
 from engine.optim import Optimiser
 from engine.step import Step
 from engine.trainer import Trainer

@@ -32,6 +32,7 @@ def augment(
     rng: Tensor,
     pad: int,
     flip: bool,
+    cutout: int,
     stream: int,
     memory: Tensor | None,
     eps: Tensor | None,
@@ -47,7 +48,7 @@ def augment(
     with on_device(images):
         augment_kernel[_grid(b, columns, tile)](
             images, index, rng, x, where, *((memory, start, eps) if fused else (None, None, None)),
-            pad, stream, b, FLIP=flip, **_shape(images), **tile, enable_fp_fusion=False,
+            pad, stream, b, FLIP=flip, CUTOUT=cutout, **_shape(images), **tile, enable_fp_fusion=False,
         )  # fmt: skip
     if memory is not None and eps is not None and not fused:
         start = recall(memory, index, where, x, eps, norm)
@@ -129,7 +130,7 @@ def _linf_start(x, steps, eps_ptr):
 @triton.jit(do_not_specialize=["pad", "stream"])
 def augment_kernel(
     images_ptr, index_ptr, rng_ptr, x_ptr, where_ptr, memory_ptr, start_ptr, eps_ptr,
-    pad, stream, rows, FLIP: tl.constexpr,
+    pad, stream, rows, FLIP: tl.constexpr, CUTOUT: tl.constexpr,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One Philox block a sample, drawn anew by each program. Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
@@ -139,11 +140,11 @@ def augment_kernel(
         x_ptr: float32 [rows, C, H, W], contiguous; where_ptr: int32 [rows, 3].
         memory_ptr, start_ptr, eps_ptr: int8 [N, C, H, W]; like x; one float: the attack's start in the
             Linf ball. All None: no start.
-        pad: crops start within `pad` of the corner; stream: second counter word.
+        CUTOUT: side of the square set to 0. pad: crops start within `pad` of the corner; stream: second counter word.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     live = row < rows
-    w0, w1, w2, _ = philox.words(rng_ptr, stream, row)
+    w0, w1, w2, w3 = philox.words(rng_ptr, stream, row)
     dy, dx = _offset(w0, pad), _offset(w1, pad)
     mirrored = (w2 >> 31).to(tl.int32) if FLIP else tl.zeros_like(dy)
     if tl.program_id(1) == 0:
@@ -157,6 +158,11 @@ def augment_kernel(
     byte = tl.load(images_ptr + image + source, mask=mask & inside, other=0)
     at = row.to(tl.int64) * (C * H * W) + element
     x = byte_to_unit(byte.to(tl.float32))
+    if CUTOUT > 0:
+        top = (((w3 & 0xFFFF) * H) >> 16).to(tl.int32) - CUTOUT // 2
+        left = (((w3 >> 16) * W) >> 16).to(tl.int32) - CUTOUT // 2
+        y, column = element // W % H - top, element % W - left
+        x = tl.where((y >= 0) & (y < CUTOUT) & (column >= 0) & (column < CUTOUT), 0.0, x)
     tl.store(x_ptr + at, x, mask=mask)
     if memory_ptr is not None:
         steps = tl.load(memory_ptr + image + source, mask=mask & inside, other=0)

@@ -658,13 +658,13 @@ def indices(n, batch, device, seed=22):
     return torch.randint(0, n, (batch,), generator=generator(seed)).to(device)
 
 
-@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("flip", "cutout"), [(False, 0), (True, 3), (True, 4)])
 @pytest.mark.parametrize("batch", [0, 1, 11])
 @pytest.mark.parametrize(("shape", "pad"), DATA, ids=str)
-def test_augment_has_the_reference_bits(backend, device, shape, pad, batch, flip):
+def test_augment_has_the_reference_bits(backend, device, shape, pad, batch, flip, cutout):
     args = (dataset(shape, device), indices(shape[0], batch, device))
     args = (*args, rng_state(device, seed=-1, step=1 << 40))
-    options = {"pad": pad, "flip": flip, "stream": 5}
+    options = {"pad": pad, "flip": flip, "cutout": min(cutout, shape[2]), "stream": 5}
     *outputs, start = kernels.augment(*args, **options)
     for out, expected in zip(outputs, plainly("augment", *args, **options)[:2], strict=True):
         assert torch.equal(out.cpu(), expected)
@@ -679,7 +679,7 @@ def test_augment_forms_the_start_that_recall_gives(backend, device, shape, pad, 
     memory = torch.randint(-127, 128, shape, generator=generator(23), dtype=torch.int8).to(device)
     # Twice the same sample under two crops is no rarity here.
     data, index = dataset(shape, device), indices(shape[0], batch, device)
-    options = {"pad": pad, "flip": True, "stream": 5}
+    options = {"pad": pad, "flip": True, "cutout": min(3, shape[2]), "stream": 5}
     x, where, start = kernels.augment(
         data, index, rng_state(device), memory=memory, eps=eps, norm=norm, **options
     )
@@ -697,6 +697,24 @@ def test_augment_draws_every_shift_and_both_mirrors(backend, device):
         (dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)
     }
     assert 0.3 < where[:, 2].float().mean() < 0.7
+
+
+def test_cutout_is_a_square_that_lies_anywhere(backend, device):
+    data, index = (
+        torch.full((1, 2, 8, 8), 255, dtype=torch.uint8, device=device),
+        indices(1, 400, device),
+    )
+    x, _, _ = kernels.augment(data, index, rng_state(device), cutout=3)
+    holes = (x.cpu() == 0).all(dim=1)
+    assert torch.equal(holes, (x.cpu() == 0).any(dim=1))  # in all channels alike
+    sizes = holes.flatten(1).sum(1)
+    assert {int(n) for n in sizes} == {4, 6, 9}  # cut at a corner, at an edge, whole
+    # Every pixel is as likely the centre: 1 in 64, over 400 draws.
+    centres = {
+        (int(h.any(1).nonzero().float().mean() * 2), int(h.any(0).nonzero().float().mean() * 2))
+        for h in holes
+    }
+    assert len(centres) > 45
 
 
 def memory_inputs(shape, pad, batch, device, layout="contiguous"):
@@ -993,9 +1011,9 @@ def operator_arguments(device):
         ],
         "local_ball_loss_backward": [(small, adv, target, ball, None, small, small, 0.0)],
         "augment": [
-            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, None, None, "Linf"),
-            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, memory, small, "Linf"),
-            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, memory, small, "L2"),
+            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, 0, None, None, "Linf"),
+            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 3, 0, memory, small, "Linf"),
+            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, 0, memory, small, "L2"),
         ],
         "recall": [(memory, index, where, batch, small, "Linf")],
         "remember": [(memory, index, where, batch, batch, small)],
@@ -1116,6 +1134,7 @@ def bad_calls(device):
             lambda: k.augment(data.transpose(2, 3), index, rng),
         ),
         "pad": (ValueError, "pad", lambda: k.augment(data, index, rng, pad=5)),
+        "cutout": (ValueError, "cutout", lambda: k.augment(data, index, rng, cutout=-1)),
         "index dtype": (TypeError, "index", lambda: k.augment(data, index.int(), rng)),
         "augment memory dtype": (
             TypeError,

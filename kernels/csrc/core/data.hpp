@@ -42,6 +42,16 @@ inline void crop(const Images& s, const float* image, const Where& at, float* ou
     }
 }
 
+// Set the square of side `side` around (y, x) to 0, as far as it lies in the image.
+inline void cut_out(const Images& s, float* image, int64_t y, int64_t x, int64_t side) {
+  const int64_t top = max(0, y - side / 2), bottom = min(s.h, y - side / 2 + side);
+  const int64_t left = max(0, x - side / 2), right = min(s.w, x - side / 2 + side);
+  for (int64_t c = 0; c < s.channels; ++c)
+    for (int64_t row = top; row < bottom; ++row)
+      for (int64_t column = left; column < right; ++column)
+        image[(c * s.h + row) * s.w + column] = 0.0f;
+}
+
 // The attack's start for one sample: x plus its stored steps, which take the same crop and mirror.
 class Start {
  public:
@@ -79,8 +89,8 @@ class Start {
 // goes to `start`, while x is in cache.
 inline void augment(const uint8_t* images, const int64_t* index, const Images& s, float* x,
                     int32_t* where, int64_t b, uint64_t seed, uint64_t step, uint32_t stream,
-                    int64_t pad, bool flip, const int8_t* memory, float* start, float eps,
-                    bool l2) {
+                    int64_t pad, bool flip, int64_t cutout, const int8_t* memory, float* start,
+                    float eps, bool l2) {
   const int64_t d = s.channels * s.h * s.w;
   const uint64_t side = uint64_t(2 * pad + 1);
 #pragma omp parallel if (b * d > GRAIN)
@@ -103,6 +113,8 @@ inline void augment(const uint8_t* images, const int64_t* index, const Images& s
 #pragma omp simd
       for (int64_t j = 0; j < d; ++j) to[j] = float(from[j]) / 255.0f;
       crop(s, to, at, x + i * d, s.h * s.w, 1);
+      if (cutout)
+        cut_out(s, x + i * d, (words[3] & 0xFFFF) * s.h >> 16, (words[3] >> 16) * s.w >> 16, cutout);
       if (memory) form_start(memory + index[i] * d, at, x + i * d, start + i * d, false);
     }
   }

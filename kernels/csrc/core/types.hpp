@@ -81,7 +81,7 @@ struct Kernels {
                                    Gradient grad_clean);
   void (*augment)(const uint8_t* images, const int64_t* index, const Images& shape, float* x,
                   int32_t* where, int64_t b, uint64_t seed, uint64_t step, uint32_t stream,
-                  int64_t pad, bool flip, const int8_t* memory, float* start, float eps, bool l2);
+                  int64_t pad, bool flip, int64_t cutout, const int8_t* memory, float* start, float eps, bool l2);
   void (*recall)(const int8_t* memory, const int64_t* index, const int32_t* where,
                  const Images& shape, const float* x, float* out, int64_t b, bool channels_last,
                  float eps, bool l2);

@@ -166,10 +166,10 @@ void check_index(const int64_t* index, int64_t b, int64_t samples) {
 
 void augment(Address images, Address index, int64_t samples, int64_t channels, int64_t h, int64_t w,
              Address x, Address where, int64_t b, int64_t seed, int64_t step, uint32_t stream, int64_t pad,
-             bool flip, Address memory, Address start, float eps, bool l2) {
+             bool flip, int64_t cutout, Address memory, Address start, float eps, bool l2) {
   check_index(at<int64_t>(index), b, samples);
   run.kernels->augment(at<uint8_t>(images), at<int64_t>(index), {channels, h, w}, at<float>(x),
-              at<int32_t>(where), b, uint64_t(seed), uint64_t(step), stream, pad, flip,
+              at<int32_t>(where), b, uint64_t(seed), uint64_t(step), stream, pad, flip, cutout,
               at<int8_t>(memory), at<float>(start), eps, l2);
 }
 

@@ -1,0 +1,98 @@
+"""Loaders: the same batches from each, made by the device itself, by DALI, or by torch's DataLoader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...memory import AdversaryMemory
+from .base import Batch, Loader, Sampling
+from .dali import DaliLoader
+from .resident import ResidentLoader
+from .workers import TensorLoader, WorkerLoader
+
+LoaderName = Literal["auto", "resident", "dali", "torch", "null"]
+
+__all__ = [
+    "Batch",
+    "DaliLoader",
+    "Loader",
+    "LoaderName",
+    "NullLoader",
+    "ResidentLoader",
+    "Sampling",
+    "TensorLoader",
+    "WorkerLoader",
+    "build",
+    "choose",
+]
+
+
+class NullLoader(Loader):
+    """One batch for ever: what training costs when data cost nothing. For benchmarks only."""
+
+    def __init__(self, resident: ResidentLoader) -> None:
+        self._steps = len(resident)
+        self._batch = next(resident.epoch(0))
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        for _ in range(first, len(self)):
+            yield self._batch
+
+
+def choose(images: Tensor, device: torch.device | str) -> LoaderName:
+    """The fastest loader for a set: resident, unless the device has no room for it.
+
+    Measured (docs/performance.md): on the CPU it makes batches several times as fast as DALI does, and
+    no other one can be captured with the step. An adversary memory is as large as the set again.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        if 2 * images.numel() > free // 2:
+            return "torch" if _dali_missing() else "dali"
+    return "resident"
+
+
+def _dali_missing() -> str | None:
+    from .dali import unavailable
+
+    return unavailable()
+
+
+def build(
+    name: LoaderName,
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    memory: AdversaryMemory | None = None,
+    workers: int = 2,
+    **sampling: Any,
+) -> Loader:
+    """The loader of that name.
+
+    Args:
+        images: uint8 [N, C, H, W]; labels: int64 [N].
+        memory: the adversary memory; only the resident loader forms the attack's start itself.
+        workers: threads of DALI, processes of torch's loader.
+        sampling: options as `Sampling` has them.
+    Raises:
+        EngineError: where DALI is asked for and missing; for a set smaller than a batch, or of another
+            type.
+    """
+    if name == "auto":
+        name = choose(images, device)
+    if name == "dali":
+        return DaliLoader(images, labels, batch_size, device=device, workers=workers, **sampling)
+    if name == "torch":
+        return WorkerLoader(images, labels, batch_size, device=device, workers=workers, **sampling)
+    resident = ResidentLoader(images, labels, batch_size, device=device, memory=memory, **sampling)
+    return NullLoader(resident) if name == "null" else resident

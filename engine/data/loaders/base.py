@@ -1,0 +1,138 @@
+"""What a loader is, what it hands over, and what it draws: the same batches from each of them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import rng
+from ...errors import EngineError
+from ...kernels import reference
+
+
+class Batch(NamedTuple):
+    """One training batch.
+
+    Attributes:
+        x: float32 [B, C, H, W] in [0, 1]; y: int64 [B].
+        samples: int64 [B], positions in the training set; where: int32 [B, 3], the (dy, dx, mirrored)
+            of each crop. An adversary memory needs both; None where a loader cannot tell.
+        start: float32 like x, where the attack starts; None where the loader has no memory of its own.
+    """
+
+    x: Tensor
+    y: Tensor
+    samples: Tensor | None = None
+    where: Tensor | None = None
+    start: Tensor | None = None
+
+
+class Loader(abc.ABC):
+    """Batches of a training set, the same for the same (epoch, position)."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+
+    @abc.abstractmethod
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch (counted from 0), from position `first` on."""
+
+    def example(self) -> Batch | None:
+        """A batch of the shapes to come, made before any thread runs; None: wait for the first."""
+        return None
+
+    def close(self) -> None:  # noqa: B027
+        """Stop threads and processes; the loader gives no batch after this."""
+
+
+def blank(sampling: Sampling, device: torch.device) -> Batch:
+    """A batch of zeros with the shapes of all the others."""
+    b = sampling.batch_size
+    return Batch(
+        torch.zeros((b, *sampling.shape), device=device),
+        torch.zeros(b, dtype=torch.int64, device=device),
+        torch.zeros(b, dtype=torch.int64, device=device),
+        torch.zeros((b, 3), dtype=torch.int32, device=device),
+    )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which samples make a batch and how each is cropped: a pure function of seed and step.
+
+    Attributes:
+        shape: (C, H, W) of one image.
+        batch_size: of one process; a last short batch is dropped, so every step has one shape.
+        pad: random crop of the image padded by this [pixels]; flip: random mirroring; cutout: side of a
+            square set to 0 [pixels], 0: none.
+        replays: steps in a row on every batch, which keeps its crops meanwhile.
+        rank, world: this process takes its share of each of the `world` times larger batches.
+    Raises:
+        EngineError: if the set is smaller than a batch.
+    """
+
+    count: int
+    shape: tuple[int, int, int]
+    batch_size: int
+    seed: int = 0
+    pad: int = 0
+    flip: bool = False
+    cutout: int = 0
+    replays: int = 1
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if self.count < self.batch_size * self.world:
+            raise EngineError(
+                f"a batch of {self.batch_size * self.world} is larger than the {self.count} training "
+                "images: lower --optim.batch-size"
+            )
+
+    @property
+    def batches(self) -> int:
+        """Different batches in an epoch."""
+        return self.count // (self.batch_size * self.world)
+
+    def __len__(self) -> int:
+        return self.batches * self.replays
+
+    def order(self, epoch: int) -> Tensor:
+        """The samples of every batch of an epoch, int64 [batches, batch_size]."""
+        # A generator of its own for every epoch: the order never depends on what ran before.
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.count, generator=draw)
+        whole = order[: self.batches * self.world * self.batch_size]
+        return whole.view(self.batches, self.world, self.batch_size)[:, self.rank]
+
+    def crops(self, step: int) -> Tensor:
+        """int32 [batch_size, 5] of a step since training began: (dy, dx, mirrored), the cutout's centre (y, x)."""
+        state = rng.state(self.seed, step=step - step % len(self) % self.replays)
+        drawn = reference.draw_crops(
+            state,
+            self.world * self.batch_size,
+            self.pad,
+            self.flip,
+            rng.AUGMENT,
+            *self.shape[1:],
+        )
+        return drawn.view(self.world, self.batch_size, 5)[self.rank]
+
+
+def check_images(images: Tensor, labels: Tensor, *, plain: bool = False) -> None:
+    """EngineError unless images are uint8 [N, C, H, W] (or, `plain`, float32 [N, ...]) with a label each."""
+    if not (plain and images.dtype == torch.float32) and (
+        images.dtype != torch.uint8 or images.dim() != 4
+    ):
+        raise EngineError(
+            "training images must be uint8 [N, C, H, W] (or float32 in [0, 1], without crop "
+            f"and mirror), got {images.dtype} {tuple(images.shape)}"
+        )
+    if len(labels) != len(images):
+        raise EngineError(f"{len(images)} training images have {len(labels)} labels")
