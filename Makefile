@@ -8,6 +8,8 @@ NATIVE := $(wildcard kernels/csrc/*/* kernels/csrc/*)
 # Where there is a GPU-less machine and a choice, PyTorch's CPU wheels are far smaller:
 #   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
+# The loader's extra: `make DALI=dali-cuda120` for a CUDA 12 driver.
+DALI ?= dali
 
 help: ## show the commands
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -e 's/:.*## /\t/' | expand -t 12
@@ -18,7 +20,7 @@ all: .venv/ready ## set up .venv with the engine and everything it needs
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'engine: Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[gpu,tensorboard,test,check]'
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[gpu,$(DALI),tensorboard,test,check]'
 	@touch .venv/ready
 
 train: .venv/ready ## get Fashion-MNIST, train with the local-ball method, evaluate, report

@@ -61,7 +61,7 @@ def side_by_side(
             break
         for name, call in calls.items():
             times[name].append(_timed(call, repeats[name]) / repeats[name])
-    return {name: _quantiles(values) for name, values in times.items()}
+    return {name: quantiles(values) for name, values in times.items()}
 
 
 def _timed(call: Callable[[], object], repeats: int) -> float:
@@ -71,7 +71,8 @@ def _timed(call: Callable[[], object], repeats: int) -> float:
     return time.perf_counter() - begin
 
 
-def _quantiles(values: list[float]) -> Timing:
+def quantiles(values: list[float]) -> Timing:
+    """The timing of calls that took `values` seconds each."""
     ordered = sorted(values)
 
     def at(q: float) -> float:

@@ -35,6 +35,23 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def loaders(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of `engine bench loaders` rows."""
+    lines = [
+        "| images | loader | images/s | ms a batch (p20 / p50 / p80) | against torch's | of a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["loader"] == "null":
+            continue
+        times = " / ".join(f"{row[f'{q}_ms']:.2f}" for q in ("p20", "p50", "p80"))
+        lines.append(
+            f"| {row['shape']}, batch {row['batch']} | {row['loader']} | {row['images_per_s']:,} | {times} "
+            f"| {row['speedup_vs_torch']:.1f}x | {row['share_of_step']:.2%} |"
+        )
+    return "\n".join(lines)
+
+
 def ops(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `engine bench ops` rows: the served backend against its opponents."""
     lines = [
@@ -108,12 +125,11 @@ def plans(recipes: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong"
 
 def stored() -> dict[str, tuple[str, str]]:
     """Every stored result: by file name, the document that shows it and its table."""
-    found = {}
+    found, makers = {}, {"ops": ops, "step": step, "loaders": loaders}
     for path in sorted(RESULTS.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        if path.stem in ("ops", "step"):
-            table = ops(rows) if path.stem == "ops" else step(rows)
-            found[path.stem] = ("docs/performance.md", table)
+        if path.stem in makers:
+            found[path.stem] = ("docs/performance.md", makers[path.stem](rows))
         else:
             found[path.stem] = ("docs/results.md", comparison(rows))
     return found

@@ -122,7 +122,7 @@ def build_parser() -> Parser:
     plan.add_argument("--json", action="store_true")
 
     bench = add("bench", _bench, "measure on this machine")
-    bench.add_argument("what", choices=("ops", "step"))
+    bench.add_argument("what", choices=("ops", "step", "loaders"))
     bench.add_argument("--quick", action="store_true", help="under a minute; step: under two")
     bench.add_argument("--json", action="store_true")
 

@@ -15,7 +15,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from engine.data import readers
+from engine.data import pickles, readers
 from engine.errors import EngineError
 
 Split = Literal["train", "test"]
@@ -47,8 +47,14 @@ class Part:
     """One file of records under its publisher's name, `.gz` left off."""
 
     name: str
-    sha256: str
-    size: int  # bytes, decompressed
+    sha256: str  # or MD5: what its publisher or others have published, told apart by its length
+    size: int  # bytes, decompressed; of a pickle at most
+
+    def differs(self, data: bytes) -> str | None:
+        """How the sum of `data` differs from the known one, None where it does not."""
+        kind = "SHA-256" if len(self.sha256) == 64 else "MD5"
+        got = hashlib.new(kind.replace("-", ""), data, usedforsecurity=False).hexdigest()
+        return None if got == self.sha256 else f"{kind} {got[:16]}..., not {self.sha256[:16]}..."
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,8 @@ class Spec:
     folder: str = ""
     label_ranges: tuple[int, ...] = ()  # CIFAR: the number of classes of each label byte
     debian: str | None = None  # a Debian package that holds the files
-    pickles: tuple[str, ...] = ()  # what the publisher's Python version is called
+    pickles: tuple[tuple[str, int], ...] = ()  # a Python edition: name and range of its label lists
+    python: Spec | None = None  # the publisher's other edition, read where this one is absent
 
     @property
     def all_parts(self) -> tuple[Part, ...]:
@@ -214,7 +221,32 @@ _CIFAR10 = Spec(
     archive="cifar-10-binary.tar.gz",
     folder="cifar-10-batches-bin",
     label_ranges=(10,),
-    pickles=("cifar-10-python.tar.gz", "cifar-10-batches-py"),
+)
+# MD5 of the members as torchvision publishes them, found alike in independent projects.
+_CIFAR10 = replace(
+    _CIFAR10,
+    python=replace(
+        _CIFAR10,
+        archive="cifar-10-python.tar.gz",
+        folder="cifar-10-batches-py",
+        pickles=(("labels", 10),),
+        parts={
+            "train": tuple(
+                Part(f"data_batch_{i}", md5, 32_000_000)
+                for i, md5 in enumerate(
+                    (
+                        "c99cafc152244af753f735de768cd75f",
+                        "d4bba439e000b95fd0a9bffe97cbabec",
+                        "54ebc095f3ab1f0389bbae665268c751",
+                        "634d18415352ddfa80567beed471001a",
+                        "482c414d41f54cd18b22e5b47cb7c3cb",
+                    ),
+                    start=1,
+                )
+            ),
+            "test": (Part("test_batch", "40351d587109b95175f43aff81a1287e", 32_000_000),),
+        },
+    ),
 )
 
 _CIFAR100_NAMES = """
@@ -254,7 +286,19 @@ _CIFAR100 = Spec(
     archive="cifar-100-binary.tar.gz",
     folder="cifar-100-binary",
     label_ranges=(20, 100),
-    pickles=("cifar-100-python.tar.gz", "cifar-100-python"),
+)
+_CIFAR100 = replace(
+    _CIFAR100,
+    python=replace(
+        _CIFAR100,
+        archive="cifar-100-python.tar.gz",
+        folder="cifar-100-python",
+        pickles=(("coarse_labels", 20), ("fine_labels", 100)),
+        parts={
+            "train": (Part("train", "16019d7e3df5f24257cddd939b257f8d", 160_000_000),),
+            "test": (Part("test", "f0ef6b0ae62326f3e7ffdfab6717acfc", 32_000_000),),
+        },
+    ),
 )
 
 _SPECS = {s.name: s for s in (_DIGITS, _FASHION_MNIST, _MNIST, _CIFAR10, _CIFAR100)}
@@ -272,7 +316,7 @@ def info(name: str, root: Path | str | None = None) -> Info:
     """The facts of a data set, and where it lies on this machine. EngineError: unknown name."""
     spec = find_spec(name)
     folder = home_of(spec, root)
-    if spec.all_parts and folder and _missing(spec, folder, spec.all_parts):
+    if folder and _incomplete(spec, folder):
         folder = None
     return Info(
         name=spec.name,
@@ -319,6 +363,7 @@ def verify(name: str, root: Path | str | None = None) -> list[FileCheck]:
     if spec is _DIGITS:
         return [FileCheck("scikit-learn's embedded digits", *_outcome(partial(_digits, "train")))]
     folder = home_of(spec, root) or data_root(root) / spec.name
+    spec = edition_in(spec, folder)
     result = []
     for file, parts in spec.files.items():
         for path, held in present(spec, folder, parts).items():
@@ -382,9 +427,18 @@ def home_of(spec: Spec, root: Path | str | None = None) -> Path | None:
 
         return Path(sklearn.__file__).parent / "datasets" / "data"
     for folder in (data_root(root) / spec.name, *system_folders(spec)):
-        if present(spec, folder, spec.all_parts):
+        edition = edition_in(spec, folder)
+        if present(edition, folder, edition.all_parts):
             return folder
     return None
+
+
+def edition_in(spec: Spec, folder: Path) -> Spec:
+    """`spec` as `folder` holds it: the publisher's Python edition if that one alone is there."""
+    other = spec.python
+    if other is None or present(spec, folder, spec.all_parts):
+        return spec
+    return other if present(other, folder, other.all_parts) else spec
 
 
 def present(spec: Spec, folder: Path, parts: Iterable[Part]) -> dict[Path, tuple[Part, ...]]:
@@ -401,6 +455,11 @@ def present(spec: Spec, folder: Path, parts: Iterable[Part]) -> dict[Path, tuple
                 found[path] = (*found.get(path, ()), part)
                 break
     return found
+
+
+def _incomplete(spec: Spec, folder: Path) -> bool:
+    spec = edition_in(spec, folder)
+    return bool(_missing(spec, folder, spec.all_parts))
 
 
 def _missing(spec: Spec, folder: Path, parts: Iterable[Part]) -> list[str]:
@@ -422,7 +481,7 @@ def read_parts(
     """
     where = where or str(path)
     own = _check_own_sum(spec, path)
-    if spec.archive and path.suffix != ".bin":
+    if spec.archive and spec.archive in path.name:  # a draft of it has more to its name
         members = {f"{spec.folder}/{part.name}": part.size for part in parts}
         contents = readers.read_tar_gz(path, where, members, size_limit(spec.all_parts))
         data = {part.name: contents[f"{spec.folder}/{part.name}"] for part in parts}
@@ -432,10 +491,9 @@ def read_parts(
     for part in parts:
         shown = f"{where}: {part.name}" if len(data) > 1 else where
         arrays[part.name] = _parse(spec, part, data[part.name], shown)
-        if not own and (got := hashlib.sha256(data[part.name]).hexdigest()) != part.sha256:
+        if not own and (difference := part.differs(data[part.name])):
             raise EngineError(
-                f"{shown}: its content has SHA-256 {got[:16]}..., not {part.sha256[:16]}...:"
-                f" damaged, or not the published file"
+                f"{shown}: its content has {difference}: damaged, or not the published file"
             )
     return arrays
 
@@ -446,8 +504,10 @@ def size_limit(parts: Iterable[Part]) -> int:
 
 
 def _parse(spec: Spec, part: Part, data: bytes, where: str) -> tuple[np.ndarray, ...]:
+    most = part.size // (len(spec.label_ranges) + readers.CIFAR_PIXELS)
+    if spec.pickles:
+        return pickles.parse(data, where, spec.pickles, most)
     if spec.archive:
-        most = part.size // (len(spec.label_ranges) + readers.CIFAR_PIXELS)
         return readers.parse_cifar(data, where, spec.label_ranges, most)
     if "-labels-" in part.name:
         labels = readers.parse_idx(data, where, (), part.size - 8)
@@ -460,7 +520,9 @@ def _parse(spec: Spec, part: Part, data: bytes, where: str) -> tuple[np.ndarray,
 def _read_split(spec: Spec, split: str, root: Path | str | None) -> tuple[np.ndarray, np.ndarray]:
     folder = home_of(spec, root)
     if folder is None:
-        raise EngineError(_absent(spec, data_root(root) / spec.name))
+        where = data_root(root) / spec.name
+        raise EngineError(f"{spec.name}: not found in {where}: run `engine data fetch {spec.name}`")
+    spec = edition_in(spec, folder)
     if missing := _missing(spec, folder, spec.parts[split]):
         raise EngineError(f"{folder / missing[0]}: missing: run `engine data fetch {spec.name}`")
     arrays: dict[str, tuple[np.ndarray, ...]] = {}
@@ -481,17 +543,6 @@ def _read_split(spec: Spec, split: str, root: Path | str | None) -> tuple[np.nda
             f"{folder}: {len(images):,} {split} images, but {len(labels):,} {split} labels"
         )
     return images, labels
-
-
-def _absent(spec: Spec, folder: Path) -> str:
-    remedy = f"run `engine data fetch {spec.name}`"
-    for pickle in spec.pickles:
-        if os.path.lexists(folder / pickle):
-            return (
-                f"{folder / pickle}: Python pickles are never unpacked here: put {spec.archive}"
-                f" beside it, or {remedy}"
-            )
-    return f"{spec.name}: not found in {folder}: {remedy}"
 
 
 def _check_own_sum(spec: Spec, path: Path) -> bool:

@@ -32,6 +32,7 @@ from engine.data.datasets import (
     SUMS,
     Spec,
     data_root,
+    edition_in,
     find_spec,
     home_of,
     present,
@@ -45,8 +46,8 @@ from engine.progress import stderr
 
 _APT_SECONDS = 60
 # what a network that swallows packets costs: apt counts its time twice
-_APT_CONNECT_SECONDS = 4
-_ANSWER_SECONDS = 5
+_APT_CONNECT_SECONDS = 2
+_ANSWER_SECONDS = 4
 _STALL_SECONDS = 30
 
 
@@ -64,6 +65,9 @@ def fetch(name: str, root: Path | str | None = None, progress: bool = True) -> P
         assert folder is not None
         return folder
     folder = data_root(root) / spec.name
+    held = edition_in(spec, folder)
+    if held is not spec and all(_is_whole(held, folder, file) for file in held.files):
+        return folder
     missing = [file for file in spec.files if not _is_whole(spec, folder, file)]
     if not missing:
         return folder

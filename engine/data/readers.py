@@ -113,7 +113,6 @@ def read_tar(
 ) -> dict[str, bytes]:
     """The named members of a tar stream, which the caller has bounded."""
     found: dict[str, bytes] = {}
-    pickled = False
     try:
         with tarfile.open(
             fileobj=cast(BinaryIO, stream), mode="r|", bufsize=_CHUNK, errorlevel=2
@@ -122,7 +121,6 @@ def read_tar(
                 name = entry.name.removeprefix("./")
                 if name.startswith("/") or ".." in name.split("/"):
                     raise EngineError(f"{where}: member {entry.name!r} points out of the archive")
-                pickled |= name.startswith(("cifar-10-batches-py/", "cifar-100-python/"))
                 if name not in members:
                     continue
                 if name in found:
@@ -142,11 +140,6 @@ def read_tar(
     except (tarfile.TarError, EOFError, ValueError, OverflowError, IndexError, KeyError) as e:
         raise EngineError(f"{where}: damaged tar data ({' '.join(str(e).split())})") from None
     if missing := [name for name in members if name not in found]:
-        if pickled:
-            raise EngineError(
-                f"{where}: holds Python pickles, which are never unpacked here:"
-                " take the binary version of the data set"
-            )
         raise EngineError(f"{where}: member {missing[0]} is missing")
     return found
 

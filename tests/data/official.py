@@ -86,6 +86,50 @@ def files(name: str, train: Arrays, test: Arrays) -> dict[str, bytes]:
     return {spec.archive: tar_gz(members)}
 
 
+def python_batch(images: np.ndarray, labels: dict[str, np.ndarray]) -> bytes:
+    """One batch of CIFAR's Python edition, instruction by instruction as Python 2 pickled it."""
+
+    def text(value: str) -> bytes:
+        return b"U" + bytes([len(value)]) + value.encode()
+
+    def number(value: int) -> bytes:
+        return b"K" + bytes([value]) if value < 256 else b"M" + struct.pack("<H", value)
+
+    rows = images.reshape(len(images), -1)
+    lists = b"".join(
+        text(name) + b"]q\x04(" + b"".join(map(number, map(int, values))) + b"e"
+        for name, values in labels.items()
+    )
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\nq\x08cnumpy\nndarray\nq\x09K\x00\x85U\x01b\x87Rq\x0a("
+        b"K\x01" + number(len(rows)) + number(rows.shape[1]) + b"\x86cnumpy\ndtype\nq\x0bU\x02u1"
+        b"K\x00K\x01\x87Rq\x0c(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89T"
+        + struct.pack("<I", rows.size)
+        + rows.tobytes()
+        + b"tb"
+    )
+    names = b"]q\x0e(" + b"".join(text(f"a_{i}.png") for i in range(len(rows))) + b"e"
+    head = text("batch_label") + b"q\x02" + text("training batch 1 of 5")
+    body = head + lists + text("data") + array + text("filenames") + names
+    return b"\x80\x02}q\x01(" + body + b"u."
+
+
+def python_files(name: str, train: Arrays, test: Arrays) -> dict[str, bytes]:
+    """The members of a data set's Python edition by their path in the archive."""
+    spec = datasets.find_spec(name).python
+    assert spec is not None
+    members = {}
+    for split, (images, labels) in {"train": train, "test": test}.items():
+        parts = spec.parts[split]
+        for part, rows in zip(
+            parts, np.array_split(np.arange(len(images)), len(parts)), strict=True
+        ):
+            fine = labels[rows]
+            lists = [(n, fine if n != "coarse_labels" else fine // 5) for n, _ in spec.pickles]
+            members[f"{spec.folder}/{part.name}"] = python_batch(images[rows], dict(lists))
+    return members
+
+
 def write(folder: Path, contents: dict[str, bytes]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for file, data in contents.items():

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from engine import data
-from engine.data import datasets
+from engine.data import datasets, pickles
 from engine.errors import EngineError
 
 from . import official
@@ -276,20 +277,88 @@ def test_an_unreadable_file(root):
     assert f"{path}: cannot read it: Permission denied" in refused("mnist", "train", root)
 
 
+class Bomb:
+    """A pickle that would make a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_python_edition_holds_the_same_images(root, name, packed):
+    arrays = [official.random_arrays(name, n, seed) for seed, n in enumerate((40, 20))]
+    spec, members = datasets.find_spec(name).python, official.python_files(name, *arrays)
+    # What Python itself reads of it: the stand-in is a pickle as good as the published ones.
+    first = pickle.loads(members[f"{spec.folder}/{spec.parts['train'][0].name}"], encoding="bytes")
+    assert np.array_equal(first[b"data"], arrays[0][0][: len(first[b"data"])].reshape(-1, 3072))
+    official.write(root / name, {spec.archive: official.tar_gz(members)} if packed else members)
+    official.sign(root / name)
+    for split, (images, labels) in zip(("train", "test"), arrays, strict=True):
+        read = datasets.load(name, split, root)
+        assert np.array_equal(read.images.numpy(), images)
+        assert read.labels.tolist() == labels.tolist()
+    assert datasets.info(name, root).folder == root / name
+    assert all(check.ok for check in datasets.verify(name, root))
+
+
+def test_the_python_edition_is_held_to_its_published_sums(root):
+    arrays = [official.random_arrays("cifar10", 20, s) for s in (0, 1)]
+    official.write(root / "cifar10", official.python_files("cifar10", *arrays))
+    assert "MD5" in refused("cifar10", "train", root)
+
+
 @pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "cifar-10-batches-py/data_batch_1"])
-def test_pickles_are_refused_unopened(root, tmp_path, name):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    import pickle
-
-    official.write(root / "cifar10", {name: pickle.dumps(Bomb())})
+def test_a_pickle_that_would_run_code_does_not(root, tmp_path, name):
+    bomb = pickle.dumps(Bomb(tmp_path / "executed"), protocol=2)
+    arrays = [official.random_arrays("cifar10", 20, s) for s in (0, 1)]
+    members = official.python_files("cifar10", *arrays)
+    members["cifar-10-batches-py/data_batch_1"] = bomb
+    packed = {"cifar-10-python.tar.gz": official.tar_gz(members)}
+    official.write(root / "cifar10", packed if name.endswith(".gz") else members)
+    official.sign(root / "cifar10")
     message = refused("cifar10", "train", root)
-    assert "Python pickles are never unpacked here: put cifar-10-binary.tar.gz" in message
+    assert "data_batch_1: not a CIFAR batch" in message
+    assert "mkdir" in message
     # nor when it bears the name of the binary archive
     shutil.rmtree(root)
-    archive = official.tar_gz({"cifar-10-batches-py/data_batch_1": pickle.dumps(Bomb())})
-    official.write(root / "cifar10", {"cifar-10-binary.tar.gz": archive})
-    assert "take the binary version" in refused("cifar10", "train", root)
+    official.write(root / "cifar10", {"cifar-10-binary.tar.gz": official.tar_gz(members)})
+    assert "data_batch_1.bin is missing" in refused("cifar10", "train", root)
     assert not (tmp_path / "executed").exists()
+
+
+def _batch(**changes):
+    images = np.zeros((4, 3072), np.uint8)
+    return official.python_batch(images, {"labels": np.arange(4), **changes})
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (_batch()[:-1], "exhausted"),
+        (_batch()[:200], "not enough data"),
+        (_batch() + b"x", "left over"),
+        (b"", "exhausted"),
+        (_batch(labels=np.arange(3)), "4 images, but 3 labels"),
+        (_batch(labels=np.array([0, 1, 2, 10])), "label 10 of sample 3"),
+        (_batch().replace(b"U\x06labels", b"U\x06lapels"), "no list of whole numbers"),
+        (_batch().replace(b"U\x02u1", b"U\x02O1"), "may make uint8 arrays only"),
+        (_batch().replace(b"numpy\nndarray", b"numpy\nmatrixx"), "names numpy.matrixx"),
+        (_batch().replace(b"K\x01K\x04M\x00\x0c", b"K\x01K\x05M\x00\x0c"), "do not agree"),
+        (b"\x80\x02]q\x01.", "no dictionary"),
+        (b"\x80\x02}(U\x01aU\x01bu.", "no data"),
+        (b"\x80\x02cos\nsystem\nU\x02id\x85R.", "names os.system"),
+        (b"\x80\x02c__builtin__\neval\nU\x011\x85R.", "names __builtin__.eval"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93.", "STACK_GLOBAL"),
+        (b"\x80\x02}(" + b")" + b"\x85" * 100_000 + b"U\x01bu.", "a key that is no string"),
+    ],
+)
+def test_a_bad_python_batch_is_one_clear_line(data, said):
+    with pytest.raises(EngineError) as caught:
+        pickles.parse(data, "here", (("labels", 10),), 10)
+    assert str(caught.value).startswith("here: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,28 @@
+"""The loader benchmark: rows that say what was measured."""
+
+import json
+
+from engine import cli
+from engine.benchmarks import loaders, tables
+from engine.data.loaders.dali import unavailable
+
+
+def test_rows_compare_every_loader_with_torchs(monkeypatch, capsys):
+    monkeypatch.setattr(loaders, "SETTINGS", (loaders.Setting((1, 8, 8), "quickstart"),))
+    monkeypatch.setattr(loaders, "_SAMPLES", 400)
+    assert cli.run(["bench", "loaders", "--quick", "--json"]) == 0
+    rows = {row["loader"]: row for row in json.loads(capsys.readouterr().out)}
+    names = {"null", "resident", "resident, with the attack's start"}
+    names |= {"torch, 0 workers", "torch, 2 workers"}
+    if unavailable() is None:
+        names.add("dali")
+    assert rows.keys() == names
+    for row in rows.values():
+        assert row["shape"] == "8x8x1"
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["images_per_s"] > 0
+        assert row["share_of_step"] > 0
+    assert rows["null"]["speedup_vs_torch"] > rows["resident"]["speedup_vs_torch"] > 1
+    # One of torch's own two is what all are measured against.
+    assert 1 in [rows[f"torch, {n} workers"]["speedup_vs_torch"] for n in (0, 2)]
+    assert "| 8x8x1, batch" in tables.loaders(list(rows.values()))
