@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticUndefined
 
 from .adversary import Attack
 from .data.loaders import LoaderName
+from .data.own import absolute
 from .errors import EngineError
 from .objectives import AnyObjective, LocalBall
 from .optim import OptimiserName
@@ -30,7 +31,11 @@ from .threat import Number, ThreatModel
 
 @dataclass(frozen=True)
 class Data:
-    name: Annotated[str, Field(description="dataset: see `engine data list`")] = "digits"
+    name: Annotated[
+        str,
+        AfterValidator(absolute),
+        Field(description="dataset: see `engine data list`; or the path of your own"),
+    ] = "digits"
     validation: Annotated[
         int,
         Field(ge=1, description="training images held out to choose the best checkpoint [count]"),

@@ -66,6 +66,10 @@ def split(recipe: Recipe) -> Split:
 
 def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torch.Size) -> Any:
     """The recipe's network for images [C, H, W] = `shape`; `images` give the statistics to normalise by."""
+    if shape[1] != shape[2]:
+        raise EngineError(
+            f"images of {shape[1]}x{shape[2]} pixels: the networks here take square ones"
+        )
     mean = std = None
     if recipe.model.normalise:
         if images is None:

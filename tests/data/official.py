@@ -179,5 +179,5 @@ def publish(
     }
     published = files(name, *arrays)
     write(mirror / name, published)
-    monkeypatch.setitem(datasets._SPECS, name, dataclasses.replace(spec, parts=parts))
+    monkeypatch.setitem(datasets.SPECS, name, dataclasses.replace(spec, parts=parts))
     return published

@@ -1,0 +1,275 @@
+"""A user's own data set: a folder of images, or one .npz or .safetensors file of arrays.
+
+A folder has train/CLASS/*.png and test/CLASS/*.png (or .jpg, .bmp, .ppm, .webp), all of one size; classes
+are numbered in the order of their names. A file has the arrays `train_images`, `train_labels`,
+`test_images` and `test_labels` (or `x_train`, `y_train`, `x_test`, `y_test`, as Keras names them): images
+uint8 [N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1] as labels.
+
+The files may be anything: nothing is unpickled, no name leaves its folder, and no more than `LIMIT` bytes
+are ever decompressed. Every fault is an `EngineError` that begins with the file's name.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.data import readers
+from engine.errors import EngineError
+
+LIMIT = 16 << 30
+SPLITS = ("train", "test")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp")
+_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
+# One image, in pixels: more is a mistake, or a picture made to fill memory when it is unpacked.
+_IMAGE_LIMIT = 1 << 24
+_CLASSES_LIMIT = 100_000
+
+Names = list[tuple[str, str]]  # an array's possible names, each
+Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
+
+
+def is_path(name: str) -> bool:
+    """Whether a data set's name is a path to a user's own."""
+    path = Path(name)
+    return (
+        len(path.parts) > 1
+        or name.startswith((".", "~"))
+        or path.suffix in (".npz", ".safetensors")
+    )
+
+
+def absolute(name: str) -> str:
+    """The name of a data set, a path made absolute: a run can then be evaluated from any folder."""
+    return str(Path(name).expanduser().absolute()) if is_path(name) else name
+
+
+def files(path: Path) -> list[Path]:
+    """What the data set is made of, for telling whether it has changed. EngineError where it is absent."""
+    if path.is_dir():
+        return [file for split in SPLITS for file, _ in _images(path, split)[0]]
+    if not path.exists():
+        raise EngineError(f"{path}: no such file or folder")
+    return [path]
+
+
+def read(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
+    """One split's images uint8 [N, C, H, W] and labels int64 [N], and the names of all classes."""
+    if path.is_dir():
+        return _read_folder(path, split)
+    readers_of: dict[str, Callable[[Path, Names], dict[str, np.ndarray]]] = {
+        ".npz": _npz,
+        ".safetensors": _safetensors,
+    }
+    if path.suffix not in readers_of:
+        raise EngineError(f"{path}: a data set is a folder, an .npz or a .safetensors file")
+    names = _names(split)
+    arrays = readers_of[path.suffix](path, [*names, *_names("train")])
+    images, labels = (_pick(arrays, options, path) for options in names)
+    every = _pick(arrays, _names("train")[1], path)
+    # Numbered as in the training set; a label that only the test set has is beyond them.
+    classes = _class_count(every, path)
+    return _checked(images, labels, classes, path), tuple(map(str, range(classes)))
+
+
+# ---- folders ---------------------------------------------------------------------------------
+
+
+def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """Every image of a split with its label, and the names of the classes (the training split's)."""
+    try:
+        names = _folders(path / "train")
+        if unknown := sorted(set(_folders(path / split)) - set(names)):
+            raise EngineError(f"{path / split / unknown[0]}: a class that {path / 'train'} has not")
+        found = [
+            (file, label)
+            for label, name in enumerate(names)
+            if (path / split / name).is_dir()
+            for file in sorted((path / split / name).iterdir())
+            if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+        ]
+    except OSError as e:
+        raise EngineError(f"{e.filename or path}: cannot read it: {e.strerror or e}") from None
+    if not found:
+        raise EngineError(f"{path / split}: no images in class folders ({', '.join(_SUFFIXES)})")
+    return found, tuple(names)
+
+
+def _folders(path: Path) -> list[str]:
+    if not path.is_dir():
+        raise EngineError(
+            f"{path}: missing: a folder of images has train/CLASS/*.png and test/CLASS/*.png"
+        )
+    return sorted(e.name for e in path.iterdir() if e.is_dir() and not e.name.startswith("."))
+
+
+def _read_folder(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
+    found, names = _images(path, split)
+    grey = all(_head(file)[1] in ("1", "L") for file, _ in found)
+    # The training split says what the test split has to look like.
+    first = _images(path, "train")[0][0][0]
+    if split != "train":
+        grey = grey and all(_head(file)[1] in ("1", "L") for file, _ in _images(path, "train")[0])
+    size = _head(first)[0]
+    if (total := len(found) * prod(size) * (1 if grey else 3)) > LIMIT:
+        raise EngineError(f"{path / split}: {total:,} bytes of pixels; at most {LIMIT:,} fit")
+    images = np.empty((len(found), 1 if grey else 3, size[1], size[0]), np.uint8)
+    for i, (file, _) in enumerate(found):
+        if _head(file)[0] != size:
+            raise EngineError(
+                f"{file}: {'x'.join(map(str, _head(file)[0]))} pixels, where {first} has "
+                f"{'x'.join(map(str, size))}: bring all images to one size"
+            )
+        images[i] = _pixels(file, "L" if grey else "RGB")
+    return (images, np.array([label for _, label in found], np.int64)), names
+
+
+def _head(file: Path) -> tuple[tuple[int, int], str]:
+    """(width, height) and mode of an image, its pixels unread."""
+    with _opened(file) as image:
+        if prod(image.size) > _IMAGE_LIMIT:
+            raise EngineError(f"{file}: {image.size[0]}x{image.size[1]} pixels: too large")
+        return image.size, image.mode
+
+
+def _pixels(file: Path, mode: str) -> np.ndarray:
+    """uint8 [C, H, W]."""
+    with _opened(file) as image:
+        try:
+            pixels = np.asarray(image.convert(mode))
+        except (OSError, ValueError, SyntaxError, MemoryError) as e:
+            raise EngineError(f"{file}: damaged image ({' '.join(str(e).split())})") from None
+    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
+
+
+def _opened(file: Path) -> Any:
+    from PIL import Image
+
+    try:
+        return Image.open(file, formats=_FORMATS)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else "no image in it"
+        raise EngineError(f"{file}: cannot read it: {reason}") from None
+
+
+# ---- arrays ----------------------------------------------------------------------------------
+
+
+def _names(split: str) -> Names:
+    """What the images and what the labels of a split may be called."""
+    return [(f"{split}_images", f"x_{split}"), (f"{split}_labels", f"y_{split}")]
+
+
+def _pick(arrays: dict[str, np.ndarray], options: tuple[str, str], path: Path) -> np.ndarray:
+    for name in options:
+        if name in arrays:
+            return arrays[name]
+    raise EngineError(f"{path}: has no array {options[0]} (or {options[1]})")
+
+
+def _npz(path: Path, wanted: Names) -> dict[str, np.ndarray]:
+    names = {f"{name}.npy" for options in wanted for name in options}
+    found: dict[str, np.ndarray] = {}
+    try:
+        with readers.open_file(path, str(path), LIMIT) as file, zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.filename.startswith("/") or ".." in entry.filename.split("/"):
+                    raise EngineError(
+                        f"{path}: member {entry.filename!r} points out of the archive"
+                    )
+                if entry.filename not in names:
+                    continue
+                with archive.open(entry) as member:
+                    found[entry.filename.removesuffix(".npy")] = _npy(
+                        member, f"{path}: {entry.filename}"
+                    )
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError) as e:
+        raise EngineError(f"{path}: damaged .npz ({' '.join(str(e).split())})") from None
+    # Whatever else a hostile header makes the two libraries say.
+    except (
+        ValueError,
+        KeyError,
+        OverflowError,
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+    ) as e:
+        raise EngineError(f"{path}: damaged .npz ({' '.join(str(e).split())[:120]})") from None
+    return found
+
+
+def _npy(member: Any, where: str) -> np.ndarray:
+    """An array of whole numbers, read by its header and not one byte further."""
+    version = np.lib.format.read_magic(member)
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in read_header:
+        raise EngineError(f"{where}: an .npy of version {version[0]}.{version[1]}")
+    shape, fortran, dtype = read_header[version](member, max_header_size=10_000)
+    if dtype.hasobject or dtype.kind not in "iu":
+        raise EngineError(f"{where}: holds {dtype}, not whole numbers")
+    size = prod(shape) * dtype.itemsize
+    if size > LIMIT or any(n < 0 for n in shape):
+        raise EngineError(f"{where}: {size:,} bytes; at most {LIMIT:,} fit")
+    data = member.read(size)
+    if len(data) < size or member.read(1):
+        raise EngineError(f"{where}: its length is not what its header says")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _safetensors(path: Path, wanted: Names) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    with readers.open_file(path, str(path), LIMIT):
+        pass
+    names = {name for options in wanted for name in options}
+    try:
+        with safe_open(str(path), framework="np") as file:
+            held = {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
+    except (SafetensorError, OSError, TypeError, AttributeError, ValueError) as e:
+        raise EngineError(f"{path}: damaged ({' '.join(str(e).split())[:120]})") from None
+    for name, array in held.items():
+        if array.dtype.kind not in "iu":
+            raise EngineError(f"{path}: {name}: holds {array.dtype}, not whole numbers")
+    return held
+
+
+def _class_count(labels: np.ndarray, path: Path) -> int:
+    if labels.size == 0:
+        raise EngineError(f"{path}: no training labels")
+    highest = int(labels.max())
+    if not 1 <= highest < _CLASSES_LIMIT:
+        raise EngineError(
+            f"{path}: the highest training label is {highest}: at least two classes, from 0"
+        )
+    return highest + 1
+
+
+def _checked(images: np.ndarray, labels: np.ndarray, classes: int, path: Path) -> Arrays:
+    if images.dtype != np.uint8:
+        raise EngineError(f"{path}: images are {images.dtype}, not uint8")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or 0 in images.shape:
+        raise EngineError(
+            f"{path}: images are {list(images.shape)}, not [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or len(labels) != len(images):
+        raise EngineError(f"{path}: {len(images):,} images, but labels are {list(labels.shape)}")
+    bad = np.flatnonzero((labels < 0) | (labels >= classes))
+    if bad.size:
+        raise EngineError(
+            f"{path}: label {labels[bad[0]]} of sample {bad[0]:,} is not in 0..{classes - 1}, the training "
+            "set's"
+        )
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
