@@ -265,7 +265,8 @@ def _data(arguments: argparse.Namespace) -> int:
     from .progress import stdout
 
     if arguments.action == "list":
-        table = Table("dataset", "images", "training", "test", "classes", "lies in")
+        table = Table("dataset", "images", "training", "test", "classes", box=None, pad_edge=False)
+        table.add_column("lies in", overflow="fold")
         for name in data.names():
             about = data.info(name)
             table.add_row(

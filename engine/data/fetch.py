@@ -1,8 +1,9 @@
 """Getting a data set onto this machine: from where it lies already, from Debian, from its publisher.
 
 Whatever the source, a file is written under a temporary name beside its place, read and checked there
-(see `datasets`: the SHA-256 is of its content), and only then renamed; an interrupt or a fault leaves
-nothing behind, and of two processes that fetch at once each renames a whole file.
+(see `datasets`: the SHA-256 is of its content), and only then renamed. A download that is cut short leaves
+its beginning as .FILE.part, locked by the process that writes it, and the next one goes on from there; any
+other interrupt or fault leaves nothing behind.
 
 `$ENGINE_MIRROR` (http://, https:// or file://) stands in for apt and the publisher; a file is looked
 for at MIRROR/NAME/FILE.
@@ -10,6 +11,7 @@ for at MIRROR/NAME/FILE.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import lzma
 import os
@@ -49,6 +51,8 @@ _APT_SECONDS = 60
 _APT_CONNECT_SECONDS = 2
 _ANSWER_SECONDS = 4
 _STALL_SECONDS = 30
+# What a broken connection costs at most.
+_CHUNK = 1 << 14
 
 
 def fetch(name: str, root: Path | str | None = None, progress: bool = True) -> Path:
@@ -162,14 +166,17 @@ def _from_url(base: str, spec: Spec, folder: Path, files: list[str], progress: b
         _await_answer(f"{base}/{files[0]}")
     for file in files:
         url, limit = f"{base}/{file}", _packed_limit(spec, file)
-        with _landing(spec, folder, file, url) as out, _Sink(out, file, limit, progress) as sink:
-            if parts.scheme == "file":
-                path = Path(url2pathname(parts.path)) / file
-                with readers.open_file(path, str(path), limit) as data:
-                    sink.total = path.stat().st_size
-                    shutil.copyfileobj(data, sink)
-            else:
-                _http(url, sink)
+        if parts.scheme == "file":
+            path = Path(url2pathname(parts.path)) / file
+            with (
+                _landing(spec, folder, file, url) as out,
+                _Sink(out, file, limit, progress) as sink,
+                readers.open_file(path, str(path), limit) as data,
+            ):
+                sink.expect(path.stat().st_size)
+                shutil.copyfileobj(data, sink)
+        else:
+            _download(url, spec, folder, file, progress)
 
 
 def _packed_limit(spec: Spec, file: str) -> int:
@@ -248,13 +255,13 @@ def _await_answer(url: str) -> None:
 
     A connection's own timeout counts anew for each address and not at all for the name's look-up.
     """
-    import pooch
+    import requests
 
     outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
     def ask() -> None:
         try:
-            pooch.HTTPDownloader(timeout=_ANSWER_SECONDS)(url, None, None, check_only=True)
+            requests.head(url, timeout=_ANSWER_SECONDS, allow_redirects=True).raise_for_status()
             outcome.put(None)
         except Exception as e:
             outcome.put(e)
@@ -268,19 +275,99 @@ def _await_answer(url: str) -> None:
         raise EngineError(f"{url}: {_reason(error)}")
 
 
-def _http(url: str, sink: _Sink) -> None:
-    import pooch
-
-    download = pooch.HTTPDownloader(
-        progressbar=sink,
-        chunk_size=1 << 18,
-        timeout=_STALL_SECONDS,
-        headers={"Accept-Encoding": "identity"},  # else some servers unpack .gz files on the way
-    )
+def _download(url: str, spec: Spec, folder: Path, file: str, progress: bool) -> None:
+    """Get FOLDER/FILE, going on where an earlier download was cut short."""
+    part = folder / f".{file}.part"
     try:
-        download(url, sink, None)
-    except (OSError, ValueError) as e:  # those of requests are OSErrors
+        with _locked(part) as out:
+            if _is_whole(spec, folder, file):  # another process has got it meanwhile
+                part.unlink(missing_ok=True)
+                return
+            resumed = out.seek(0, os.SEEK_END) > 0
+            try:
+                _get(url, out, file, _packed_limit(spec, file), progress)
+                read_parts(spec, part, spec.files[file], where=url)
+            except _Cut:
+                raise
+            except EngineError:
+                # What is there is no beginning of the file; of an earlier one perhaps.
+                out.truncate(0)
+                if not resumed:
+                    part.unlink(missing_ok=True)
+                    raise
+                _download_afresh(url, spec, part, out, file, progress)
+            os.fsync(out.fileno())
+            part.chmod(0o644)
+            part.replace(folder / file)
+    except OSError as e:
+        raise EngineError(f"cannot write {part}: {e.strerror or e}") from None
+
+
+def _download_afresh(
+    url: str, spec: Spec, part: Path, out: BinaryIO, file: str, progress: bool
+) -> None:
+    try:
+        _get(url, out, file, _packed_limit(spec, file), progress)
+        read_parts(spec, part, spec.files[file], where=url)
+    except _Cut:
+        raise
+    except EngineError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _locked(part: Path) -> Iterator[BinaryIO]:
+    """`part`, open for appending, when no other process has it open so."""
+    while True:
+        with part.open("a+b") as out:
+            fcntl.flock(out, fcntl.LOCK_EX)
+            # Renamed or removed while we waited: that was another file.
+            if part.exists() and os.path.samestat(part.stat(), os.fstat(out.fileno())):
+                yield out
+                return
+
+
+class _Cut(EngineError):
+    """The connection broke; what has come is kept."""
+
+
+def _get(url: str, out: BinaryIO, file: str, limit: int, progress: bool) -> None:
+    """Append what `out` still lacks of the file at `url`."""
+    import requests
+
+    begun = out.seek(0, os.SEEK_END)
+    # Else some servers unpack .gz files on the way.
+    headers = {"Accept-Encoding": "identity"}
+    if begun:
+        headers["Range"] = f"bytes={begun}-"
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=_STALL_SECONDS) as answer:
+            if answer.status_code == 416:  # it has no more bytes than we have
+                return
+            answer.raise_for_status()
+            if answer.status_code != 206:
+                begun = out.truncate(0)
+            with _Sink(out, file, limit, progress, begun) as sink:
+                rest = answer.headers.get("Content-Length", "")
+                sink.expect(begun + int(rest) if rest.isdigit() else None)
+                for chunk in answer.iter_content(_CHUNK):
+                    sink.write(chunk)
+                if rest.isdigit() and sink.done != begun + int(rest):
+                    raise requests.exceptions.ChunkedEncodingError
+    except (
+        requests.exceptions.ChunkedEncodingError,
+        requests.exceptions.ConnectionError,
+        requests.exceptions.Timeout,
+    ) as e:
+        out.flush()
+        kept = out.seek(0, os.SEEK_END)
+        hint = f"; {kept:,} bytes are kept, fetch again to go on" if kept else ""
+        raise _Cut(f"{url}: {_reason(e)}{hint}") from None
+    except (requests.RequestException, ValueError) as e:
         raise EngineError(f"{url}: {_reason(e)}") from None
+    finally:
+        out.flush()
 
 
 def _reason(error: Exception) -> str:
@@ -300,11 +387,11 @@ def _reason(error: Exception) -> str:
 class _Sink:
     """Where a download goes: shows its progress and ends it beyond `limit` bytes.
 
-    Has the faces of an output file and of a progress bar, as pooch wants them.
+    `done`: bytes there so far, those of an earlier download included.
     """
 
-    def __init__(self, file: BinaryIO, name: str, limit: int, show: bool) -> None:
-        self._file, self._name, self._limit, self._done = file, name, limit, 0
+    def __init__(self, file: BinaryIO, name: str, limit: int, show: bool, begun: int = 0) -> None:
+        self._file, self._name, self._limit, self.done = file, name, limit, begun
         self._bar = _progress_bar() if show else None
 
     def __enter__(self) -> _Sink:
@@ -317,33 +404,21 @@ class _Sink:
         if self._bar:
             self._bar.stop()
 
-    @property
-    def total(self) -> int:
-        return self._limit
-
-    @total.setter
-    def total(self, size: int) -> None:
+    def expect(self, size: int | None) -> None:
+        """Show `size` bytes as the whole."""
         if self._bar:
-            self._bar.update(self._task, total=size or None)
+            self._bar.update(self._task, total=size, completed=self.done)
 
     def write(self, chunk: bytes) -> int:
-        self._done += len(chunk)
-        if self._done > self._limit:
+        self.done += len(chunk)
+        if self.done > self._limit:
             raise EngineError(f"{self._name}: more than {self._limit:,} bytes, all it may have")
         if self._bar:
-            self._bar.update(self._task, completed=self._done)
+            self._bar.update(self._task, completed=self.done)
         try:
             return self._file.write(chunk)
         except OSError as e:  # here, where it cannot be taken for a fault of the source
             raise EngineError(f"cannot write {self._name}: {e.strerror}") from None
-
-    def flush(self) -> None: ...
-
-    def update(self, size: int) -> None: ...
-
-    def reset(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def _progress_bar() -> Progress:

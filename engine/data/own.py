@@ -272,4 +272,4 @@ def _checked(images: np.ndarray, labels: np.ndarray, classes: int, path: Path) -
             f"{path}: label {labels[bad[0]]} of sample {bad[0]:,} is not in 0..{classes - 1}, the training "
             "set's"
         )
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.astype(np.int64)
+    return np.array(images.transpose(0, 3, 1, 2), order="C"), labels.astype(np.int64)

@@ -16,6 +16,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -157,15 +158,84 @@ def test_a_damaged_file_of_a_mirror_is_refused(root, monkeypatch, mirror, damage
 
 
 def test_a_connection_cut_in_the_middle(root, monkeypatch, mirror):
-    official.publish(monkeypatch, mirror, "mnist")
+    published = official.publish(monkeypatch, mirror, "cifar10")
 
     class Cut(http.server.SimpleHTTPRequestHandler):
         def copyfile(self, source, outputfile):
-            outputfile.write(source.read(1_000))
+            outputfile.write(source.read(20_000))
 
     with served(mirror, Cut) as (address, _):
         monkeypatch.setenv("ENGINE_MIRROR", address)
-        assert "the connection broke" in fails("mnist", root)
+        with pytest.raises(
+            EngineError, match=r"the connection broke; 16,384 bytes are kept"
+        ) as caught:
+            data.fetch("cifar10", root, progress=False)
+    assert "\n" not in str(caught.value)
+    (part,) = (root / "cifar10").iterdir()
+    (content,) = published.values()
+    assert part.read_bytes() == content[:16_384]
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Answers a Range as the publishers' servers do."""
+
+    ranges: ClassVar[list] = []
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        self.ranges.append(wanted)
+        if wanted is None:
+            super().do_GET()
+            return
+        content = Path(self.translate_path(self.path)).read_bytes()
+        first = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        if first >= len(content):
+            self.send_error(416)
+            return
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(content) - first))
+        self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        self.wfile.write(content[first:])
+
+
+@pytest.mark.parametrize("kept", [1, 1_000, "all"])
+def test_a_download_goes_on_where_it_was_cut(root, monkeypatch, mirror, kept):
+    published = official.publish(monkeypatch, mirror, "cifar10")
+    (file,) = published
+    size = len(published[file]) if kept == "all" else kept
+    (root / "cifar10").mkdir(parents=True)
+    (root / "cifar10" / f".{file}.part").write_bytes(published[file][:size])
+    Ranges.ranges = []
+    with served(mirror, Ranges) as (address, _):
+        monkeypatch.setenv("ENGINE_MIRROR", address)
+        data.fetch("cifar10", root, progress=False)
+    assert Ranges.ranges == [f"bytes={size}-"]
+    assert files_in(root / "cifar10") == published
+
+
+@pytest.mark.parametrize("handler", [Ranges, http.server.SimpleHTTPRequestHandler])
+def test_a_beginning_of_another_file_is_thrown_away(root, monkeypatch, mirror, handler):
+    """So is one that a server without ranges cannot go on from."""
+    published = official.publish(monkeypatch, mirror, "cifar10")
+    (file,) = published
+    (root / "cifar10").mkdir(parents=True)
+    (root / "cifar10" / f".{file}.part").write_bytes(b"something else" * 20)
+    with served(mirror, handler) as (address, _):
+        monkeypatch.setenv("ENGINE_MIRROR", address)
+        data.fetch("cifar10", root, progress=False)
+    assert files_in(root / "cifar10") == published
+
+
+def test_a_wrong_checksum_leaves_nothing_to_go_on_from(root, monkeypatch, mirror):
+    official.publish(monkeypatch, mirror, "cifar10")
+    (file,) = (mirror / "cifar10").iterdir()
+    arrays = [official.random_arrays("cifar10", n, seed=9) for n in (30, 20)]
+    (wrong,) = official.files("cifar10", *arrays).values()
+    file.write_bytes(wrong)
+    with served(mirror, Ranges) as (address, _):
+        monkeypatch.setenv("ENGINE_MIRROR", address)
+        assert "SHA-256" in fails("cifar10", root)
 
 
 def test_an_endless_file_is_not_followed(root, monkeypatch, mirror):
@@ -455,6 +525,6 @@ def test_apt_fails_and_the_next_source_is_tried(
 def test_load_and_import_use_no_network_library():
     code = (
         "import sys, engine.data as d; d.load('digits', 'test');"
-        "sys.exit(sorted({'requests', 'pooch', 'urllib3'} & set(sys.modules)) or 0)"
+        "sys.exit(sorted({'requests', 'urllib3'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

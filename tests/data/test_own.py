@@ -97,6 +97,7 @@ def test_it_trains_from_any_folder(tmp_path, monkeypatch, capsys):
     np.savez_compressed(tmp_path / "mine.npz", **held)
     monkeypatch.chdir(tmp_path)
     words = ["train", "quickstart", "--data.name", "./mine.npz", "--data.validation", "8"]
+    words += ["--evaluation.examples", "6"]
     words += ["--optim.epochs", "1", "--optim.batch_size", "16", "--validation.steps", "1"]
     assert cli.run([*words, "--no-eval", "--json", "--run-dir", "run", "--threads", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
