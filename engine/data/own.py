@@ -11,6 +11,7 @@ are ever decompressed. Every fault is an `EngineError` that begins with the file
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -30,6 +31,11 @@ _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
 # One image, in pixels: more is a mistake, or a picture made to fill memory when it is unpacked.
 _IMAGE_LIMIT = 1 << 24
 _CLASSES_LIMIT = 100_000
+
+_ANY_FAULT = (
+    *(OSError, EOFError, ValueError, KeyError, IndexError, OverflowError),
+    *(NotImplementedError, RuntimeError, MemoryError, SyntaxError),
+)
 
 Names = list[tuple[str, str]]  # an array's possible names, each
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
@@ -142,9 +148,11 @@ def _pixels(file: Path, mode: str) -> np.ndarray:
     """uint8 [C, H, W]."""
     with _opened(file) as image:
         try:
-            pixels = np.asarray(image.convert(mode))
-        except (OSError, ValueError, SyntaxError, MemoryError) as e:
-            raise EngineError(f"{file}: damaged image ({' '.join(str(e).split())})") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pixels = np.asarray(image.convert(mode))
+        except _ANY_FAULT as e:
+            raise EngineError(f"{file}: damaged image ({_line(e)})") from None
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 
 
@@ -152,7 +160,10 @@ def _opened(file: Path) -> Any:
     from PIL import Image
 
     try:
-        return Image.open(file, formats=_FORMATS)
+        with warnings.catch_warnings():
+            # Sizes are checked here, and a fault of the file is said once.
+            warnings.simplefilter("ignore")
+            return Image.open(file, formats=_FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else "no image in it"
         raise EngineError(f"{file}: cannot read it: {reason}") from None
@@ -189,18 +200,9 @@ def _npz(path: Path, wanted: Names) -> dict[str, np.ndarray]:
                     found[entry.filename.removesuffix(".npy")] = _npy(
                         member, f"{path}: {entry.filename}"
                     )
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError) as e:
-        raise EngineError(f"{path}: damaged .npz ({' '.join(str(e).split())})") from None
-    # Whatever else a hostile header makes the two libraries say.
-    except (
-        ValueError,
-        KeyError,
-        OverflowError,
-        NotImplementedError,
-        RuntimeError,
-        zlib.error,
-    ) as e:
-        raise EngineError(f"{path}: damaged .npz ({' '.join(str(e).split())[:120]})") from None
+    # BadZipFile, and whatever else a hostile header makes the two libraries say.
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, *_ANY_FAULT) as e:
+        raise EngineError(f"{path}: damaged .npz ({_line(e)})") from None
     return found
 
 
@@ -234,8 +236,8 @@ def _safetensors(path: Path, wanted: Names) -> dict[str, np.ndarray]:
     try:
         with safe_open(str(path), framework="np") as file:
             held = {name: file.get_tensor(name) for name in file.keys() if name in names}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, AttributeError, ValueError) as e:
-        raise EngineError(f"{path}: damaged ({' '.join(str(e).split())[:120]})") from None
+    except (SafetensorError, TypeError, AttributeError, *_ANY_FAULT) as e:
+        raise EngineError(f"{path}: damaged ({_line(e)})") from None
     for name, array in held.items():
         if array.dtype.kind not in "iu":
             raise EngineError(f"{path}: {name}: holds {array.dtype}, not whole numbers")
@@ -273,3 +275,7 @@ def _checked(images: np.ndarray, labels: np.ndarray, classes: int, path: Path) -
             "set's"
         )
     return np.array(images.transpose(0, 3, 1, 2), order="C"), labels.astype(np.int64)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120]

@@ -9,6 +9,7 @@ recognised by name and stand for a uint8 array, whatever else it says.
 from __future__ import annotations
 
 import pickletools
+import warnings
 from math import prod
 from typing import Any
 
@@ -63,7 +64,9 @@ def parse(
     EngineError, which begins with `where`: whatever is wrong with the file.
     """
     try:
-        found = _plain(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in a hostile name
+            found = _plain(data)
     except (ValueError, IndexError, TypeError, KeyError, OverflowError, RecursionError) as e:
         reason = " ".join(str(e).split())[:120]
         raise EngineError(f"{where}: not a CIFAR batch of the Python edition ({reason})") from None
