@@ -444,7 +444,7 @@ def time_to(rows: Sequence[Mapping[str, Any]], target: float) -> dict[str, float
 def stored(folder: Path) -> list[dict[str, Any]]:
     """The rows of all comparisons kept in `folder` (compare-*.json), with the protocol's name."""
     return [
-        {"protocol": kept["protocol"], **row}
+        {"protocol": kept.get("protocol", path.stem), **row}
         for path in sorted(folder.glob("compare-*.json"))
         for kept in [json.loads(path.read_text())]
         for row in kept["rows"]

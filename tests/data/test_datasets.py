@@ -135,7 +135,7 @@ def test_debians_files_are_read_where_they_lie(monkeypatch, tmp_path, root):
     assert len(data.load("fashion-mnist", "train", root).images) == 30
     assert data.info("fashion-mnist", root).folder == tmp_path / "share/datasets/fashion-mnist"
     assert all(check.ok for check in data.verify("fashion-mnist", root))
-    assert not root.exists()
+    assert [p.name for p in root.iterdir()] == ["cache"]  # the parsed copy, and nothing else
     # but a file of the user's own comes first
     official.install(root, "fashion-mnist", train=11)
     assert len(data.load("fashion-mnist", "train", root).images) == 11
