@@ -59,9 +59,9 @@ def part_bytes(name: str, train: Arrays, test: Arrays) -> dict[str, bytes]:
 
 
 def tar_gz(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
-    """A tar.gz of files, or of whatever a TarInfo says."""
+    """A tar.gz of files, or of whatever a TarInfo says; the same bytes whenever it is made."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as tar:
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in members.items():
             if isinstance(content, tarfile.TarInfo):
                 tar.addfile(content, io.BytesIO(bytes(content.size)))
@@ -69,7 +69,7 @@ def tar_gz(members: dict[str, bytes | tarfile.TarInfo]) -> bytes:
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
-    return buffer.getvalue()
+    return gzip.compress(buffer.getvalue(), 1, mtime=0)
 
 
 def files(name: str, train: Arrays, test: Arrays) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def files(name: str, train: Arrays, test: Arrays) -> dict[str, bytes]:
     spec = datasets.find_spec(name)
     contents = part_bytes(name, train, test)
     if spec.archive is None:
-        return {f"{part}.gz": gzip.compress(data, 1) for part, data in contents.items()}
+        return {f"{part}.gz": gzip.compress(data, 1, mtime=0) for part, data in contents.items()}
     folder = tarfile.TarInfo(spec.folder)
     folder.type = tarfile.DIRTYPE
     members: dict[str, bytes | tarfile.TarInfo] = {spec.folder: folder}

@@ -89,13 +89,13 @@ READERS: dict[str, tuple[Callable[[Path], object], list[bytes]]] = {
         lambda path: readers.parse_idx(
             readers.read_file(path, str(path), 4096), str(path), (4, 4), 9
         ),
-        [_IDX, gzip.compress(_IDX)],
+        [_IDX, gzip.compress(_IDX, mtime=0)],
     ),
     "records": (
         lambda path: readers.parse_cifar(
             readers.read_file(path, str(path), 9000), str(path), (10,), 3
         ),
-        [_RECORDS, gzip.compress(_RECORDS)],
+        [_RECORDS, gzip.compress(_RECORDS, mtime=0)],
     ),
     "tar": (
         lambda path: readers.read_tar_gz(path, str(path), {"a/one.bin": 2000}, 40_000),
