@@ -14,7 +14,10 @@ import pytest
 from safetensors.torch import load_file
 
 from engine import EngineError, cli
+from engine.data.loaders import dali
 from engine.runs import Run
+
+needs_dali = pytest.mark.skipif(dali.unavailable() is not None, reason=str(dali.unavailable()))
 
 FAST = ["--optim.epochs", "2", "--evaluation.examples", "40", "--evaluation.autoattack", "apgd"]
 FAST += ["--evaluation.pgd_restarts", "1", "--evaluation.pgd_steps", "10"]
@@ -241,11 +244,18 @@ def test_doctor_shows_a_backend_for_every_op(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "network"),
-    [("cifar10", "preact-resnet18"), ("cifar100", "tiny-cnn"), ("mnist", "small-cnn")],
+    ("name", "network", "loader"),
+    [
+        ("cifar10", "preact-resnet18", "auto"),
+        pytest.param("cifar10", "preact-resnet18", "dali", marks=needs_dali),
+        ("cifar10", "preact-resnet18", "torch"),
+        ("cifar10", "preact-resnet18", "null"),
+        ("cifar100", "tiny-cnn", "auto"),
+        ("mnist", "small-cnn", "auto"),
+    ],
 )
 def test_full_scale_recipes_train_on_files_in_the_official_format(
-    name, network, tmp_path, monkeypatch, capsys
+    name, network, loader, tmp_path, monkeypatch, capsys
 ):
     """Crop, mirror, normalisation, memory: the whole path, on random images for two steps."""
     from engine import runner
@@ -258,6 +268,7 @@ def test_full_scale_recipes_train_on_files_in_the_official_format(
     words = ["train", name, "--json", "--no-eval", "--run-dir", str(tmp_path / "run")]
     words += ["--model.name", network, "--optim.epochs", "1", "--optim.batch_size", "8"]
     words += ["--data.validation", "8", "--validation.steps", "1", "--threads", "1"]
+    words += ["--data.loader", loader, "--data.workers", "1"]
     assert cli.run(words) == 0, capsys.readouterr().err
     assert json.loads(capsys.readouterr().out)["steps"] == 2
     assert Run.open(tmp_path / "run").metrics()[0]["loss"] > 0
