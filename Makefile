@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train test test-all test-gpu rivals check bench clean help
+.PHONY: all train test test-all test-gpu soak rivals check bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -36,6 +36,9 @@ test-all: .venv/ready ## the slow forms too
 
 test-gpu: .venv/ready ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs
+
+soak: .venv/ready ## kill and resume real runs: make soak KILLS=50
+	@$(BIN)/python -m tests.soak --kills $(or $(KILLS),50)
 
 rivals: .venv/ready ## packages that `engine bench step` compares with; they pin what they do not need
 	@$(BIN)/pip install -q --no-deps torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 six tqdm

@@ -6,12 +6,15 @@ import argparse
 import json
 import logging
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import EngineError
+from .signals import Stopped, terminate
 
 # Heavy modules are imported inside the commands: `engine --help` answers at once, and the OpenMP
 # runtime that torch loads still listens. By default its idle threads spin, and where another process
@@ -27,7 +30,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits 0, 2 on a user's mistake, 130 on Ctrl-C."""
+    """Entry point; exits 0, 2 on a user's mistake, 130 on Ctrl-C, 143 on SIGTERM."""
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
 
 
@@ -43,9 +47,9 @@ def run(argv: list[str]) -> int:
     except EngineError as error:
         print(f"engine: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("engine: interrupted; what was saved before is whole", file=sys.stderr)
-        return 130
+        return _status(stopped)
     except BrokenPipeError:
         # The reader of our output has gone; there is nobody left to tell.
         sys.stderr.close()
@@ -74,6 +78,7 @@ def build_parser() -> Parser:
     train.set_defaults(run=_train, overridable=True)
     train.add_argument("recipe", nargs="?")
     train.add_argument("--run-dir", type=Path)
+    train.add_argument("--resume", type=Path, metavar="RUN")
     train.add_argument("--json", action="store_true")
     train.add_argument("--no-eval", action="store_true")
     train.add_argument("-h", "--help", action="store_true")
@@ -148,18 +153,29 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.help:
         _train_help(arguments.recipe, overrides)
         return 0
-    if arguments.recipe is None:
-        raise EngineError(f"which recipe? one of {', '.join(recipes.names())}, or a .toml file")
-    recipe = recipes.load(arguments.recipe, overrides)
-
     from . import report, runner
     from .progress import stderr
     from .runs import Run
 
     _keep_freed_memory()
-    # Everything that can be wrong with the input shows before a run folder exists.
-    runner.check(recipe, evaluated=not arguments.no_eval)
-    run = Run.create(recipe, arguments.run_dir)
+    evaluated = not arguments.no_eval
+    if arguments.resume is not None:
+        if arguments.recipe or arguments.run_dir or overrides:
+            raise EngineError("--resume RUN goes on with the run's own recipe: give nothing else")
+        run = Run.open(arguments.resume)
+        if row := run.read_json("summary.json"):
+            stderr.print(f"{run.path} is finished", highlight=False, soft_wrap=True)
+            _show(row, arguments.json)
+            return 0
+        runner.check(run.recipe, evaluated=evaluated)
+    else:
+        if arguments.recipe is None:
+            raise EngineError(f"which recipe? one of {', '.join(recipes.names())}, or a .toml file")
+        # Everything that can be wrong with the input shows before a run folder exists.
+        recipe = recipes.load(arguments.recipe, overrides)
+        runner.check(recipe, evaluated=evaluated)
+        run = Run.create(recipe, arguments.run_dir)
+    recipe = run.recipe
     stderr.print(
         f"{recipe.name}: {recipe.objective.name} on {recipe.data.name}, {recipe.model.name}, "
         f"{recipe.threat.norm} eps {recipe.threat.eps:.4g}, "
@@ -168,15 +184,16 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
         soft_wrap=True,
     )
     try:
-        result = runner.train(recipe, run)
-        if arguments.no_eval:
-            row = runner.summary(run, result, None)
-        else:
-            row = runner.summary(run, result, runner.evaluate_run(run))
+        result = runner.train(run)
+        row = runner.summary(run, result, runner.evaluate_run(run) if evaluated else None)
+        if evaluated:
             row["report"] = str(report.build(run))
-    except KeyboardInterrupt:
-        print(f"engine: interrupted; {run.path} keeps the last whole epoch", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        print(
+            f"engine: stopped; go on with: engine train --resume {shlex.quote(str(run.path))}",
+            file=sys.stderr,
+        )
+        return _status(stopped)
     _show(row, arguments.json)
     return 0
 
@@ -421,6 +438,10 @@ def _keep_freed_memory() -> None:
         native.keep_freed_memory()
 
 
+def _status(stopped: KeyboardInterrupt) -> int:
+    return stopped.status if isinstance(stopped, Stopped) else 130
+
+
 # ---- helpers ---------------------------------------------------------------------------------
 
 
@@ -448,9 +469,11 @@ def _train_help(name: str | None, overrides: dict[str, str]) -> None:
 
     recipe = recipes.load(name, overrides) if name else recipes.Recipe()
     stdout.print(
-        "usage: engine train RECIPE [--run-dir DIR] [--json] [--no-eval] [--FIELD VALUE ...]\n\n"
+        "usage: engine train RECIPE [--run-dir DIR] [--json] [--no-eval] [--FIELD VALUE ...]\n"
+        "       engine train --resume RUN [--json] [--no-eval]\n\n"
         f"RECIPE: {', '.join(recipes.names())}, or a path ending in .toml\n"
         "  --run-dir DIR   where the run goes (default: runs/RECIPE-DATE-TIME)\n"
+        "  --resume RUN    go on with a run that was stopped or killed, bit for bit\n"
         "  --json          one closing JSON object on stdout; progress goes to stderr\n"
         "  --no-eval       train only; `engine eval RUN` evaluates later\n\n"
         f"Fields, with the values of {name or 'an empty recipe'} (`engine train NAME --help` for another's):",

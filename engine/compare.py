@@ -4,6 +4,8 @@ A protocol names the methods, the seeds and the budgets; each (method, budget, s
 of its own, made by a process of its own. A finished run is never run again. The time axis is not the
 clock of each run, which shares the machine with whatever else is there: the steps of all methods are
 timed in turn, in one process, and a run's training time is its number of steps times its step's median.
+What was measured is kept in compare.json as it comes, so a comparison may take many sittings: a run that
+was cut short goes on, and one whose folder is gone but whose result is there is not run again.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -211,23 +213,64 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
         runner.check(recipes.parse(tree, source=name), evaluated=protocol.score == "test")
     steps = _step_times(protocol, out / "steps.json")
     plan = jobs(protocol, {name: row["p50_ms"] for name, row in steps.items()})
-    failed = _make([job for job in plan if not _finished(job, out)], out, protocol.score, workers)
-    points = [_point(job, out, steps[job.method]) for job in plan if _finished(job, out)]
-    found = {
-        "protocol": protocol.name,
-        "about": protocol.about,
-        "score": protocol.score,
-        "environment": environment(),
-        "steps": steps,
-        "points": points,
-        "rows": summarise(points),
-    }
-    files.write_json(out / "compare.json", found)
-    if points:
-        draw(found, out / "compare.png")
+    known = _known(protocol, out / "compare.json")
+    waiting = [job for job in plan if not _finished(job, out) and job.folder not in known]
+
+    def summed_up() -> dict[str, Any]:
+        points = [
+            _point(job, out, steps[job.method])
+            if _finished(job, out)
+            else _timed(known[job.folder], steps[job.method])
+            for job in plan
+            if _finished(job, out) or job.folder in known
+        ]
+        found = {
+            "protocol": protocol.name,
+            "about": protocol.about,
+            "score": protocol.score,
+            "environment": environment(),
+            "recipes": {name: _plain(tree, name) for name, tree in protocol.methods.items()},
+            "steps": steps,
+            "points": points,
+            "rows": summarise(points),
+        }
+        files.write_json(out / "compare.json", found)
+        if points:
+            draw(found, out / "compare.png")
+        return found
+
+    failed = _make(waiting, out, protocol.score, workers, summed_up)
+    found = summed_up()
     if failed:
         raise EngineError("; ".join(failed))
     return found
+
+
+def _plain(tree: Mapping[str, Any], name: str) -> str:
+    """A method's recipe in full, seed and budget aside."""
+    return recipes.dump(recipes.parse({**tree, "seed": 0}, source=name))
+
+
+def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
+    """Points of an earlier sitting, by their run's folder, of methods whose recipes are what they were."""
+    if not path.exists():
+        return {}
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        same = {
+            name
+            for name, text in kept.get("recipes", {}).items()
+            if name in protocol.methods
+            and recipes.parse(tomllib.loads(text))
+            == recipes.parse({**protocol.methods[name], "seed": 0}, source=name)
+        }
+        return {
+            f"{point['method']}-e{point['epochs']}-s{point['seed']}": point
+            for point in kept["points"]
+            if point["method"] in same and kept.get("score") == protocol.score
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{path} is damaged ({error!r}): move it away") from None
 
 
 def _finished(job: Job, out: Path) -> bool:
@@ -239,8 +282,10 @@ def _finished(job: Job, out: Path) -> bool:
     return True
 
 
-def _make(plan: list[Job], out: Path, score: str, workers: int) -> list[str]:
-    """Run all of `plan`; what failed, a line each."""
+def _make(
+    plan: list[Job], out: Path, score: str, workers: int, finished: Callable[[], object]
+) -> list[str]:
+    """Run all of `plan`, calling `finished` after each; what failed, a line each."""
     failed: list[str] = []
     waiting = list(plan)
     running: dict[subprocess.Popen, Job] = {}
@@ -259,6 +304,8 @@ def _make(plan: list[Job], out: Path, score: str, workers: int) -> list[str]:
                     done += job.recipe.optim.epochs
                     if process.returncode:
                         failed.append(f"{job.folder}: {_last_line(out / job.folder)}")
+                    else:
+                        finished()
                     stderr.print(
                         f"{'failed' if process.returncode else 'done'}: {out / job.folder}",
                         highlight=False,
@@ -276,21 +323,15 @@ def _make(plan: list[Job], out: Path, score: str, workers: int) -> list[str]:
 
 def _start(job: Job, out: Path, score: str, workers: int) -> subprocess.Popen:
     folder = out / job.folder
-    if folder.exists():
-        shutil.rmtree(folder)  # cut short before
-    folder.mkdir(parents=True)
-    wanted = folder / "wanted.toml"
-    files.write_text(wanted, recipes.dump(job.recipe))
-    words = [
-        sys.executable,
-        "-m",
-        "engine",
-        "train",
-        str(wanted),
-        "--run-dir",
-        str(folder),
-        "--json",
-    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "recipe.toml").exists() and Run.open(folder).recipe == job.recipe:
+        words = ["--resume", str(folder)]
+    else:
+        shutil.rmtree(folder)
+        wanted = folder / "wanted.toml"
+        files.write_text(wanted, recipes.dump(job.recipe))
+        words = [str(wanted), "--run-dir", str(folder)]
+    words = [sys.executable, "-m", "engine", "train", *words, "--json"]
     if score == "validation":
         words.append("--no-eval")
     threads = job.recipe.threads or max(1, (os.cpu_count() or 1) // workers)
@@ -339,7 +380,7 @@ def _point(job: Job, out: Path, step: Mapping[str, float]) -> dict[str, Any]:
     run = Run.open(out / job.folder)
     summary, recipe = run.read_json("summary.json"), job.recipe
     last: dict[str, Any] = next((r for r in reversed(run.metrics()) if "val_pgd" in r), {})
-    return {
+    found = {
         "method": job.method,
         "dataset": recipe.data.name,
         "network": recipe.model.name,
@@ -353,13 +394,18 @@ def _point(job: Job, out: Path, step: Mapping[str, float]) -> dict[str, Any]:
         **{key: summary.get(key) for key in ("clean", "pgd", "autoattack", "examples")},
         "val_clean": last.get("val_clean"),
         "val_pgd": last.get("val_pgd"),
-        "collapsed": summary.get("collapsed"),
+        "rolled_back": summary.get("rolled_back"),
         "passes_per_step": summary["passes_per_step"],
         "steps": summary["steps"],
-        "seconds": summary["steps"] * step["p50_ms"] / 1e3,
         "clock_seconds": summary["train_seconds"],
         "peak_memory_mb": summary.get("peak_memory_mb"),
     }
+    return _timed(found, step)
+
+
+def _timed(point: Mapping[str, Any], step: Mapping[str, float]) -> dict[str, Any]:
+    """The point with its training time by the measured step."""
+    return {**point, "seconds": point["steps"] * step["p50_ms"] / 1e3}
 
 
 _SCORES = ("autoattack", "pgd", "clean", "val_pgd", "val_clean")
@@ -393,7 +439,7 @@ def summarise(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row |= {
             "train_seconds_mean": statistics.fmean(p["seconds"] for p in group),
             "passes_per_step": first["passes_per_step"],
-            "collapsed": sum(bool(p.get("collapsed")) for p in group),
+            "rolled_back": sum(bool(p.get("rolled_back")) for p in group),
             "peak_memory_mb": max(memories) if memories else None,
         }
         rows.append(row)

@@ -37,8 +37,13 @@ class AdversaryMemory:
     ) -> None:
         self.threat = threat
         self.deltas = torch.empty((samples, *shape), dtype=torch.int8, device=device)
+        self.forget(seed)
+
+    def forget(self, seed: int) -> None:
+        """Fill with uniform random perturbations."""
         if self.deltas.is_meta:
             return
+        device, threat = self.deltas.device, self.threat
         draw = torch.Generator(device=device).manual_seed(seed)
         # Random contents make the first visit a random start, with no flag to test for it.
         if threat.norm == "Linf":

@@ -96,14 +96,15 @@ class Optimiser:
 
         Args:
             at: int64 [1] on the device, the number of this step from 0, below T.
-            scale: what the loss was scaled by; where the gradients overflowed nothing changes.
+            scale: what the loss was scaled by; where a gradient is not finite nothing changes (apex's
+                optimisers cannot keep still, so theirs are not searched).
         """
         used = [i for i, p in enumerate(self.params) if p.grad is not None]
         grads: list[Tensor] = [self.params[i].grad for i in used]  # type: ignore[misc]
         with phase(BOOKKEEPING):
             torch.index_select(self._plan, 0, at, out=self._now)
             self._count.add_(1)
-            if scale is not None and scale.dynamic:
+            if scale is not None and not self.name.startswith("apex"):
                 scale.unscale_(grads)
                 self._count.sub_(scale.found_inf)
         if self._theirs is None:
@@ -118,6 +119,13 @@ class Optimiser:
             if scale is not None:
                 scale.update()
         self.steps += 1
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget momentum and moments: the weights have been put somewhere else."""
+        for name, t in self.tensors().items():
+            if not name.startswith(("plan", "now", "never", "average.")):
+                t.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """All that changes, the model's own tensors left out."""
@@ -193,20 +201,20 @@ class Optimiser:
 
     def _others(self, scale: LossScale | None) -> None:
         assert self._theirs is not None
-        if scale is not None and scale.dynamic:
-            if self.name.startswith("apex"):
-                raise EngineError(
-                    f"optim.name = {self.name} cannot skip a step whose float16 gradients overflow: "
-                    "take step.precision = bf16, or optim.name = sgd or adamw"
-                )
-            self._theirs.found_inf = scale.found_inf  # type: ignore[attr-defined]
+        if not self.name.startswith("apex"):
+            self._theirs.found_inf = None if scale is None else scale.found_inf  # type: ignore[attr-defined]
+        elif scale is not None and scale.dynamic:
+            raise EngineError(
+                f"optim.name = {self.name} cannot skip a step whose float16 gradients overflow: "
+                "take step.precision = bf16, or optim.name = sgd or adamw"
+            )
         if self.uncapturable:
             for group in self._theirs.param_groups:
                 group["lr"] = self.rates[self.steps]
         self._theirs.step()
         if self._averages:
             towards = self._towards
-            if scale is not None and scale.dynamic:
+            if scale is not None:
                 towards = towards * (1.0 - scale.found_inf)
             _follow(self.params, self._averages, towards)
 

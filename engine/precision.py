@@ -60,13 +60,13 @@ def passes(precision: str, device: torch.device) -> Iterator[None]:
 class LossScale:
     """A loss scale that lives on the device: constant one, or float16's dynamic one.
 
-    Dynamic: gradients are unscaled and searched for inf and NaN in one pass; a step with any leaves
-    weights, momentum and moving average alone and halves the scale; `interval` steps without double it
-    (as in Micikevicius et al., arXiv 1710.03740). BatchNorm statistics of a skipped step stay.
+    Gradients are unscaled and searched for inf and NaN in one pass; a step with any leaves weights,
+    momentum and moving average alone. Dynamic: it halves the scale as well, and `interval` steps without
+    double it (as in Micikevicius et al., arXiv 1710.03740). BatchNorm statistics of a skipped step stay.
 
     Attributes:
         scale: float32 0-d, what the loss is multiplied by: the seed of the backward pass.
-        found_inf: float32 0-d, 1 where the last gradients overflowed.
+        found_inf: float32 0-d, 1 where the last gradients held an inf or a NaN.
     """
 
     def __init__(
@@ -84,11 +84,10 @@ class LossScale:
 
     def unscale_(self, grads: list[Tensor]) -> None:
         """Divide by the scale, in place, and set `found_inf`."""
-        if self.dynamic:
-            self.found_inf.zero_()
-            torch._amp_foreach_non_finite_check_and_unscale_(
-                grads, self.found_inf, self.scale.reciprocal()
-            )
+        self.found_inf.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            grads, self.found_inf, self.scale.reciprocal() if self.dynamic else self.scale
+        )
 
     def update(self) -> None:
         """After the optimiser's step."""

@@ -130,6 +130,15 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class CheckpointOptions:
+    seconds: Annotated[
+        Number,
+        Field(ge=0, description="between the checkpoints that `--resume` goes on from [seconds]"),
+    ] = 60.0
+    keep: Annotated[int, Field(ge=1, description="how many of them are kept [count]")] = 2
+
+
+@dataclass(frozen=True)
 class Evaluation:
     examples: Annotated[
         int | None, Field(ge=1, description="first N test images; left out: all [count]")
@@ -161,6 +170,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     step: StepOptions = field(default_factory=StepOptions)
     validation: Validation = field(default_factory=Validation)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     evaluation: Evaluation = field(default_factory=Evaluation)
 
 

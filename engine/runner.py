@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import evaluation, models
 from .capture import CudaGraphs, Recorder, unavailable
+from .checkpoint import Checkpoints
 from .data import datasets, loaders
 from .data.loaders import Batch, Loader, ResidentLoader
 from .errors import EngineError
@@ -23,6 +24,7 @@ from .optim import Optimiser
 from .progress import EvaluationBar, TrainingBar, bar
 from .recipe import Recipe
 from .runs import Run
+from .signals import Stopped, Watch
 from .step import Step
 from .trainer import Hooks, Result, Trainer
 
@@ -237,14 +239,34 @@ def step_of(recipe: Recipe) -> Callable[[], None]:
     return call
 
 
-def train(recipe: Recipe, run: Run) -> Result:
-    """Train as the recipe says, logging and saving into the run folder."""
+def train(run: Run) -> Result:
+    """Train as the run's recipe says, from its newest checkpoint where it has one, logging and saving into its folder.
+
+    Raises:
+        EngineError: for whatever fails; the folder keeps what it had.
+        Stopped: on SIGINT or SIGTERM, after a checkpoint.
+    """
+    recipe = run.recipe
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    try:
+        with run.locked():
+            return _train(run)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+    # Outside the handler: the exception holds every tensor of the step that did not fit.
+    raise EngineError(_what_fits(recipe))
+
+
+def _train(run: Run) -> Result:
+    recipe = run.recipe
     step, loader = prepare(recipe, recipe.optim.epochs)
     where = step.device
-    board = _tensorboard(run.path)
-    with bar() as progress:
+    checkpoints = Checkpoints(
+        run.path / "checkpoints", keep=recipe.checkpoint.keep, seconds=recipe.checkpoint.seconds
+    )
+    with bar() as progress, Watch() as watch:
         shown = TrainingBar(progress, recipe.name, recipe.optim.epochs)
 
         def epoch(row: dict[str, Any]) -> None:
@@ -253,6 +275,18 @@ def train(recipe: Recipe, run: Run) -> Result:
             for name, value in row.items():
                 if board is not None and name not in ("epoch", "step"):
                     board.add_scalar(name, value, row["step"])
+
+        def save(keep: Callable[..., None]) -> None:
+            tensors, about = trainer.state()
+            keep(step.done, tensors, {**about, "logged": run.logged()})
+
+        def safe_point() -> None:
+            if watch.stop is not None:
+                save(checkpoints.save)
+                raise Stopped(watch.stop)
+            if watch.save or checkpoints.due():
+                watch.save = False
+                save(checkpoints.try_save)
 
         trainer = Trainer(
             step,
@@ -266,16 +300,59 @@ def train(recipe: Recipe, run: Run) -> Result:
                 shown.step,
                 epoch,
                 lambda name, net, row: run.save(name, net, epoch=row["epoch"], recipe=recipe.name),
+                safe_point,
             ),
         )
         try:
+            found = checkpoints.latest()
+            if found is not None:
+                trainer.load(*found)
+                run.cut_log(_logged(found[1]))
+                trainer.result.rows = run.metrics()
+            else:
+                run.cut_log(0)
+            board = _tensorboard(run.path, step.done)
             result = trainer.run()
+            if found is None or step.done > found[1]["done"]:
+                # What is left is evaluation: that a resumed run starts there.
+                save(checkpoints.save)
         finally:
             step.close()
             loader.close()
     if board is not None:
         board.close()
     return result
+
+
+def _logged(about: dict[str, Any]) -> int:
+    size = about.get("logged")
+    if not isinstance(size, int) or size < 0:
+        raise EngineError("the checkpoint is not a whole one: it does not say what was logged")
+    return size
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    )
+
+
+def _what_fits(recipe: Recipe) -> str:
+    """What to say when memory has run out: the largest of half, a quarter, ... of the batch that a step ran with."""
+    batch = recipe.optim.batch_size
+    said = f"out of memory with optim.batch_size = {batch}"
+    for smaller in itertools.takewhile(bool, (batch >> n for n in itertools.count(1))):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            fitting = replace(recipe, optim=replace(recipe.optim, batch_size=smaller))
+            step_of(fitting)()
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            continue
+        return f"{said}: a step with --optim.batch_size {smaller} fits"
+    return f"{said}, and not even one image fits: take a smaller network"
 
 
 def load_model(run: Run, checkpoint: str = "best") -> Any:
@@ -340,6 +417,7 @@ def summary(run: Run, result: Result, report: evaluation.Report | None) -> dict[
         "passes_per_step": recipe.objective.passes(recipe.attack).total,
         "steps": result.steps,
         "best_epoch": result.best_epoch,
+        "rolled_back": result.rolled_back,
         "peak_memory_mb": _peak_memory_mb(),
         "run_dir": str(run.path),
     }
@@ -364,9 +442,10 @@ def _peak_memory_mb() -> int | None:
     return peak >> (20 if sys.platform == "darwin" else 10)
 
 
-def _tensorboard(path: Path) -> Any:
+def _tensorboard(path: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(path))
+    # After a resume TensorBoard hides what an earlier process wrote from this step on.
+    return SummaryWriter(str(path), purge_step=step + 1 if step else None)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from . import files
 from . import recipe as recipes
+from .checkpoint import save_tensors
 from .errors import EngineError
 from .recipe import Recipe
 
@@ -27,8 +31,9 @@ class Run:
     """One run folder.
 
     Files: `recipe.toml` (every field), `environment.json`, `metrics.jsonl` (a row an epoch),
-    `best.safetensors` and `last.safetensors` (plain state dicts), `evaluation.json`, `summary.json`,
-    `report.html` with its pictures in `pictures/`.
+    `best.safetensors` and `last.safetensors` (plain state dicts), `checkpoints/` to go on from,
+    `evaluation.json`, `summary.json` (its presence says that the run is finished), `report.html` with
+    its pictures in `pictures/`.
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
@@ -68,6 +73,27 @@ class Run:
             raise EngineError(f"{path} is not a run folder: it has no recipe.toml")
         return cls(path, recipes.load(str(path / "recipe.toml")))
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training into this folder.
+
+        Raises:
+            EngineError: where one is at it, or the folder cannot be written.
+        """
+        path = self.path / "lock"
+        try:
+            held = path.open("a+")
+        except OSError as error:
+            raise EngineError(f"cannot write {path}: {error.strerror}") from error
+        with held:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise EngineError(
+                    f"{self.path} is in use by another process: wait for it, or choose another --run-dir"
+                ) from None
+            yield
+
     # ---- log -----------------------------------------------------------------------------
 
     def log(self, row: dict[str, Any]) -> None:
@@ -86,15 +112,40 @@ class Run:
                 f"cannot write {self.path}/metrics.jsonl: {error.strerror}"
             ) from error
 
+    def logged(self) -> int:
+        """Bytes of metrics.jsonl so far: what `cut_log` takes."""
+        path = self.path / "metrics.jsonl"
+        return path.stat().st_size if path.exists() else 0
+
+    def cut_log(self, size: int) -> None:
+        """Drop what was logged after the first `size` bytes: it will be logged again.
+
+        Raises:
+            EngineError: if rows are missing from before, or the log cannot be written.
+        """
+        path = self.path / "metrics.jsonl"
+        if self.logged() < size:
+            raise EngineError(
+                f"{path} has lost rows: {self.logged()} bytes, the checkpoint knows {size}"
+            )
+        if self.logged() > size:
+            try:
+                os.truncate(path, size)
+            except OSError as error:
+                raise EngineError(f"cannot write {path}: {error.strerror}") from error
+
     def metrics(self) -> list[dict[str, Any]]:
         """The logged rows; a line cut short by a crash is left out."""
         path = self.path / "metrics.jsonl"
         rows = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        text = path.read_text(errors="replace") if path.exists() else ""
+        for line in text.split("\n"):
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
                 continue
+            if isinstance(row, dict):
+                rows.append(row)
         return rows
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -114,7 +165,7 @@ class Run:
         """Write `name`.safetensors atomically; `about` goes into its metadata as text."""
         tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         with files.atomic(self.path / f"{name}.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={k: str(v) for k, v in about.items()})
+            save_tensors(tensors, temporary, {k: str(v) for k, v in about.items()})
 
     def load_into(self, model: nn.Module, name: str = "best") -> None:
         """Load a checkpoint of this run into `model`.

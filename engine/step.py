@@ -9,6 +9,7 @@ in a CUDA graph and launched with one call a step.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,6 +31,9 @@ from .threat import ThreatModel
 
 log = logging.getLogger(__name__)
 
+# Loss, accuracy, and what an objective tells of itself.
+_MOST_TERMS = 15
+
 
 class Step:
     """A training step.
@@ -45,7 +49,7 @@ class Step:
         recorder: captures the step at its first call; None: run it eagerly.
     Attributes:
         state: int64 [2] (seed, step) on the device; `done`: the same number of steps, on the host.
-        images: how many the means are of.
+        images, batches: how many the means are of.
         why_eager: why a recorder is there and the step runs eagerly all the same, else None.
     """
 
@@ -76,8 +80,10 @@ class Step:
         dropout.follow(model, self.state)
         self.done = 0
         self.why_eager: str | None = None
-        self._sums: dict[str, Tensor] = {}
-        self.images = self._batches = 0
+        # The number of steps that were skipped, then a sum for each of `_terms`.
+        self._terms: tuple[str, ...] = ()
+        self._sums = torch.zeros(_MOST_TERMS + 1, device=device)
+        self.images = self.batches = 0
         self._recorder = recorder
         self._replay: Callable[[], None] | None = None
         self._static: Batch | None = None
@@ -112,9 +118,12 @@ class Step:
 
     def _count(self, outcome: Outcome) -> None:
         terms = {"loss": outcome.loss.detach(), "adv_accuracy": outcome.correct, **outcome.stats}
-        for name in terms.keys() - self._sums.keys():
-            self._sums[name] = torch.zeros_like(terms[name])
-        torch._foreach_add_([self._sums[name] for name in terms], list(terms.values()))
+        self._terms = tuple(terms)
+        skipped = self.scale.found_inf
+        values = torch.stack([t.float() for t in (skipped, *terms.values())])
+        # A skipped step counts as skipped and for nothing else: its loss may be no number.
+        values[1:].masked_fill_(skipped > 0, 0.0)
+        self._sums[: len(values)].add_(values)
 
     # ---- running it ------------------------------------------------------------------------------
 
@@ -139,7 +148,7 @@ class Step:
         else:
             images = self._eagerly(batch)
         self.optimiser.steps = self.done = self.done + 1
-        self._batches += 1
+        self.batches += 1
         self.images += images
 
     def train(self) -> None:
@@ -148,21 +157,22 @@ class Step:
         self.network.train()
 
     def means(self) -> dict[str, float]:
-        """Batch means since `clear`, and `adv_accuracy` [0..1]. Waits for the device, once."""
-        if not self._sums:
+        """Batch means since `clear`, and `adv_accuracy` [0..1]. Waits for the device, once.
+
+        Of the steps that were applied; `skipped` is the number of the others.
+        """
+        if not self._terms:
             return {}
-        values = torch.stack([value.double() for value in self._sums.values()]).tolist()
-        found = {
-            name: value / self._batches for name, value in zip(self._sums, values, strict=True)
-        }
-        found["adv_accuracy"] *= self._batches / self.images
-        return found
+        skipped, *values = self._sums.tolist()
+        applied = self.batches - skipped or math.nan
+        found = {name: value / applied for name, value in zip(self._terms, values, strict=False)}
+        found["adv_accuracy"] *= self.batches / self.images
+        return {**found, "skipped": int(skipped)}
 
     def clear(self) -> None:
         """Start the means anew."""
-        self._batches = self.images = 0
-        for value in self._sums.values():
-            value.zero_()
+        self.batches = self.images = 0
+        self._sums.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that a step changes, or reads and must find where it was."""
@@ -171,10 +181,45 @@ class Step:
         found |= {f"model.{name}": t for name, t in self.model.named_parameters()}
         found |= {f"model.{name}": t for name, t in self.model.named_buffers()}
         found |= {f"optimiser.{name}": t for name, t in self.optimiser.tensors().items()}
-        found |= {f"sum.{name}": t for name, t in self._sums.items()}
+        found["sums"] = self._sums
         if self.memory is not None:
             found["memory"] = self.memory.deltas
         return found
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], *, done: int, batches: int, images: int) -> None:
+        """Go on from `tensors` (as `tensors()` gave them) after `done` steps; the seed stays this step's.
+
+        In place, so before or after a capture.
+
+        Raises:
+            EngineError: for tensors of another step.
+        """
+        mine = self.tensors()
+        different = mine.keys() ^ tensors.keys() or {
+            name for name, t in mine.items() if t.shape != tensors[name].shape
+        }
+        if different:
+            raise EngineError(f"the checkpoint is of another recipe: {min(different)} differs")
+        seed = self.state[0].clone()
+        for name, t in mine.items():
+            t.copy_(tensors[name])
+        self.state[0] = seed
+        self.optimiser.steps = self.done = done
+        self.batches, self.images = batches, images
+
+    @torch.no_grad()
+    def roll_back(self, weights: dict[str, Tensor]) -> None:
+        """Put the network and its average at `weights` (a state dict), with no momentum and no memory.
+
+        The schedule and the random numbers go on: what comes is not what went wrong.
+        """
+        for net in {id(m): m for m in (self.model, self.optimiser.average)}.values():
+            for name, t in net.state_dict().items():
+                t.copy_(weights[name])
+        self.optimiser.restart()
+        if self.memory is not None:
+            self.memory.forget(self.done)
 
     def static(self) -> list[Tensor]:
         """The tensors of the batch that a captured step reads; none before the capture."""

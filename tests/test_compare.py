@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 
-from engine import cli, compare
+from engine import cli, compare, files
 from engine.errors import EngineError
 from engine.runs import Run
 
@@ -121,12 +123,53 @@ def test_finished_runs_are_not_run_again_and_unfinished_ones_are(made, monkeypat
     assert cli.run([*words, "--json"]) == 0
     assert started == []
     first = json.loads(capsys.readouterr().out)
+    # As a kill during the evaluation leaves it.
     (folder / "out" / "ball-e1-s1" / "summary.json").unlink()
+    (folder / "out" / "compare.json").unlink()
     assert cli.run([*words, "--json"]) == 0
     assert started == ["ball-e1-s1"]
     again = json.loads(capsys.readouterr().out)
     # Same seed, same numbers.
     assert [row["pgd_mean"] for row in again] == [row["pgd_mean"] for row in first]
+
+
+def test_results_of_an_earlier_sitting_stand_for_their_runs(made, tmp_path, monkeypatch, capsys):
+    folder, words = made
+    files.write_text(tmp_path / "compare.json", (folder / "out" / "compare.json").read_text())
+    started = []
+    monkeypatch.setattr(
+        compare,
+        "_make",
+        lambda plan, out, score, workers, finished: started.extend(j.folder for j in plan) or [],
+    )
+    words = [*words[: words.index("--out")], "--out", str(tmp_path), "--json"]
+    assert cli.run(words) == 0
+    assert started == []
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["seeds"] for row in rows] == [2, 2]
+    # One more seed is run, and a method whose recipe has changed is run anew.
+    assert cli.run([*words, "--seeds", "3"]) == 0
+    assert started == ["weak-e1-s2", "ball-e1-s2"]
+    started.clear()
+    assert cli.run([*words, "--attack.alpha", "0.07"]) == 0
+    assert started == [f"{m}-e1-s{s}" for s in (0, 1) for m in ("weak", "ball")]
+
+
+def test_a_run_cut_short_goes_on(made, tmp_path, monkeypatch):
+    """Its folder has a recipe and no summary: it is resumed, not begun again."""
+    folder, _ = made
+    begun = []
+    monkeypatch.setattr(compare.subprocess, "Popen", lambda words, **_: begun.append(words))
+    whole = Run.open(folder / "out" / "ball-e1-s1")
+    copy = tmp_path / "ball-e1-s1"
+    shutil.copytree(whole.path, copy)
+    compare._start(compare.Job("ball", whole.recipe), tmp_path, "test", 1)
+    assert "--resume" in begun[0]
+    assert (copy / "recipe.toml").exists()
+    changed = dataclasses.replace(whole.recipe, threads=3)
+    compare._start(compare.Job("ball", changed), tmp_path, "test", 1)
+    assert "--resume" not in begun[1]
+    assert not (copy / "recipe.toml").exists()
 
 
 def test_another_recipe_in_the_folder_is_refused(made, capsys):
