@@ -17,8 +17,9 @@ import torch
 from . import kernels
 
 Run = Callable[[], None]
-# Enough for cuDNN's search, Triton's compilation and every lazily made buffer.
-WARM_UP = 3
+# Enough for cuDNN's search, Triton's compilation and every lazily made buffer; and as many as PyTorch
+# wants of DistributedDataParallel before a capture.
+WARM_UP = 11
 
 
 class Recorder(Protocol):

@@ -11,10 +11,15 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import EngineError
 from .signals import Stopped, terminate
+
+if TYPE_CHECKING:
+    from .distributed import World
+    from .recipe import Recipe
+    from .runs import Run
 
 # Heavy modules are imported inside the commands: `engine --help` answers at once, and the OpenMP
 # runtime that torch loads still listens. By default its idle threads spin, and where another process
@@ -45,7 +50,11 @@ def run(argv: list[str]) -> int:
             raise EngineError(f"unknown argument {rest[0]} (see engine {arguments.command} --help)")
         return command(arguments, rest) if arguments.overridable else command(arguments)
     except EngineError as error:
-        print(f"engine: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(
+            f"engine: {error}" if rank == "0" else f"engine: (process {rank}) {error}",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt as stopped:
         print("engine: interrupted; what was saved before is whole", file=sys.stderr)
@@ -79,6 +88,7 @@ def build_parser() -> Parser:
     train.add_argument("recipe", nargs="?")
     train.add_argument("--run-dir", type=Path)
     train.add_argument("--resume", type=Path, metavar="RUN")
+    train.add_argument("--nproc", type=int, default=1)
     train.add_argument("--json", action="store_true")
     train.add_argument("--no-eval", action="store_true")
     train.add_argument("-h", "--help", action="store_true")
@@ -153,28 +163,35 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.help:
         _train_help(arguments.recipe, overrides)
         return 0
-    from . import report, runner
+    from . import distributed, report, runner
     from .progress import stderr
     from .runs import Run
 
     _keep_freed_memory()
     evaluated = not arguments.no_eval
+    world = distributed.join()
+    stderr.quiet = not world.first
     if arguments.resume is not None:
         if arguments.recipe or arguments.run_dir or overrides:
             raise EngineError("--resume RUN goes on with the run's own recipe: give nothing else")
-        run = Run.open(arguments.resume)
+        run, recipe = Run.open(arguments.resume), None
         if row := run.read_json("summary.json"):
             stderr.print(f"{run.path} is finished", highlight=False, soft_wrap=True)
-            _show(row, arguments.json)
+            if world.first:
+                _show(row, arguments.json)
             return 0
-        runner.check(run.recipe, evaluated=evaluated)
     else:
         if arguments.recipe is None:
             raise EngineError(f"which recipe? one of {', '.join(recipes.names())}, or a .toml file")
-        # Everything that can be wrong with the input shows before a run folder exists.
         recipe = recipes.load(arguments.recipe, overrides)
-        runner.check(recipe, evaluated=evaluated)
-        run = Run.create(recipe, arguments.run_dir)
+    # Everything that can be wrong with the input shows before a run folder exists.
+    runner.check(
+        recipe or run.recipe, evaluated=evaluated, processes=max(world.size, arguments.nproc)
+    )
+    if arguments.nproc > 1:
+        return _launch(arguments, rest, Run.new_path(recipe) if recipe else None)
+    if recipe is not None:
+        run = _new_run(recipe, arguments.run_dir, world)
     recipe = run.recipe
     stderr.print(
         f"{recipe.name}: {recipe.objective.name} on {recipe.data.name}, {recipe.model.name}, "
@@ -184,18 +201,53 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
         soft_wrap=True,
     )
     try:
-        result = runner.train(run)
+        result = runner.train(run, world)
+        distributed.leave()
+        if not world.first:
+            return 0
         row = runner.summary(run, result, runner.evaluate_run(run) if evaluated else None)
         if evaluated:
             row["report"] = str(report.build(run))
     except KeyboardInterrupt as stopped:
-        print(
-            f"engine: stopped; go on with: engine train --resume {shlex.quote(str(run.path))}",
-            file=sys.stderr,
-        )
+        if world.first:
+            print(
+                f"engine: stopped; go on with: engine train --resume {shlex.quote(str(run.path))}",
+                file=sys.stderr,
+            )
         return _status(stopped)
     _show(row, arguments.json)
     return 0
+
+
+def _new_run(recipe: Recipe, path: Path | None, world: World) -> Run:
+    """The run's folder, made by the first process; the one that is there where torchrun starts again."""
+    from . import distributed
+    from .runs import Run
+
+    if world.size == 1:
+        return Run.create(recipe, path)
+    if path is None:
+        # All processes must come upon the same one, after a restart as well.
+        number = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        path = Path("runs") / f"{recipe.name}-{number}"
+    there = (path / "recipe.toml").exists()
+    if world.first and not (there and world.restarts):
+        Run.create(recipe, path)
+    distributed.wait()
+    return Run.open(path)
+
+
+def _launch(arguments: argparse.Namespace, rest: list[str], path: Path | None) -> int:
+    """The same command in `--nproc` processes."""
+    from . import distributed
+
+    words = ["train"]
+    if arguments.resume is not None:
+        words += ["--resume", str(arguments.resume)]
+    else:
+        words += [arguments.recipe, *rest, "--run-dir", str(arguments.run_dir or path)]
+    words += ["--json"] * arguments.json + ["--no-eval"] * arguments.no_eval
+    return distributed.launch(arguments.nproc, words)
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
@@ -474,6 +526,7 @@ def _train_help(name: str | None, overrides: dict[str, str]) -> None:
         f"RECIPE: {', '.join(recipes.names())}, or a path ending in .toml\n"
         "  --run-dir DIR   where the run goes (default: runs/RECIPE-DATE-TIME)\n"
         "  --resume RUN    go on with a run that was stopped or killed, bit for bit\n"
+        "  --nproc N       N processes on this machine, as torchrun starts them; they share each batch\n"
         "  --json          one closing JSON object on stdout; progress goes to stderr\n"
         "  --no-eval       train only; `engine eval RUN` evaluates later\n\n"
         f"Fields, with the values of {name or 'an empty recipe'} (`engine train NAME --help` for another's):",

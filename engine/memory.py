@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import distributed, kernels
 from .threat import ThreatModel
 
 
@@ -70,6 +70,10 @@ class AdversaryMemory:
         """Store `adversary` - `x` for the samples `index`."""
         where = _nowhere(index) if where is None else where
         kernels.remember(self.deltas, index, where, x, adversary, self.threat.eps)
+        if distributed.active():
+            # A sample may be another rank's next time: every rank remembers for all, one byte a pixel.
+            rows = distributed.gather(self.deltas.index_select(0, index))
+            self.deltas.index_copy_(0, distributed.gather(index), rows)
 
 
 def _nowhere(index: Tensor) -> Tensor:

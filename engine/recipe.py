@@ -121,6 +121,13 @@ class StepOptions:
         bool,
         Field(description="torch.compile the network's passes (slower on the CPUs measured)"),
     ] = False
+    sync_batch_norm: Annotated[
+        bool,
+        Field(
+            description="several GPUs: BatchNorm over the whole batch in training passes, not each "
+            "process's part"
+        ),
+    ] = False
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import evaluation, models
+from . import distributed, evaluation, models
 from .capture import CudaGraphs, Recorder, unavailable
 from .checkpoint import Checkpoints
 from .data import datasets, loaders
 from .data.loaders import Batch, Loader, ResidentLoader
+from .distributed import World
 from .errors import EngineError
 from .memory import AdversaryMemory
 from .optim import Optimiser
@@ -28,12 +30,17 @@ from .signals import Stopped, Watch
 from .step import Step
 from .trainer import Hooks, Result, Trainer
 
+_ALONE = World()
+
 # One dataset serves the check, the training, the evaluation and the report of a process.
 _load = lru_cache(maxsize=4)(datasets.load)
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """What this process computes on: its current GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -93,9 +100,11 @@ def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torc
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def check(recipe: Recipe, *, evaluated: bool = True) -> None:
+def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None:
     """Meet every mistake in a recipe before a run folder exists.
 
+    Args:
+        processes: that will share each batch.
     Raises:
         EngineError: for data that is absent or damaged, a network that does not fit it, a batch
             larger than the training set, more test images than there are.
@@ -114,6 +123,9 @@ def check(recipe: Recipe, *, evaluated: bool = True) -> None:
         raise EngineError(
             f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training images"
         )
+    World(size=processes).share(recipe.optim.batch_size)
+    if recipe.step.sync_batch_norm and not torch.cuda.is_available():
+        raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
         test_set(recipe)
 
@@ -126,6 +138,7 @@ def build_step(
     memory: AdversaryMemory | None = None,
     take: Callable[[Tensor], Batch] | None = None,
     recorder: Recorder | None = None,
+    rank: int = 0,
 ) -> Step:
     """The recipe's step for `model`, on the model's device.
 
@@ -133,6 +146,7 @@ def build_step(
         steps: of the whole run: the schedule's length.
         take: makes the batches on the device, see `Step`.
         recorder: captures the step; left out: CUDA graphs where the recipe wants them.
+        rank: this process's among those that share the run.
     Raises:
         EngineError: for a precision, an optimiser or a capture that this device does not have.
     """
@@ -159,6 +173,7 @@ def build_step(
         take=take,
         precision=recipe.step.precision,
         seed=recipe.seed,
+        rank=rank,
         device=where,
         compile=recipe.step.compile,
         recorder=recorder,
@@ -181,26 +196,35 @@ def steps_per_epoch(recipe: Recipe) -> int:
     return len(split(recipe).train[0]) // recipe.optim.batch_size * recipe.optim.replays
 
 
-def prepare(recipe: Recipe, epochs: int) -> tuple[Step, Loader]:
-    """The recipe's training step and its batches, on the device, for a schedule of `epochs`."""
+def prepare(recipe: Recipe, epochs: int, world: World = _ALONE) -> tuple[Step, Loader]:
+    """The recipe's training step and its batches, on the device, for a schedule of `epochs`.
+
+    Several processes each take their share of every batch.
+    """
     torch.manual_seed(recipe.seed)
     where = device()
     parts = split(recipe)
     images, labels = parts.train
     model = build_model(recipe, images, len(parts.classes), images.shape[1:]).to(where)
+    if recipe.step.sync_batch_norm:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     memory = memory_for(recipe, images, where)
     loader = loaders.build(
         recipe.data.loader,
         images,
         labels,
-        recipe.optim.batch_size,
+        world.share(recipe.optim.batch_size),
         device=where,
         memory=memory,
         workers=recipe.data.workers,
+        rank=world.rank,
+        world=world.size,
         **sampling_of(recipe),
     )
     take = loader.take if isinstance(loader, ResidentLoader) else None
-    step = build_step(recipe, model, steps=epochs * len(loader), memory=memory, take=take)
+    step = build_step(
+        recipe, model, steps=epochs * len(loader), memory=memory, take=take, rank=world.rank
+    )
     return step, loader
 
 
@@ -239,9 +263,11 @@ def step_of(recipe: Recipe) -> Callable[[], None]:
     return call
 
 
-def train(run: Run) -> Result:
+def train(run: Run, world: World = _ALONE) -> Result:
     """Train as the run's recipe says, from its newest checkpoint where it has one, logging and saving into its folder.
 
+    Args:
+        world: the processes that train together; the first alone writes.
     Raises:
         EngineError: for whatever fails; the folder keeps what it had.
         Stopped: on SIGINT or SIGTERM, after a checkpoint.
@@ -250,22 +276,27 @@ def train(run: Run) -> Result:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     try:
-        with run.locked():
-            return _train(run)
+        with run.locked() if world.first else contextlib.nullcontext():
+            return _train(run, world)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if distributed.is_broken(error):
+            raise EngineError(
+                f"process {world.rank} has lost another process of this run: {str(error).splitlines()[0]}"
+            ) from None
+        if not _is_out_of_memory(error) or world.size > 1:
             raise
     # Outside the handler: the exception holds every tensor of the step that did not fit.
     raise EngineError(_what_fits(recipe))
 
 
-def _train(run: Run) -> Result:
+def _train(run: Run, world: World) -> Result:
     recipe = run.recipe
-    step, loader = prepare(recipe, recipe.optim.epochs)
+    step, loader = prepare(recipe, recipe.optim.epochs, world)
     where = step.device
     checkpoints = Checkpoints(
         run.path / "checkpoints", keep=recipe.checkpoint.keep, seconds=recipe.checkpoint.seconds
     )
+    board = None
     with bar() as progress, Watch() as watch:
         shown = TrainingBar(progress, recipe.name, recipe.optim.epochs)
 
@@ -276,15 +307,19 @@ def _train(run: Run) -> Result:
                 if board is not None and name not in ("epoch", "step"):
                     board.add_scalar(name, value, row["step"])
 
-        def save(keep: Callable[..., None]) -> None:
+        def keep(name: str, model: torch.nn.Module, row: dict[str, Any]) -> None:
+            run.save(name, model, epoch=row["epoch"], recipe=recipe.name)
+
+        def save(how: Callable[..., None]) -> None:
             tensors, about = trainer.state()
-            keep(step.done, tensors, {**about, "logged": run.logged()})
+            how(step.done, tensors, {**about, "logged": run.logged()})
 
         def safe_point() -> None:
             if watch.stop is not None:
-                save(checkpoints.save)
+                if world.first:
+                    save(checkpoints.save)
                 raise Stopped(watch.stop)
-            if watch.save or checkpoints.due():
+            if world.first and (watch.save or checkpoints.due()):
                 watch.save = False
                 save(checkpoints.try_save)
 
@@ -292,28 +327,27 @@ def _train(run: Run) -> Result:
             step,
             loader,
             epochs=recipe.optim.epochs,
-            validation=as_floats(*split(recipe).validation, where),
+            validation=as_floats(*_part(split(recipe).validation, world), where),
             validation_steps=recipe.validation.steps,
             validate_every=recipe.validation.every,
             seed=recipe.seed,
-            hooks=Hooks(
-                shown.step,
-                epoch,
-                lambda name, net, row: run.save(name, net, epoch=row["epoch"], recipe=recipe.name),
-                safe_point,
-            ),
+            hooks=Hooks(shown.step, epoch, keep, safe_point)
+            if world.first
+            else Hooks(safe_point=safe_point),
         )
         try:
-            found = checkpoints.latest()
+            # The first sets damaged ones aside before the others look.
+            found = checkpoints.latest() if world.first else None
+            distributed.wait()
+            found = found if world.first else checkpoints.latest()
             if found is not None:
                 trainer.load(*found)
-                run.cut_log(_logged(found[1]))
+            if world.first:
+                run.cut_log(_logged(found[1]) if found else 0)
                 trainer.result.rows = run.metrics()
-            else:
-                run.cut_log(0)
-            board = _tensorboard(run.path, step.done)
+                board = _tensorboard(run.path, step.done)
             result = trainer.run()
-            if found is None or step.done > found[1]["done"]:
+            if world.first and (found is None or step.done > found[1]["done"]):
                 # What is left is evaluation: that a resumed run starts there.
                 save(checkpoints.save)
         finally:
@@ -322,6 +356,11 @@ def _train(run: Run) -> Result:
     if board is not None:
         board.close()
     return result
+
+
+def _part(pair: tuple[Tensor, Tensor], world: World) -> tuple[Tensor, Tensor]:
+    x, y = pair
+    return x[world.rank :: world.size], y[world.rank :: world.size]
 
 
 def _logged(about: dict[str, Any]) -> int:

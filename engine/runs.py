@@ -46,13 +46,7 @@ class Run:
         Raises:
             EngineError: if it holds a run already or cannot be written.
         """
-        if path is None:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            path = Path("runs") / f"{_plain(recipe.name)}-{stamp}"
-            number = 2
-            while path.exists():
-                path = path.with_name(f"{_plain(recipe.name)}-{stamp}-{number}")
-                number += 1
+        path = path or cls.new_path(recipe)
         if (path / "recipe.toml").exists():
             raise EngineError(f"{path} holds a run already: choose another --run-dir")
         if path.exists() and not path.is_dir():
@@ -61,6 +55,17 @@ class Run:
         files.write_text(path / "recipe.toml", recipes.dump(recipe))
         files.write_json(path / "environment.json", environment())
         return run
+
+    @staticmethod
+    def new_path(recipe: Recipe) -> Path:
+        """runs/NAME-DATE-TIME, not there yet."""
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        path = Path("runs") / f"{_plain(recipe.name)}-{stamp}"
+        number = 2
+        while path.exists():
+            path = path.with_name(f"{_plain(recipe.name)}-{stamp}-{number}")
+            number += 1
+        return path
 
     @classmethod
     def open(cls, path: Path) -> Run:

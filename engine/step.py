@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import rng
+from . import distributed, rng
 from .adversary import Attack
 from .capture import Recorder
 from .data.loaders import Batch
@@ -45,6 +45,7 @@ class Step:
         take: makes a batch on the device from the random state, with no word to the host (a resident
             loader's); the step then asks for no batch, and a captured one makes its own.
         precision: of the network's passes, see `engine.precision`.
+        seed, rank: of everything random; each process of a run draws its own.
         compile: the network's passes go through torch.compile.
         recorder: captures the step at its first call; None: run it eagerly.
     Attributes:
@@ -65,18 +66,21 @@ class Step:
         take: Callable[[Tensor], Batch] | None = None,
         precision: str = "fp32",
         seed: int = 0,
+        rank: int = 0,
         device: torch.device | str = "cpu",
         compile: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
         objective.check(attack)
         self.network = compiled(model) if compile else model
+        # Among several processes the gradients of its loss are averaged.
+        self._compute = distributed.averaged(self.network, objective)
         self.model, self.objective, self.threat, self.attack = model, objective, threat, attack
         self.optimiser, self.memory, self.take = optimiser, memory, take
         self.device = torch.device(device)
         self.precision = resolve(precision, self.device)
         self.scale = LossScale(self.device, dynamic=self.precision == "fp16")
-        self.state = rng.state(seed, device)
+        self.state = rng.state(rng.of_rank(seed, rank), device)
         dropout.follow(model, self.state)
         self.done = 0
         self.why_eager: str | None = None
@@ -99,8 +103,8 @@ class Step:
             start = batch.start
             if start is None and self.memory is not None:
                 start = self.memory.recall(_samples(batch), x, batch.where)
-            outcome = self.objective(
-                self.network, x, y, self.threat, self.attack, start=start, state=self.state
+            outcome: Outcome = self._compute(
+                x, y, self.threat, self.attack, start=start, state=self.state
             )
         self.optimiser.zero_grad()
         with phase(TRAIN_BACKWARD):
@@ -156,14 +160,16 @@ class Step:
         self.model.train()
         self.network.train()
 
-    def means(self) -> dict[str, float]:
+    def means(self, *, everywhere: bool = False) -> dict[str, float]:
         """Batch means since `clear`, and `adv_accuracy` [0..1]. Waits for the device, once.
 
-        Of the steps that were applied; `skipped` is the number of the others.
+        Of the steps that were applied; `skipped` is the number of the others. Of this process's part of
+        the batches; of all parts with `everywhere`, which every process must then ask for.
         """
         if not self._terms:
             return {}
-        skipped, *values = self._sums.tolist()
+        sums = self._sums.clone()
+        skipped, *values = (distributed.mean_(sums) if everywhere else sums).tolist()
         applied = self.batches - skipped or math.nan
         found = {name: value / applied for name, value in zip(self._terms, values, strict=False)}
         found["adv_accuracy"] *= self.batches / self.images

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import evaluation
+from . import distributed, evaluation
 from .data.loaders import Batch, Loader, ResidentLoader
 from .errors import EngineError
 from .step import Step
@@ -73,7 +74,8 @@ class Trainer:
         step: its optimiser has a learning rate for each of `epochs` times `len(loader)` steps.
         loader: yields `Batch`es with `samples` and `where` if the step has an adversary memory. Where the
             step takes its batches itself, they are this loader's.
-        validation: held-out (x float32 [V, C, H, W] in [0, 1], y int64 [V]), never the test set.
+        validation: held-out (x float32 [V, C, H, W] in [0, 1], y int64 [V]), never the test set; of
+            several processes each has its part of it.
         seed: of the validation attack.
     """
 
@@ -192,7 +194,7 @@ class Trainer:
             if step.done < end:
                 self.hooks.safe_point()
         # The epoch's only read from the device, unless a hook asks for more.
-        means = step.means()
+        means = step.means(everywhere=True)
         seconds = time.perf_counter() - self._began
         result.steps, result.train_seconds = step.done, before + seconds
         self._began = time.perf_counter()
@@ -201,7 +203,7 @@ class Trainer:
             "step": step.done,
             "lr": step.optimiser.rates[step.done - 1],
             "train_seconds": result.train_seconds,
-            "images_per_second": (step.images - images) / seconds,
+            "images_per_second": distributed.size() * (step.images - images) / seconds,
             **means,
         }
 
@@ -253,6 +255,8 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         assert self.validation is not None
         x, y = self.validation
+        for model in {id(m): m for m in (self.step.model, self.step.optimiser.average)}.values():
+            distributed.average_statistics(model)
         with evaluation.evaluation_mode(self.step.optimiser.average) as model:
             clean = evaluation.predictions(model, x) == y
             robust = evaluation.pgd(
@@ -264,7 +268,7 @@ class Trainer:
                 restarts=1,
                 seed=self.seed,
             )
-        return {
-            "val_clean": float(clean.double().mean()),
-            "val_pgd": float(robust.double().mean()),
-        }
+        # Each process has a part of the images, of nearly the same size.
+        right = torch.stack([clean.double().sum(), robust.double().sum(), y.new_tensor(len(y))])
+        right_clean, right_robust, count = distributed.mean_(right).tolist()
+        return {"val_clean": right_clean / count, "val_pgd": right_robust / count}
