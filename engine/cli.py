@@ -169,6 +169,8 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
 
     _keep_freed_memory()
     evaluated = not arguments.no_eval
+    if arguments.nproc < 1:
+        raise EngineError(f"--nproc must be at least 1, got {arguments.nproc}")
     world = distributed.join()
     stderr.quiet = not world.first
     if arguments.resume is not None:

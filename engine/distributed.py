@@ -123,7 +123,7 @@ def gather(t: Tensor) -> Tensor:
     if not active():
         return t
     found = t.new_empty((size() * t.shape[0], *t.shape[1:]))
-    dist.all_gather_into_tensor(found, t.contiguous())
+    dist.all_gather_single(found, t.contiguous())
     return found
 
 
@@ -174,6 +174,9 @@ def launch(processes: int, words: Sequence[str], *, restarts: int = 3) -> int:
 
     # What it has to say of a failure the processes have said themselves.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # Shared with the launcher, the store would hand a restarted process its dead forerunners' addresses
+    # (github.com/pytorch/pytorch/issues/135712).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,

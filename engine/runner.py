@@ -319,7 +319,10 @@ def _train(run: Run, world: World) -> Result:
                 if world.first:
                     save(checkpoints.save)
                 raise Stopped(watch.stop)
-            if world.first and (watch.save or checkpoints.due()):
+            # Within an epoch the processes' means and BatchNorm statistics differ: then what is saved is
+            # exact for one process, and for several the first one's, on a signal only.
+            whole = world.size == 1 or trainer.step.batches == 0
+            if world.first and whole and (watch.save or checkpoints.due()):
                 watch.save = False
                 save(checkpoints.try_save)
 

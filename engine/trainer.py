@@ -193,6 +193,8 @@ class Trainer:
             self.hooks.step(step.done, total, step.means)
             if step.done < end:
                 self.hooks.safe_point()
+        for model in {id(m): m for m in (step.model, step.optimiser.average)}.values():
+            distributed.average_statistics(model)
         # The epoch's only read from the device, unless a hook asks for more.
         means = step.means(everywhere=True)
         seconds = time.perf_counter() - self._began
@@ -255,8 +257,6 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         assert self.validation is not None
         x, y = self.validation
-        for model in {id(m): m for m in (self.step.model, self.step.optimiser.average)}.values():
-            distributed.average_statistics(model)
         with evaluation.evaluation_mode(self.step.optimiser.average) as model:
             clean = evaluation.predictions(model, x) == y
             robust = evaluation.pgd(
