@@ -224,14 +224,14 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _new_run(recipe: Recipe, path: Path | None, world: World) -> Run:
     """The run's folder, made by the first process; the one that is there where torchrun starts again."""
     from . import distributed
-    from .runs import Run
+    from .runs import Run, plain
 
     if world.size == 1:
         return Run.create(recipe, path)
     if path is None:
         # All processes must come upon the same one, after a restart as well.
         number = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        path = Path("runs") / f"{recipe.name}-{number}"
+        path = Path("runs") / f"{plain(recipe.name)}-{number}"
     there = (path / "recipe.toml").exists()
     if world.first and not (there and world.restarts):
         Run.create(recipe, path)

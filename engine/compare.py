@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from . import files, plots, runner
+from . import files, plots, runner, runs
 from . import recipe as recipes
 from .errors import EngineError
 from .progress import bar, stderr, stdout
@@ -120,8 +120,8 @@ def _is_protocol(name: str) -> bool:
 
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(files.read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise EngineError(f"cannot read {path}: {error}") from None
 
 
@@ -149,6 +149,12 @@ def _from_file(path: Path) -> Protocol:
     ]
     if wrong:
         raise EngineError(f"{path}: {wrong[0]} is missing or not what it should be")
+    for name in spec["methods"]:
+        # They become folders' names, and protocols come from strangers as well.
+        if name != runs.plain(name):
+            raise EngineError(
+                f"{path}: methods have plain names, letters, digits and -_. : {name!r}"
+            )
     common = recipes.merged(recipes.tree(spec["base"]), spec.get("common", {}))
     methods = {
         name: {**recipes.merged(common, change), "name": name}

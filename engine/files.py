@@ -50,6 +50,24 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
+def read_text(path: Path, limit: int = 64 << 20, what: str = "") -> str:
+    """A text file of at most `limit` bytes; `what` it is, for the message.
+
+    Raises:
+        EngineError: where it cannot be read, is larger, or is no UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise EngineError(f"{what}{path} has more than {limit:,} bytes: not what it should be")
+        return data.decode("utf-8")
+    except OSError as error:
+        raise EngineError(f"cannot read {what}{path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise EngineError(f"cannot read {what}{path}: it is not UTF-8 text") from None
+
+
 def write_text(path: Path, text: str) -> None:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

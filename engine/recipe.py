@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticUndefined
 
+from . import files
 from .adversary import Attack
 from .data.loaders import LoaderName
 from .data.own import absolute
@@ -181,6 +182,8 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
 
+# A recipe is a page of text; a larger one is something else.
+_RECIPE_BYTES = 1 << 20
 _ADAPTER = TypeAdapter(Recipe)
 _DEFAULT_OBJECTIVE = LocalBall().name
 
@@ -242,10 +245,7 @@ def dump(recipe: Recipe) -> str:
 def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix == ".toml":
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise EngineError(f"cannot read recipe {name_or_path}: {_reason(error)}") from None
+        text = files.read_text(path, _RECIPE_BYTES, "recipe ")
     elif name_or_path in names():
         text = resources.files("engine").joinpath("recipes", f"{name_or_path}.toml").read_text()
     else:
@@ -255,7 +255,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
         )
     try:
         tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise EngineError(f"recipe {name_or_path}: not valid TOML: {error}") from None
     tree.setdefault("name", path.stem)
     parent = tree.pop("extends", None)
@@ -397,10 +397,6 @@ def _one_line(error: ValidationError) -> str:
     shown = "" if isinstance(got, dict) else f", got {got!r}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
     return f"{'.'.join(seen) or 'recipe'}: {message}{shown}"
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or "it is not UTF-8 text"
 
 
 def _without_none(value: Any) -> Any:

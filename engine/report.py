@@ -47,8 +47,27 @@ def build(run: Run) -> Path:
     replaced by a sentence that says why, and its old picture goes.
 
     Raises:
-        EngineError: for a damaged JSON file, or a folder that cannot be written.
+        EngineError: for files that are damaged or not a run's, or a folder that cannot be written.
     """
+    try:
+        return _build(run)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        jinja2.UndefinedError,
+    ) as error:
+        # Only a stranger's or a damaged folder gets here: what the engine writes it can read.
+        what = str(error).split("\n")[0]
+        raise EngineError(
+            f"{run.path}: its files are not what a run writes ({type(error).__name__}: {what})"
+        ) from error
+
+
+def _build(run: Run) -> Path:
     rows, found = run.metrics(), run.read_json("evaluation.json")
     summary, environment = run.read_json("summary.json"), run.read_json("environment.json")
     best = summary.get("best_epoch") or _best_epoch(rows)

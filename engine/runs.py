@@ -60,10 +60,10 @@ class Run:
     def new_path(recipe: Recipe) -> Path:
         """runs/NAME-DATE-TIME, not there yet."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        path = Path("runs") / f"{_plain(recipe.name)}-{stamp}"
+        path = Path("runs") / f"{plain(recipe.name)}-{stamp}"
         number = 2
         while path.exists():
-            path = path.with_name(f"{_plain(recipe.name)}-{stamp}-{number}")
+            path = path.with_name(f"{plain(recipe.name)}-{stamp}-{number}")
             number += 1
         return path
 
@@ -143,7 +143,7 @@ class Run:
         """The logged rows; a line cut short by a crash is left out."""
         path = self.path / "metrics.jsonl"
         rows = []
-        text = path.read_text(errors="replace") if path.exists() else ""
+        text = files.read_text(path) if path.exists() else ""
         for line in text.split("\n"):
             try:
                 row = json.loads(line)
@@ -157,9 +157,12 @@ class Run:
         """A JSON file of the run, or {} where it is not there."""
         path = self.path / name
         try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except (OSError, json.JSONDecodeError) as error:
+            found = json.loads(files.read_text(path)) if path.exists() else {}
+        except (json.JSONDecodeError, RecursionError) as error:
             raise EngineError(f"{path} is damaged: {error}") from None
+        if not isinstance(found, dict):
+            raise EngineError(f"{path} is damaged: it holds no fields")
+        return found
 
     def write_json(self, name: str, value: object) -> None:
         files.write_json(self.path / name, value)
@@ -253,6 +256,6 @@ def _commit() -> str | None:
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A recipe's name as a folder's: no separators, nothing hidden."""
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".-") or "run"
