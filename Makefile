@@ -41,7 +41,7 @@ soak: .venv/ready ## kill and resume real runs: make soak KILLS=50
 	@$(BIN)/python -m tests.soak --kills $(or $(KILLS),50)
 
 rivals: .venv/ready ## packages that `engine bench step` compares with; they pin what they do not need
-	@$(BIN)/pip install -q --no-deps torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 six tqdm
+	@$(BIN)/pip install -q --no-deps torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 robustbench==1.1.1 six tqdm
 
 check: .venv/ready ## lint, format, types
 	@$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `engine train|eval|report|compare|data|export|doctor`."""
+"""The command line: `engine train|eval|export|report|compare|data|plan|bench|doctor|kernels`."""
 
 from __future__ import annotations
 
@@ -96,7 +96,20 @@ def build_parser() -> Parser:
     evaluate = add("eval", _eval, "evaluate a run's checkpoint again", overridable=True)
     evaluate.add_argument("run_dir", type=Path, metavar="RUN")
     evaluate.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    evaluate.add_argument(
+        "--masking", action="store_true", help="look for masked gradients instead of evaluating"
+    )
+    evaluate.add_argument(
+        "--transfer",
+        type=Path,
+        metavar="RUN",
+        help="with --masking: try that run's adversaries too",
+    )
     evaluate.add_argument("--json", action="store_true")
+
+    export = add("export", _export, "weights, RobustBench's claim and a model card of a run")
+    export.add_argument("run_dir", type=Path, metavar="RUN")
+    export.add_argument("--out", type=Path, help="folder; default RUN/export")
 
     report = add("report", _report, "rebuild a run's report.html")
     report.add_argument("run_dir", type=Path, metavar="RUN")
@@ -266,6 +279,17 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     Run.open(arguments.run_dir)
     recipe = recipes.load(str(arguments.run_dir / "recipe.toml"), overrides)
     run = Run(arguments.run_dir, recipe)
+    if arguments.transfer and not arguments.masking:
+        raise EngineError("--transfer belongs to --masking")
+    if arguments.masking:
+        surrogate = Run.open(arguments.transfer) if arguments.transfer else None
+        masking = runner.check_masking(run, arguments.checkpoint, surrogate)
+        report.build(run)
+        if arguments.json:
+            print(json.dumps(masking))
+        else:
+            _rows(masking["checks"], as_json=False)
+        return 0 if masking["passed"] else 1
     found = runner.evaluate_run(run, arguments.checkpoint)
     report.build(run)
     row = {
@@ -279,6 +303,15 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
         "run_dir": str(run.path),
     }
     _show(row, arguments.json)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from .export import export
+    from .runs import Run
+
+    for path in export(Run.open(arguments.run_dir), arguments.out):
+        print(path)
     return 0
 
 

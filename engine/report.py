@@ -87,6 +87,7 @@ def _build(run: Run) -> Path:
         "facts": _facts(run.recipe, rows, summary, best),
         "cascade": _cascade(found),
         "evaluation": found,
+        "masking": run.read_json("masking.json"),
         "worst_case": _worst_case(found),
         "views": {view.name: view for view in views},
         "first_fields": _first_fields(run.recipe),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, evaluation, models
+from . import distributed, evaluation, masking, models
 from .capture import CudaGraphs, Recorder, unavailable
 from .checkpoint import Checkpoints
 from .data import datasets, loaders
@@ -31,6 +31,8 @@ from .step import Step
 from .trainer import Hooks, Result, Trainer
 
 _ALONE = World()
+# Enough for differences of five points, and affordable.
+_MASKING_EXAMPLES = 500
 
 # One dataset serves the check, the training, the evaluation and the report of a process.
 _load = lru_cache(maxsize=4)(datasets.load)
@@ -405,6 +407,11 @@ def load_model(run: Run, checkpoint: str = "best") -> Any:
     return model.to(device()).eval()
 
 
+def test_size(recipe: Recipe) -> int:
+    """How many test images the recipe's dataset has."""
+    return len(_load(recipe.data.name, "test").images)
+
+
 def test_set(recipe: Recipe) -> tuple[Tensor, Tensor]:
     """The first `evaluation.examples` test images as floats in [0, 1], on the device."""
     data = _load(recipe.data.name, "test")
@@ -439,6 +446,43 @@ def evaluate_run(run: Run, checkpoint: str = "best") -> evaluation.Report:
         report, name=recipe.name, architecture=recipe.model.name, dataset=recipe.data.name
     )
     run.write_json("evaluation.json", {**fields, "checkpoint": checkpoint})
+    return report
+
+
+def check_masking(
+    run: Run, checkpoint: str = "best", surrogate: Run | None = None
+) -> dict[str, Any]:
+    """Look for masked gradients on the first test images; writes and returns masking.json.
+
+    Args:
+        surrogate: a run on the same dataset, whose adversaries are transferred to this one.
+    Raises:
+        EngineError: for a surrogate of another dataset.
+    """
+    recipe = run.recipe
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    if surrogate is not None and surrogate.recipe.data.name != recipe.data.name:
+        raise EngineError(
+            f"{surrogate.path} is of {surrogate.recipe.data.name}: transfer needs one dataset"
+        )
+    x, y = (t[:_MASKING_EXAMPLES] for t in test_set(recipe))
+    other = None if surrogate is None else load_model(surrogate)
+    model = load_model(run, checkpoint)
+    with bar() as progress, evaluation.evaluation_mode(model):
+        found = masking.checks(
+            model,
+            x,
+            y,
+            recipe.threat,
+            surrogate=other,
+            seed=recipe.seed,
+            progress=EvaluationBar(progress),
+        )
+    report = {**masking.report(found, len(x)), "checkpoint": checkpoint}
+    if surrogate is not None:
+        report["surrogate"] = surrogate.recipe.name
+    run.write_json("masking.json", report)
     return report
 
 
