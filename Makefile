@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train test test-all test-gpu soak rivals check bench clean help
+.PHONY: all train reproduce-cifar10 test test-all test-gpu soak rivals check bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +12,7 @@ PIP_FLAGS ?=
 DALI ?= dali
 
 help: ## show the commands
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -e 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*## ' Makefile | sed -e 's/:.*## /\t/' | expand -t 20
 
 all: .venv/ready ## set up .venv with the engine and everything it needs
 
@@ -26,6 +26,10 @@ all: .venv/ready ## set up .venv with the engine and everything it needs
 train: .venv/ready ## get Fashion-MNIST, train with the local-ball method, evaluate, report
 	@$(BIN)/python -m engine data fetch fashion-mnist
 	@$(BIN)/python -m engine train fashion-mnist
+
+reproduce-cifar10: .venv/ready ## the claim at full scale; needs a GPU, can be stopped and gone on with
+	@$(BIN)/python -m engine data fetch cifar10
+	@$(BIN)/python -m engine compare benchmarks/studies/cifar10.toml --out runs/reproduce-cifar10
 
 test: .venv/ready ## the whole test suite but its slow forms
 	@$(BIN)/python -m engine data fetch fashion-mnist || echo 'engine: tests on Fashion-MNIST will be skipped'

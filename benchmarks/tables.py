@@ -123,6 +123,33 @@ def plans(recipes: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong"
     return "\n".join(lines)
 
 
+def full_scale() -> str:
+    """A Markdown table of the recipes for MNIST and CIFAR: what they are, and `engine plan`'s prediction."""
+    from engine import plan, recipe
+
+    lines = [
+        "| recipe | network | Linf | objective, k | passes | epochs | H100, min (predicted) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in recipe.names():
+        loaded = recipe.load(name)
+        if loaded.data.name not in ("mnist", "cifar10", "cifar100"):
+            continue
+        eps = loaded.threat.eps
+        found = plan.plan(loaded, "h100")
+        cells = [
+            f"`{name}`",
+            loaded.model.name,
+            f"{eps * 255:.0f}/255" if loaded.data.name != "mnist" else f"{eps:g}",
+            f"{loaded.objective.name}, {loaded.attack.steps}",
+            found.passes["total"],
+            loaded.optim.epochs,
+            f"{found.train_minutes:.2g}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def stored() -> dict[str, tuple[str, str]]:
     """Every stored result: by file name, the document that shows it and its table."""
     found, makers = {}, {"ops": ops, "step": step, "loaders": loaders}
@@ -148,4 +175,5 @@ def _percent(mean: float | None, deviation: float | None = None) -> str:
 if __name__ == "__main__":
     for name, (document, table) in stored().items():
         print(f"{name}, for {document}\n\n{table}\n")
-    print(f"engine plan, for docs/plan.md\n\n{plans()}")
+    print(f"engine plan, for docs/plan.md\n\n{plans()}\n")
+    print(f"full scale, for docs/recipes.md\n\n{full_scale()}")

@@ -94,6 +94,25 @@ def test_architecture_names_every_module():
     assert engine.__doc__
 
 
+@pytest.mark.slow
+def test_full_scale_recipes_in_the_docs_are_those_of_engine_plan():
+    from benchmarks import tables
+
+    assert tables.full_scale() in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_every_full_scale_recipe_is_in_the_docs():
+    """The short form: names, networks and budgets; predictions are `engine plan`'s (slow)."""
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name in recipe.names():
+        loaded = recipe.load(name)
+        if loaded.data.name in ("mnist", "cifar10", "cifar100"):
+            (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+            passes = loaded.objective.passes(loaded.attack).total
+            assert f"| {loaded.model.name} |" in row
+            assert f"| {passes} | {loaded.optim.epochs} |" in row
+
+
 def test_predictions_in_the_docs_are_those_of_engine_plan():
     from engine.benchmarks import tables
 
