@@ -7,14 +7,20 @@ so listeners hear a capture and no replay.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Protocol
+
+import torch
 
 ATTACK_FORWARD, ATTACK_BACKWARD = "attack forward", "attack backward"
 ATTACK_START, ATTACK_STEP = "attack start", "attack step"
 TRAIN_FORWARD, TRAIN_BACKWARD = "train forward", "train backward"
 LOSS, OPTIMISER, BOOKKEEPING = "loss", "optimiser", "bookkeeping"
 DATA = "data"
+
+# What nsys, ncu and `engine profile` leave in the environment of the process that they watch.
+_ATTACHED = ("NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_PORT_BASE", "ENGINE_PROFILER")
 
 
 class Listener(Protocol):
@@ -42,6 +48,27 @@ class phase:
     def __exit__(self, *_: object) -> None:
         for listener in reversed(_listeners):
             listener.exit(self.name)
+
+
+class _Nvtx:
+    """A range in NVIDIA's profilers for each phase."""
+
+    def enter(self, name: str) -> None:
+        torch.cuda.nvtx.range_push(name)
+
+    def exit(self, name: str) -> None:
+        torch.cuda.nvtx.range_pop()
+
+
+@contextlib.contextmanager
+def nvtx() -> Iterator[None]:
+    """Within the block phases are NVTX ranges where a profiler of NVIDIA's is attached; else nothing changes."""
+    attached = any(name in os.environ for name in _ATTACHED)
+    if not (attached and torch.cuda.is_available()):
+        yield
+        return
+    with listening(_Nvtx()):
+        yield
 
 
 @contextlib.contextmanager

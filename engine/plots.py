@@ -230,6 +230,18 @@ def draw_curves(
         ax.legend()
 
 
+def draw_phases(ax: Axes, shares: Mapping[str, float], step_ms: float) -> None:
+    """A bar for each phase of a step: its share of the time [0..1], and milliseconds."""
+    names = list(shares)[::-1]
+    ax.barh(names, [shares[name] for name in names], color=_SERIES[0])
+    for place, name in enumerate(names):
+        text = f"{shares[name]:.1%}, {shares[name] * step_ms:.3g} ms"
+        ax.annotate(text, (shares[name], place), (4, 0), textcoords="offset points", va="center")
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.set_xlim(0, 1.25 * max(shares.values()))
+    ax.set_title(f"Where a step of {step_ms:.3g} ms goes")
+
+
 def _line(
     ax: Axes,
     rows: Sequence[Mapping[str, Any]],

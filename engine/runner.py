@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, evaluation, masking, models
+from . import distributed, evaluation, masking, models, phases
 from .capture import CudaGraphs, Recorder, unavailable
 from .checkpoint import Checkpoints
 from .data import datasets, loaders
@@ -299,7 +299,7 @@ def _train(run: Run, world: World) -> Result:
         run.path / "checkpoints", keep=recipe.checkpoint.keep, seconds=recipe.checkpoint.seconds
     )
     board = None
-    with bar() as progress, Watch() as watch:
+    with bar() as progress, Watch() as watch, phases.nvtx():
         shown = TrainingBar(progress, recipe.name, recipe.optim.epochs)
 
         def epoch(row: dict[str, Any]) -> None:
@@ -504,7 +504,7 @@ def summary(run: Run, result: Result, report: evaluation.Report | None) -> dict[
         "steps": result.steps,
         "best_epoch": result.best_epoch,
         "rolled_back": result.rolled_back,
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
         "run_dir": str(run.path),
     }
     run.write_json("summary.json", row)
@@ -516,7 +516,7 @@ def as_floats(images: Tensor, labels: Tensor, where: torch.device) -> tuple[Tens
     return images.to(where).float() / 255.0, labels.to(where)
 
 
-def _peak_memory_mb() -> int | None:
+def peak_memory_mb() -> int | None:
     """The device's peak where it is a GPU, the process's own on the CPU; None where the system does not say."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() >> 20

@@ -1,0 +1,297 @@
+"""Where a step's time goes: by phase, by operator, and the commands for NVIDIA's profilers."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import audit, files, phases, plots, runner
+from .errors import EngineError
+from .recipe import Recipe
+from .runs import environment
+
+_WARM_UP = 5
+# They read a few rows of what they are given: its size says nothing of the traffic.
+_GATHERS = {"engine::augment", "engine::recall", "engine::remember", "aten::index_select"}
+# Set for the process that a profiler watches.
+WATCHED = "ENGINE_PROFILER"
+_TOOLS = {
+    "nsys": (
+        "nsys", "profile", "--trace=cuda,nvtx,osrt", "--capture-range=cudaProfilerApi",
+        "--capture-range-end=stop", "--cuda-graph-trace=node", "--force-overwrite=true", "-o",
+    ),
+    "ncu": (
+        "ncu", "--set=full", "--nvtx", "--profile-from-start=off", "--graph-profiling=node",
+        "--launch-count=200", "--force-overwrite", "-o",
+    ),
+}  # fmt: skip
+
+
+class Clock:
+    """A phase listener that adds up each phase's own time, inner phases not counted twice.
+
+    On the CPU by the clock; on a GPU by events, which say how long the device was at it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self._cuda = device.type == "cuda"
+        self._stack: list[str] = []
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._since: Any = None
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def enter(self, name: str) -> None:
+        self._switch()
+        self._stack.append(name)
+        self.calls[name] += 1
+
+    def exit(self, name: str) -> None:
+        self._switch()
+        self._stack.pop()
+
+    def _switch(self) -> None:
+        now = self._now()
+        if self._stack:
+            self._spans.append((self._stack[-1], self._since, now))
+        self._since = now
+
+    def finish(self) -> None:
+        """Sum up; waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        for name, begin, end in self._spans:
+            self.seconds[name] += begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+        self._spans.clear()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `engine profile` found.
+
+    Attributes:
+        step_ms: p20, p50, p80 of the step as training runs it; images_per_second by the median.
+        phases: share of the eager step's time of each phase, `other` what no phase covers [0..1].
+        covered: what the named phases cover [0..1].
+        ops_per_step: operators dispatched, views and allocations left out; by the audit.
+        host_syncs: reads of a device value within a step; by the audit.
+        cpu_ms, device_ms: of a step in torch.profiler; device_ms is None without a GPU.
+        top_ops: op, calls a step, ms a step of its own, share of all operators, gb_per_s (its inputs
+            taken as float32, once: a lower bound; None for gathers), share_of_copy (against a large copy
+            on this machine).
+    """
+
+    recipe: str
+    environment: dict[str, Any]
+    batch: int
+    steps: int
+    step_ms: tuple[float, float, float]
+    images_per_second: float
+    phases: dict[str, float]
+    covered: float
+    ops_per_step: int
+    host_syncs: int
+    cpu_ms: float
+    device_ms: float | None
+    top_ops: list[dict[str, Any]]
+    copy_gb_per_s: float
+    peak_memory_mb: int | None
+    trace: str
+    picture: str
+    next: str
+
+
+def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
+    """Profile the recipe's training step; writes trace.json, phases.png and profile.json into `out`."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    out.mkdir(parents=True, exist_ok=True)
+    call = runner.step_of(recipe)
+    for _ in range(_WARM_UP):
+        call()
+    times = [_timed(call) for _ in range(steps)]
+
+    # By phase the step must run eagerly: Python is not there when a graph replays.
+    device = runner.device()
+    eager = runner.step_of(_eager(recipe))
+    for _ in range(_WARM_UP):
+        eager()
+    clock = Clock(device)
+    with phases.listening(clock):
+        whole = sum(_timed(eager) for _ in range(steps))
+        clock.finish()
+    shares = {name: seconds / whole for name, seconds in clock.seconds.most_common()}
+    covered = sum(shares.values())
+    shares["other"] = max(0.0, 1.0 - covered)
+
+    trace = out / "trace.json"
+    cpu_ms, device_ms, top = _operators(eager, steps=min(steps, 10), trace=trace)
+    copied = _copy_gb_per_s(device)
+    for row in top:
+        row["share_of_copy"] = row["gb_per_s"] and row["gb_per_s"] / copied
+    found = audit.audit(recipe)
+    p20, p50, p80 = (1e3 * q for q in _quantiles(times))
+    picture = out / "phases.png"
+    result = Profile(
+        recipe=recipe.name,
+        environment=environment(),
+        batch=recipe.optim.batch_size,
+        steps=steps,
+        step_ms=(p20, p50, p80),
+        images_per_second=recipe.optim.batch_size / p50 * 1e3,
+        phases=shares,
+        covered=covered,
+        ops_per_step=sum(found.ops.values()),
+        host_syncs=sum("on the host" in line for line in found.complaints),
+        cpu_ms=cpu_ms,
+        device_ms=device_ms,
+        top_ops=top,
+        copy_gb_per_s=copied,
+        peak_memory_mb=runner.peak_memory_mb(),
+        trace=str(trace),
+        picture=str(picture),
+        next=shlex.join(command("nsys", [recipe.name], out / "nsys")),
+    )
+    with plots.style():
+        figure, (ax,) = plots.panels(width=8.0, height=3.4)
+        plots.draw_phases(ax, shares, p50)
+        plots.save_png(figure, picture)
+    files.write_json(out / "profile.json", asdict(result))
+    return result
+
+
+def _eager(recipe: Recipe) -> Recipe:
+    from dataclasses import replace
+
+    return replace(recipe, step=replace(recipe.step, capture="off"))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _quantiles(times: Sequence[float]) -> tuple[float, float, float]:
+    ordered = sorted(times)
+    return (
+        ordered[len(ordered) // 5],
+        statistics.median(ordered),
+        ordered[min(len(ordered) - 1, len(ordered) * 4 // 5)],
+    )
+
+
+def _operators(
+    call: Callable[[], object], *, steps: int, trace: Path
+) -> tuple[float, float | None, list[dict[str, Any]]]:
+    """CPU and device milliseconds a step, and the operators with the most time of their own."""
+    from torch.profiler import ProfilerActivity
+
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with torch.profiler.profile(activities=activities, record_shapes=True) as session:
+        for _ in range(steps):
+            call()
+    session.export_chrome_trace(str(trace))
+    kind = "self_device_time_total" if cuda else "self_cpu_time_total"
+    rows: dict[str, dict[str, float]] = {}
+    cpu = device = 0.0
+    for event in session.key_averages(group_by_input_shape=True):
+        cpu += event.self_cpu_time_total
+        device += getattr(event, "self_device_time_total", 0.0)
+        row = rows.setdefault(event.key, {"calls": 0, "us": 0.0, "bytes": 0.0})
+        numbers = [shape for shape in event.input_shapes or () if _is_shape(shape)]
+        row["calls"] += event.count
+        row["us"] += getattr(event, kind)
+        row["bytes"] += event.count * sum(4 * torch.Size(shape).numel() for shape in numbers)
+    total = device if cuda else cpu
+    top = sorted(rows.items(), key=lambda item: -item[1]["us"])[:12]
+    found = [
+        {
+            "op": name,
+            "calls": row["calls"] / steps,
+            "ms": row["us"] / 1e3 / steps,
+            "share": row["us"] / max(total, 1e-9),
+            "gb_per_s": None if name in _GATHERS else row["bytes"] / max(row["us"], 1e-9) / 1e3,
+        }
+        for name, row in top
+    ]
+    return cpu / 1e3 / steps, device / 1e3 / steps if cuda else None, found
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, list) and bool(shape) and all(isinstance(n, int) for n in shape)
+
+
+def _copy_gb_per_s(device: torch.device) -> float:
+    """Bytes read and written a second by a copy of 64 MB, the best of five."""
+    source = torch.ones(1 << 24, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    copy()
+    return 2 * source.numel() * 4 / min(_timed(copy) for _ in range(5)) / 1e9
+
+
+# ---- NVIDIA's profilers ------------------------------------------------------------------------
+
+
+def command(tool: str, words: Sequence[str], out: Path) -> list[str]:
+    """The command that has `tool` ("nsys" or "ncu") watch `engine profile WORDS`."""
+    inner = [sys.executable, "-m", "engine", "profile", *words]
+    return ["env", f"{WATCHED}={tool}", *_TOOLS[tool], str(out), *inner]
+
+
+def run_tool(tool: str, words: Sequence[str], out: Path) -> int:
+    """Run the profiler where it is installed; its exit status.
+
+    Raises:
+        EngineError: where it is not: with the command to run where it is.
+    """
+    words = command(tool, words, out)
+    if shutil.which(tool) is None:
+        raise EngineError(f"{tool} is not installed here; where it is, run: {shlex.join(words)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return subprocess.run(words).returncode
+
+
+def watched(recipe: Recipe, *, steps: int = 20) -> None:
+    """Run steps between the profiler's marks, with NVTX ranges: what `run_tool` starts."""
+    call = runner.step_of(recipe)
+    for _ in range(_WARM_UP):
+        call()
+    runtime = torch.cuda.cudart()
+    with phases.nvtx():
+        runtime.cudaProfilerStart()
+        for _ in range(steps):
+            call()
+        torch.cuda.synchronize()
+        runtime.cudaProfilerStop()
+
+
+def is_watched() -> bool:
+    """Whether a profiler started this process to watch it."""
+    return os.environ.get(WATCHED) in _TOOLS and torch.cuda.is_available()

@@ -1,0 +1,118 @@
+"""Profiles: every millisecond of a step has a name, and the profilers' commands are whole."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+from engine import cli, phases, profiling
+from engine import recipe as recipes
+
+
+def test_a_clock_gives_each_phase_its_own_time():
+    clock = profiling.Clock(torch.device("cpu"))
+    with phases.listening(clock):
+        with phases.phase("outer"):
+            time.sleep(0.02)
+            with phases.phase("inner"):
+                time.sleep(0.05)
+            time.sleep(0.02)
+        time.sleep(0.03)
+        with phases.phase("inner"):
+            time.sleep(0.01)
+    clock.finish()
+    assert clock.seconds["outer"] == pytest.approx(0.04, abs=0.02)
+    assert clock.seconds["inner"] == pytest.approx(0.06, abs=0.02)
+    assert clock.calls == {"outer": 1, "inner": 2}
+
+
+def test_a_profile_accounts_for_the_step(tmp_path, capsys):
+    words = ["profile", "quickstart", "--out", str(tmp_path / "p"), "--steps", "10", "--json"]
+    assert cli.run(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["covered"] >= 0.9
+    assert sum(found["phases"].values()) == pytest.approx(1.0, abs=0.01)
+    assert {"data", "attack forward", "attack backward", "attack step", "train forward",
+            "train backward", "optimiser", "other"} <= found["phases"].keys()  # fmt: skip
+    p20, p50, p80 = found["step_ms"]
+    assert 0 < p20 <= p50 <= p80
+    assert found["host_syncs"] == 0
+    assert found["ops_per_step"] > 20
+    assert found["device_ms"] is None or found["device_ms"] > 0
+    shares = [row["share"] for row in found["top_ops"]]
+    assert shares == sorted(shares, reverse=True)
+    assert (tmp_path / "p" / "phases.png").stat().st_size > 5000
+    assert "traceEvents" in json.loads((tmp_path / "p" / "trace.json").read_text())
+    assert "--capture-range=cudaProfilerApi" in found["next"]
+
+
+@pytest.mark.slow
+def test_a_profile_of_the_default_recipe_accounts_for_95_percent(tmp_path):
+    from engine.data import datasets
+
+    if datasets.info("fashion-mnist").folder is None:
+        pytest.skip("Fashion-MNIST is not on this machine")
+    found = profiling.profile(recipes.load("fashion-mnist"), tmp_path)
+    assert found.covered >= 0.95
+
+
+def test_a_profile_reads_as_a_table(tmp_path, capsys):
+    words = ["profile", "quickstart", "--out", str(tmp_path), "--steps", "3"]
+    assert cli.run([*words, "--attack.steps", "1"]) == 0
+    out = capsys.readouterr().out
+    for word in ("machine", "p50", "attack backward", "of copy", "trace", "next"):
+        assert word in out
+
+
+def test_a_missing_profiler_is_one_line_with_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(profiling.shutil, "which", lambda name: None)
+    words = ["profile", "quickstart", "--out", str(tmp_path), "--tool"]
+    assert cli.run([*words, "nsys", "--attack.steps=1"]) == 2
+    err = capsys.readouterr().err
+    assert "nsys is not installed here" in err
+    assert "--cuda-graph-trace=node" in err
+    assert "quickstart --attack.steps=1" in err
+    assert err.count("\n") == 1
+    assert cli.run([*words, "ncu"]) == 2
+    assert "--graph-profiling=node" in capsys.readouterr().err
+
+
+def test_an_installed_profiler_is_run(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(profiling.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(
+        profiling.subprocess,
+        "run",
+        lambda words: ran.append(words) or type("Done", (), {"returncode": 0}),
+    )
+    assert cli.run(["profile", "quickstart", "--tool", "nsys", "--out", str(tmp_path)]) == 0
+    (words,) = ran
+    assert words[:4] == ["env", "ENGINE_PROFILER=nsys", "nsys", "profile"]
+    assert words[words.index("-o") + 1] == str(tmp_path / "nsys")
+
+
+def test_phases_are_nvtx_ranges_only_under_a_profiler(monkeypatch):
+    """And never a cost without one: no listener is there."""
+    for name in phases._ATTACHED:
+        monkeypatch.delenv(name, raising=False)
+    with phases.nvtx():
+        assert phases._listeners == []
+    pushed = []
+    monkeypatch.setenv("ENGINE_PROFILER", "nsys")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: pushed.append(name))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: pushed.append("pop"))
+    with phases.nvtx(), phases.phase("loss"):
+        pass
+    assert pushed == ["loss", "pop"]
+    assert phases._listeners == []
+
+
+def test_mistakes_are_one_line(capsys):
+    assert cli.run(["profile", "quickstart", "--steps", "0"]) == 2
+    assert "--steps" in capsys.readouterr().err
+    assert cli.run(["profile", "quikstart"]) == 2
+    assert "did you mean quickstart" in capsys.readouterr().err
