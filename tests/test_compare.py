@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from engine import cli, compare, files
+from engine import cli, compare, files, recipe
 from engine.errors import EngineError
 from engine.runs import Run
 
@@ -225,3 +226,17 @@ def test_pareto_front_has_what_nothing_beats():
 def test_two_recipes_of_one_name_are_refused():
     with pytest.raises(EngineError, match="one name"):
         compare.read(["quickstart", "quickstart"], {})
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "benchmarks" / "studies").glob("*.toml")),
+    ids=lambda p: p.stem,
+)
+def test_every_study_is_valid(path):
+    if compare._is_protocol(str(path)):
+        protocol = compare.read([str(path)], {})
+        names = [job.folder for job in compare.jobs(protocol, {})]
+        assert len(names) == len(set(names)) > 0
+    else:
+        assert recipe.load(str(path))
