@@ -169,6 +169,9 @@ def _data(setting: Setting) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 10, (n,), generator=draw)
 
 
+_SAME_UPDATE = 0.05
+
+
 def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
     """One step of a rival's loop and one of ours, from the same weights and start: the same weights after.
 
@@ -180,6 +183,7 @@ def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
     noise = 0.05 * torch.rand(x.shape, generator=draw)
     start = (x + noise).clamp(0.0, 1.0)
     theirs, ours = network(setting, ours=False), network(setting)
+    before = torch.cat([p.detach().flatten() for p in ours.parameters()])
     alpha = method.attack.step_size(EPS)
     loop(theirs, EPS, alpha, method.attack.steps)(x, y, start)
     ours.train()
@@ -195,11 +199,13 @@ def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
     from engine.data.loaders import Batch
 
     step(Batch(x, y, start=start))
-    # The sign of a gradient near zero may turn by rounding; a pixel or two then differ.
-    return all(
-        torch.allclose(a, b, rtol=1e-3, atol=2e-5)
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    # The sign of a gradient near zero may turn by rounding, and over ten steps some pixels then differ: on
+    # the CPUs met, by up to 1.5 % of the update. A step size off by a twentieth makes 18 %.
+    one, other = (
+        torch.cat([p.detach().flatten() for p in net.parameters()]) - before
+        for net in (ours, theirs)
     )
+    return bool((one - other).norm() < _SAME_UPDATE * other.norm())
 
 
 # ---- running ---------------------------------------------------------------------------------
