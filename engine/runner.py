@@ -317,9 +317,10 @@ def _train(run: Run, world: World) -> Result:
             how(step.done, tensors, {**about, "logged": run.logged()})
 
         def safe_point() -> None:
-            if watch.stop is not None:
-                if world.first:
-                    save(checkpoints.save)
+            # Of several processes the first stops, at a step of its own; the others find it gone. Each at
+            # its own step, one would wait for ever for the other's gradients.
+            if watch.stop is not None and world.first:
+                save(checkpoints.save)
                 raise Stopped(watch.stop)
             # Within an epoch the processes' means and BatchNorm statistics differ: then what is saved is
             # exact for one process, and for several the first one's, on a signal only.
@@ -351,7 +352,12 @@ def _train(run: Run, world: World) -> Result:
                 run.cut_log(_logged(found[1]) if found else 0)
                 trainer.result.rows = run.metrics()
                 board = _tensorboard(run.path, step.done)
-            result = trainer.run()
+            try:
+                result = trainer.run()
+            except RuntimeError as error:
+                if watch.stop is None or not distributed.is_broken(error):
+                    raise
+                raise Stopped(watch.stop) from None
             if world.first and (found is None or step.done > found[1]["done"]):
                 # What is left is evaluation: that a resumed run starts there.
                 save(checkpoints.save)
