@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train reproduce-cifar10 test test-all test-gpu soak rivals check bench clean help
+.PHONY: all train reproduce-cifar10 test test-all test-gpu docs tables soak rivals check bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -40,6 +40,16 @@ test-all: .venv/ready ## the slow forms too
 
 test-gpu: .venv/ready ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs
+
+docs: .venv/docs-ready ## the site, into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q && echo build/site/index.html
+
+.venv/docs-ready: .venv/ready
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	@touch .venv/docs-ready
+
+tables: .venv/ready ## every table of the docs, from benchmarks/results and `engine plan`
+	@$(BIN)/python -m benchmarks.tables
 
 soak: .venv/ready ## kill and resume real runs: make soak KILLS=50
 	@$(BIN)/python -m tests.soak --kills $(or $(KILLS),50)
