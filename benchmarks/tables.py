@@ -7,29 +7,52 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# What README shows.
+HEADLINE = "compare-curves"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `engine compare` rows; time relative to the slowest."""
+    """A Markdown table of `engine compare` rows, by budget; time against the slowest of all."""
     slowest = max(row["train_seconds_mean"] for row in rows)
     lines = [
-        "| recipe | objective | start | k | passes | clean % | robust % (PGD) | robust % (APGD) | training s | time |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| method | passes | epochs | seeds | clean % | PGD % | AutoAttack % | training s | time |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["epochs"]):
         time = row["train_seconds_mean"]
+        front = "**" if row["pareto"] else ""
         cells = [
-            f"`{row['recipe']}`",
-            row["objective"],
-            row["start"],
-            row["k"],
+            f"{front}{row['method']}{front}",
             row["passes_per_step"],
+            row["epochs"],
+            row["seeds"],
             _percent(row["clean_mean"]),
             _percent(row["pgd_mean"], row["pgd_sd"]),
             _percent(row["autoattack_mean"], row["autoattack_sd"]),
             f"{time:.0f}",
             f"{time / slowest:.0%}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def headline(rows: list[dict[str, Any]]) -> str:
+    """README's table: the longest budget of every method."""
+    longest = max(row["epochs"] for row in rows)
+    chosen = [row for row in rows if row["epochs"] == longest]
+    strong = next(row["train_seconds_mean"] for row in chosen if row["method"] == "pgd-10")
+    lines = [
+        f"| {longest} epochs | passes | clean % | AutoAttack % | training time |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(chosen, key=lambda row: -row["autoattack_mean"]):
+        cells = [
+            row["method"],
+            row["passes_per_step"],
+            _percent(row["clean_mean"]),
+            _percent(row["autoattack_mean"], row["autoattack_sd"]),
+            f"{row['train_seconds_mean'] / strong:.0%}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -151,7 +174,7 @@ def full_scale() -> str:
 
 
 def stored() -> dict[str, tuple[str, str]]:
-    """Every stored result: by file name, the document that shows it and its table."""
+    """Every stored result: by name, the document that shows it and its table."""
     found, makers = {}, {"ops": ops, "step": step, "loaders": loaders}
     for path in sorted(RESULTS.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
@@ -159,7 +182,36 @@ def stored() -> dict[str, tuple[str, str]]:
             found[path.stem] = ("docs/performance.md", makers[path.stem](rows))
         else:
             found[path.stem] = ("docs/results.md", comparison(rows))
+        if path.stem == HEADLINE:
+            found["headline"] = ("README.md", headline(rows))
     return found
+
+
+def write(root: Path) -> list[str]:
+    """Put every table between its marks, `<!-- NAME -->` and `<!-- /NAME -->`, and draw the curves; what was written."""
+    from engine import compare
+
+    tables = stored() | {
+        "plans": ("docs/plan.md", plans()),
+        "full-scale": ("docs/recipes.md", full_scale()),
+    }
+    written = []
+    for name, (document, table) in tables.items():
+        path = root / document
+        text = path.read_text(encoding="utf-8")
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if begin not in text or end not in text:
+            raise SystemExit(f"{document} has no marks for {name}")
+        before, rest = text.split(begin, 1)
+        path.write_text(
+            before + begin + "\n" + table + "\n" + end + rest.split(end, 1)[1], encoding="utf-8"
+        )
+        written.append(f"{document}: {name}")
+    for path in sorted(RESULTS.glob("compare-*.json")):
+        picture = root / "docs" / "images" / f"{path.stem}.png"
+        compare.draw(json.loads(path.read_text(encoding="utf-8")), picture)
+        written.append(str(picture.relative_to(root)))
+    return written
 
 
 def _times(ratio: float | None) -> str:
@@ -173,7 +225,5 @@ def _percent(mean: float | None, deviation: float | None = None) -> str:
 
 
 if __name__ == "__main__":
-    for name, (document, table) in stored().items():
-        print(f"{name}, for {document}\n\n{table}\n")
-    print(f"engine plan, for docs/plan.md\n\n{plans()}\n")
-    print(f"full scale, for docs/recipes.md\n\n{full_scale()}")
+    for line in write(Path(__file__).resolve().parents[1]):
+        print(line)

@@ -160,6 +160,10 @@ def build_parser() -> Parser:
 
     bench = add("bench", _bench, "measure on this machine")
     bench.add_argument("what", choices=("ops", "step", "loaders"))
+    bench.add_argument(
+        "--against", metavar="REF", help="a commit, or a file of results, to compare with"
+    )
+    bench.add_argument("--rounds", type=int, default=3, help="with --against COMMIT [count]")
     bench.add_argument("--quick", action="store_true", help="under a minute; step: under two")
     bench.add_argument("--json", action="store_true")
 
@@ -510,6 +514,14 @@ def _profile(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from importlib import import_module
 
+    if arguments.against is not None:
+        from .benchmarks import against
+
+        rows = against.run(
+            arguments.what, arguments.against, quick=arguments.quick, rounds=arguments.rounds
+        )
+        _rows(rows, arguments.json)
+        return 0
     if arguments.what == "step":
         # As `engine train` runs: that is what is measured.
         _keep_freed_memory()
@@ -658,7 +670,7 @@ def _rows(rows: list[dict[str, Any]], as_json: bool, hidden: Sequence[str] = ())
         return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
     keys = [key for key in rows[0] if key not in hidden]
-    lines = [keys, *([text(row[key]) for key in keys] for row in rows)]
+    lines = [keys, *([text(row.get(key)) for key in keys] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
     for line in lines:
         print(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-import sysconfig
-import zipfile
 from pathlib import Path
 
 import pytest
+
+from engine import EngineError
+from engine.benchmarks import against
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,30 +17,10 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """An environment that holds the wheel, and sees this one's other packages."""
-    folder = tmp_path_factory.mktemp("wheel")
-    built = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(ROOT)],
-        capture_output=True,
-        text=True,
-    )
-    if built.returncode:
-        pytest.skip(f"no wheel can be built here: {built.stderr.strip().splitlines()[-1]}")
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True
-    )
-    found = folder / "venv" / "bin" / "python"
-    place = subprocess.run(
-        [found, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(place)
-    # A path from a .pth file is not searched for .pth files: the editable install stays out.
-    (Path(place) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return found
+    try:
+        return against.environment(ROOT, tmp_path_factory.mktemp("wheel"))
+    except EngineError as error:
+        pytest.skip(str(error))
 
 
 def run(python: Path, folder: Path, *words: str) -> str:
