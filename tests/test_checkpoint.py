@@ -183,6 +183,28 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_resumes(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_read_only_run_folder_is_one_line(tmp_path):
+    """A real read-only file system where it may be mounted: permissions mean nothing to root."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro,size=100k", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        words = ["train", "quickstart", "--optim.epochs", "1", "--no-eval", "--run-dir"]
+        done = subprocess.run(
+            [sys.executable, "-m", "engine", *words, str(tmp_path / "run")],
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert done.returncode == 2, done.stderr
+    assert "Read-only file system" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 # ---- from strangers --------------------------------------------------------------------------
 
 
