@@ -48,23 +48,24 @@ def side_by_side(
     repeats = {}
     for name, call in calls.items():
         call()
-        spent = _timed(call, 1)
+        spent = timed(call, 1)
         if spent < 0.05:
-            spent = min(spent, *(_timed(call, 1) for _ in range(3)))
+            spent = min(spent, *(timed(call, 1) for _ in range(3)))
         repeats[name] = max(1, min(1000, int(sample_ms * 1e-3 / max(spent, 1e-9))))
         if repeats[name] > 1:
-            _timed(call, repeats[name])
+            timed(call, repeats[name])
     times: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     for done in range(samples):
         if done >= 5 and time.perf_counter() - begin > seconds:
             break
         for name, call in calls.items():
-            times[name].append(_timed(call, repeats[name]) / repeats[name])
+            times[name].append(timed(call, repeats[name]) / repeats[name])
     return {name: quantiles(values) for name, values in times.items()}
 
 
-def _timed(call: Callable[[], object], repeats: int) -> float:
+def timed(call: Callable[[], object], repeats: int = 1) -> float:
+    """Wall-clock seconds of `repeats` calls."""
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -81,9 +82,9 @@ def quantiles(values: list[float]) -> Timing:
     return Timing(at(0.2), at(0.5), at(0.8), tuple(values))
 
 
-def copier(moved: int) -> Callable[[], object]:
+def copier(moved: int, device: torch.device | str = "cpu") -> Callable[[], object]:
     """A copy of float32 memory that moves `moved` bytes: half of them read, half written."""
-    source = torch.ones(max(moved // 8, 1))
+    source = torch.ones(max(moved // 8, 1), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 

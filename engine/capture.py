@@ -9,7 +9,6 @@ caller restores its state; tables that a kernel wants from the host are filled i
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Protocol
 
 import torch
@@ -94,10 +93,5 @@ class CudaGraphs:
     def __enter__(self) -> CudaGraphs:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -51,17 +51,15 @@ class Checkpoints:
         Raises:
             EngineError: where it cannot be written; older checkpoints are still there.
         """
-        path = self.folder / f"{step:010d}.safetensors"
-        held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        with files.atomic(path) as temporary:
-            save_tensors(held, temporary)
+        with files.atomic(self._path(step)) as temporary:
+            save_tensors(tensors, temporary)
             manifest = {
                 "version": VERSION,
                 "step": step,
                 "sha256": _digest(temporary),
                 "about": about,
             }
-        files.write_json(path.with_suffix(".json"), manifest)
+        files.write_json(self._path(step, ".json"), manifest)
         self._last = time.monotonic()
         for old in self.steps()[: -self.keep]:
             self._remove(old)
@@ -85,7 +83,7 @@ class Checkpoints:
             except EngineError as error:
                 log.warning("%s; set aside, the one before it is used", error)
                 for suffix in (".json", ".safetensors"):
-                    path = self.folder / f"{step:010d}{suffix}"
+                    path = self._path(step, suffix)
                     if path.exists():
                         path.replace(path.with_name(path.name + ".damaged"))
         return None
@@ -95,8 +93,8 @@ class Checkpoints:
         return sorted(int(p.stem) for p in self.folder.glob("*.json") if p.stem.isdecimal())
 
     def _load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        path = self.folder / f"{step:010d}.safetensors"
-        manifest = _manifest(path.with_suffix(".json"))
+        path = self._path(step)
+        manifest = _manifest(self._path(step, ".json"))
         try:
             if _digest(path) != manifest["sha256"]:
                 raise EngineError(
@@ -109,15 +107,19 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         # The manifest first: what is left of a removal cut short is no checkpoint.
         for suffix in (".json", ".safetensors"):
-            (self.folder / f"{step:010d}{suffix}").unlink(missing_ok=True)
+            self._path(step, suffix).unlink(missing_ok=True)
+
+    def _path(self, step: int, suffix: str = ".safetensors") -> Path:
+        return self.folder / f"{step:010d}{suffix}"
 
 
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None
 ) -> None:
-    """safetensors' `save_file`, whose I/O errors are OSErrors here as they are elsewhere."""
+    """safetensors' `save_file` of tensors from anywhere; its I/O errors are OSErrors as they are elsewhere."""
+    held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        save_file(tensors, path, metadata=about)
+        save_file(held, path, metadata=about)
     except SafetensorError as error:
         raise OSError(None, str(error)) from None
 
@@ -125,10 +127,8 @@ def save_tensors(
 def _manifest(path: Path) -> dict[str, Any]:
     """A manifest's fields, checked."""
     try:
-        if path.stat().st_size > _MANIFEST_BYTES:
-            raise ValueError("it is far too large")
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = json.loads(files.read_text(path, _MANIFEST_BYTES, "checkpoint "))
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"checkpoint {path} is damaged: {error}") from None
     fits = (
         isinstance(found, dict)

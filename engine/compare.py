@@ -64,7 +64,11 @@ class Job:
 
     @property
     def folder(self) -> str:
-        return f"{self.method}-e{self.recipe.optim.epochs}-s{self.recipe.seed}"
+        return _folder(self.method, self.recipe.optim.epochs, self.recipe.seed)
+
+
+def _folder(method: str, epochs: int, seed: int) -> str:
+    return f"{method}-e{epochs}-s{seed}"
 
 
 # ---- the protocol ----------------------------------------------------------------------------------
@@ -223,13 +227,12 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
     waiting = [job for job in plan if not _finished(job, out) and job.folder not in known]
 
     def summed_up() -> dict[str, Any]:
-        points = [
-            _point(job, out, steps[job.method])
-            if _finished(job, out)
-            else _timed(known[job.folder], steps[job.method])
-            for job in plan
-            if _finished(job, out) or job.folder in known
-        ]
+        points = []
+        for job in plan:
+            if _finished(job, out):
+                points.append(_point(job, out, steps[job.method]))
+            elif job.folder in known:
+                points.append(_timed(known[job.folder], steps[job.method]))
         found = {
             "protocol": protocol.name,
             "about": protocol.about,
@@ -262,7 +265,7 @@ def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         return {}
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = json.loads(files.read_text(path))
         same = {
             name
             for name, text in kept.get("recipes", {}).items()
@@ -271,7 +274,7 @@ def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
             == recipes.parse({**protocol.methods[name], "seed": 0}, source=name)
         }
         return {
-            f"{point['method']}-e{point['epochs']}-s{point['seed']}": point
+            _folder(point["method"], point["epochs"], point["seed"]): point
             for point in kept["points"]
             if point["method"] in same and kept.get("score") == protocol.score
         }

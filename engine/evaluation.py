@@ -23,7 +23,7 @@ from .threat import ThreatModel
 Progress = Callable[[str, int, int], None]
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def silent(what: str, done: int, total: int) -> None:
     """No progress shown."""
 
 
@@ -76,7 +76,7 @@ def pgd(
     restarts: int = 10,
     seed: int = 0,
     batch_size: int = 500,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Tensor:
     """PGD on the cross-entropy with restarts; an image that falls at any iterate of any restart counts as broken.
 
@@ -150,7 +150,7 @@ def autoattack(
     version: str = "standard",
     seed: int = 0,
     batch_size: int = 500,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> tuple[Tensor, dict[str, float], list[str]]:
     """AutoAttack (Croce & Hein, arXiv 2003.01690) by the package pyautoattack.
 
@@ -252,7 +252,7 @@ def evaluate(
     autoattack_version: str = "standard",
     batch_size: int = 500,
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Report:
     """Clean accuracy, PGD with restarts and AutoAttack on the same images.
 
@@ -301,10 +301,10 @@ def evaluate(
     return Report(
         threat=threat,
         examples=len(x),
-        clean=_share(clean),
-        pgd=_share(by_pgd),
-        autoattack=None if by_aa is None else _share(by_aa),
-        worst_case=_share(worst),
+        clean=share(clean),
+        pgd=share(by_pgd),
+        autoattack=None if by_aa is None else share(by_aa),
+        worst_case=share(worst),
         pgd_steps=pgd_steps,
         pgd_restarts=pgd_restarts,
         autoattack_version=autoattack_version,
@@ -346,7 +346,8 @@ def robustbench_fields(
     }
 
 
-def _share(mask: Tensor) -> float:
+def share(mask: Tensor) -> float:
+    """The share of True in bool [N]."""
     return float(mask.double().mean())
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import evaluation, kernels, rng
-from .evaluation import Progress, predictions
+from .evaluation import Progress, predictions, share, silent
 from .threat import ThreatModel
 
 _NOISES = 20
@@ -44,7 +44,7 @@ def checks(
     *,
     surrogate: nn.Module | None = None,
     seed: int = 0,
-    progress: Progress = evaluation._silent,
+    progress: Progress = silent,
 ) -> list[Check]:
     """Run all checks on images x float32 [N, C, H, W] in [0, 1] with labels y int64 [N].
 
@@ -58,7 +58,7 @@ def checks(
 
     def pgd(at: float, steps: int) -> float:
         ball = ThreatModel(norm, at)
-        return _share(evaluation.pgd(model, x, y, ball, steps=steps, restarts=1, seed=seed))
+        return share(evaluation.pgd(model, x, y, ball, steps=steps, restarts=1, seed=seed))
 
     def percent(*values: float) -> str:
         return " / ".join(f"{100 * v:.1f} %" for v in values)
@@ -121,7 +121,7 @@ def _noise(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: in
         state = rng.state(seed, x.device, step=number)
         near = kernels.uniform_start(x, threat.eps, state, norm=threat.norm, stream=rng.RESTART)
         right &= predictions(model, near) == y
-    return _share(right)
+    return share(right)
 
 
 def _square(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> float:
@@ -136,7 +136,7 @@ def _square(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: i
     for part in right.nonzero().flatten().split(500):
         adversary = attack.perturb(x[part], y[part])
         right[part] &= predictions(model, adversary) == y[part]
-    return _share(right)
+    return share(right)
 
 
 def _transfer(
@@ -150,8 +150,4 @@ def _transfer(
         state = rng.state(seed, x.device, step=number)
         adversary, _ = Attack(steps=20)(surrogate, x[part], y[part], threat, state=state)
         right[part] &= predictions(model, adversary) == y[part]
-    return _share(right)
-
-
-def _share(mask: Tensor) -> float:
-    return float(mask.double().mean())
+    return share(right)

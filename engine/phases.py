@@ -19,8 +19,9 @@ TRAIN_FORWARD, TRAIN_BACKWARD = "train forward", "train backward"
 LOSS, OPTIMISER, BOOKKEEPING = "loss", "optimiser", "bookkeeping"
 DATA = "data"
 
-# What nsys, ncu and `engine profile` leave in the environment of the process that they watch.
-_ATTACHED = ("NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_PORT_BASE", "ENGINE_PROFILER")
+# What `engine profile`, nsys and ncu leave in the environment of the process that they watch.
+WATCHED = "ENGINE_PROFILER"
+_ATTACHED = (WATCHED, "NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_PORT_BASE")
 
 
 class Listener(Protocol):

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import audit, files, phases, plots, runner
+from .benchmarks import measure
 from .errors import EngineError
 from .recipe import Recipe
 from .runs import environment
@@ -25,8 +25,6 @@ from .runs import environment
 _WARM_UP = 5
 # They read a few rows of what they are given: its size says nothing of the traffic.
 _GATHERS = {"engine::augment", "engine::recall", "engine::remember", "aten::index_select"}
-# Set for the process that a profiler watches.
-WATCHED = "ENGINE_PROFILER"
 _TOOLS = {
     "nsys": (
         "nsys", "profile", "--trace=cuda,nvtx,osrt", "--capture-range=cudaProfilerApi",
@@ -128,16 +126,17 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
     call = runner.step_of(recipe)
     for _ in range(_WARM_UP):
         call()
-    times = [_timed(call) for _ in range(steps)]
+    timing = measure.quantiles([measure.timed(call) for _ in range(steps)])
 
-    # By phase the step must run eagerly: Python is not there when a graph replays.
-    device = runner.device()
-    eager = runner.step_of(_eager(recipe))
-    for _ in range(_WARM_UP):
-        eager()
+    device, eager = runner.device(), call
+    if device.type == "cuda":
+        # By phase the step must run eagerly: Python is not there when a graph replays.
+        eager = runner.step_of(replace(recipe, step=replace(recipe.step, capture="off")))
+        for _ in range(_WARM_UP):
+            eager()
     clock = Clock(device)
     with phases.listening(clock):
-        whole = sum(_timed(eager) for _ in range(steps))
+        whole = sum(measure.timed(eager) for _ in range(steps))
         clock.finish()
     shares = {name: seconds / whole for name, seconds in clock.seconds.most_common()}
     covered = sum(shares.values())
@@ -149,15 +148,14 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
     for row in top:
         row["share_of_copy"] = row["gb_per_s"] and row["gb_per_s"] / copied
     found = audit.audit(recipe)
-    p20, p50, p80 = (1e3 * q for q in _quantiles(times))
     picture = out / "phases.png"
     result = Profile(
         recipe=recipe.name,
         environment=environment(),
         batch=recipe.optim.batch_size,
         steps=steps,
-        step_ms=(p20, p50, p80),
-        images_per_second=recipe.optim.batch_size / p50 * 1e3,
+        step_ms=(timing.p20, timing.p50, timing.p80),
+        images_per_second=recipe.optim.batch_size / timing.p50 * 1e3,
         phases=shares,
         covered=covered,
         ops_per_step=sum(found.ops.values()),
@@ -173,31 +171,10 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
     )
     with plots.style():
         figure, (ax,) = plots.panels(width=8.0, height=3.4)
-        plots.draw_phases(ax, shares, p50)
+        plots.draw_phases(ax, shares, timing.p50)
         plots.save_png(figure, picture)
     files.write_json(out / "profile.json", asdict(result))
     return result
-
-
-def _eager(recipe: Recipe) -> Recipe:
-    from dataclasses import replace
-
-    return replace(recipe, step=replace(recipe.step, capture="off"))
-
-
-def _timed(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
-def _quantiles(times: Sequence[float]) -> tuple[float, float, float]:
-    ordered = sorted(times)
-    return (
-        ordered[len(ordered) // 5],
-        statistics.median(ordered),
-        ordered[min(len(ordered) - 1, len(ordered) * 4 // 5)],
-    )
 
 
 def _operators(
@@ -244,16 +221,16 @@ def _is_shape(shape: Any) -> bool:
 
 def _copy_gb_per_s(device: torch.device) -> float:
     """Bytes read and written a second by a copy of 64 MB, the best of five."""
-    source = torch.ones(1 << 24, device=device)
-    target = torch.empty_like(source)
+    moved = 1 << 27
+    move = measure.copier(moved, device)
 
     def copy() -> None:
-        target.copy_(source)
+        move()
         if device.type == "cuda":
             torch.cuda.synchronize()
 
     copy()
-    return 2 * source.numel() * 4 / min(_timed(copy) for _ in range(5)) / 1e9
+    return moved / min(measure.timed(copy) for _ in range(5)) / 1e9
 
 
 # ---- NVIDIA's profilers ------------------------------------------------------------------------
@@ -262,7 +239,7 @@ def _copy_gb_per_s(device: torch.device) -> float:
 def command(tool: str, words: Sequence[str], out: Path) -> list[str]:
     """The command that has `tool` ("nsys" or "ncu") watch `engine profile WORDS`."""
     inner = [sys.executable, "-m", "engine", "profile", *words]
-    return ["env", f"{WATCHED}={tool}", *_TOOLS[tool], str(out), *inner]
+    return ["env", f"{phases.WATCHED}={tool}", *_TOOLS[tool], str(out), *inner]
 
 
 def run_tool(tool: str, words: Sequence[str], out: Path) -> int:
@@ -294,4 +271,4 @@ def watched(recipe: Recipe, *, steps: int = 20) -> None:
 
 def is_watched() -> bool:
     """Whether a profiler started this process to watch it."""
-    return os.environ.get(WATCHED) in _TOOLS and torch.cuda.is_available()
+    return os.environ.get(phases.WATCHED) in _TOOLS and torch.cuda.is_available()

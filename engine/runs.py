@@ -171,9 +171,8 @@ class Run:
 
     def save(self, name: str, model: nn.Module, **about: object) -> None:
         """Write `name`.safetensors atomically; `about` goes into its metadata as text."""
-        tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         with files.atomic(self.path / f"{name}.safetensors") as temporary:
-            save_tensors(tensors, temporary, {k: str(v) for k, v in about.items()})
+            save_tensors(model.state_dict(), temporary, {k: str(v) for k, v in about.items()})
 
     def load_into(self, model: nn.Module, name: str = "best") -> None:
         """Load a checkpoint of this run into `model`.

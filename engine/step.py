@@ -192,6 +192,11 @@ class Step:
             found["memory"] = self.memory.deltas
         return found
 
+    def networks(self) -> list[nn.Module]:
+        """The network, and its moving average where there is one."""
+        average = self.optimiser.average
+        return [self.model] if average is self.model else [self.model, average]
+
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], *, done: int, batches: int, images: int) -> None:
         """Go on from `tensors` (as `tensors()` gave them) after `done` steps; the seed stays this step's.
@@ -220,7 +225,7 @@ class Step:
 
         The schedule and the random numbers go on: what comes is not what went wrong.
         """
-        for net in {id(m): m for m in (self.model, self.optimiser.average)}.values():
+        for net in self.networks():
             for name, t in net.state_dict().items():
                 t.copy_(weights[name])
         self.optimiser.restart()

@@ -193,7 +193,7 @@ class Trainer:
             self.hooks.step(step.done, total, step.means)
             if step.done < end:
                 self.hooks.safe_point()
-        for model in {id(m): m for m in (step.model, step.optimiser.average)}.values():
+        for model in step.networks():
             distributed.average_statistics(model)
         # The epoch's only read from the device, unless a hook asks for more.
         means = step.means(everywhere=True)

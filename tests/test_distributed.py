@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from engine.distributed import World
 from engine.rng import of_rank
 
 from .soak import differing, rows
+from .test_resume import start, wait_for
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
@@ -35,15 +35,6 @@ def train(folder: Path, *words: str, timeout: float = 240) -> subprocess.Complet
         capture_output=True,
         text=True,
         timeout=timeout,
-    )
-
-
-def begin(folder: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "engine", "train", *words, "--no-eval"],
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
     )
 
 
@@ -95,13 +86,9 @@ def test_a_rank_that_is_killed_comes_back_and_nothing_is_lost(tmp_path, rank):
     whole = train(tmp_path, *words, "--run-dir", "whole")
     assert whole.returncode == 0, whole.stderr
     words += ["--checkpoint.seconds", "0.02"]
-    process = begin(tmp_path, *words, "--run-dir", "broken")
+    process = start(*words, "--run-dir", "broken", "--no-eval", cwd=tmp_path)
     try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "broken" / "metrics.jsonl").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(tmp_path / "broken" / "metrics.jsonl", process)
         os.kill(workers("broken")[rank], signal.SIGKILL)
         _, err = process.communicate(timeout=240)
     finally:
@@ -114,13 +101,9 @@ def test_a_rank_that_is_killed_comes_back_and_nothing_is_lost(tmp_path, rank):
 
 def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(tmp_path):
     words = ["quickstart", "--optim.epochs", "400", "--nproc", "2", "--run-dir", "run"]
-    process = begin(tmp_path, *words)
+    process = start(*words, "--no-eval", cwd=tmp_path)
     try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(tmp_path / "run" / "metrics.jsonl", process)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=120)
     finally:
