@@ -691,7 +691,7 @@ def _show(row: dict[str, Any], as_json: bool) -> None:
     # Paths are for copying: a narrow terminal wraps them and cuts nothing.
     table.add_column(overflow="fold")
     for key, value in row.items():
-        if value is None:
+        if value is None or value == []:
             continue
         name = _TITLES.get(key, key)
         share = key in ("clean", "pgd", "autoattack", "worst_case")
@@ -709,6 +709,8 @@ _TITLES = {
     "eval_seconds": "evaluation seconds",
     "passes_per_step": "passes per step",
     "best_epoch": "best epoch (validation PGD)",
+    "rolled_back": "epochs rolled back",
+    "peak_memory_mb": "peak memory [MB]",
     "run_dir": "run folder",
 }
 
