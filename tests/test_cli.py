@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from engine import EngineError, cli
+from engine.cli import bench
 from engine.data.loaders import dali
 from engine.runs import Run
 
@@ -196,6 +198,18 @@ def test_train_help_lists_every_field_with_its_meaning(capsys, monkeypatch):
     out = capsys.readouterr().out
     for word in ("--attack.steps", "--threat.eps", "--objective.rho", "--optim.lr", "[pixel units"):
         assert word in out
+
+
+def test_help_does_not_wait_for_torch():
+    check = (
+        "import sys; from engine import cli; cli.build_parser(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+def test_every_benchmark_has_a_module_that_measures():
+    for name in bench.BENCHMARKS.values():
+        assert callable(import_module(f"engine.benchmarks.{name}").run), name
 
 
 def test_doctor_shows_a_backend_for_every_op(capsys):

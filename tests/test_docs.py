@@ -91,6 +91,8 @@ def test_architecture_names_every_module():
     for path in (ROOT / "engine").iterdir():
         if path.suffix == ".py" and not path.name.startswith("__"):
             assert path.name in text or path.name == "errors.py", path.name
+        if (path / "__init__.py").exists():
+            assert f"{path.name}/" in text, path.name
     assert engine.__doc__
 
 

@@ -1,0 +1,44 @@
+"""`engine bench`: measurements on this machine, alone or against a reference."""
+
+from __future__ import annotations
+
+import argparse
+
+from .shared import Commands, add_command, keep_freed_memory, print_rows
+
+# By the name people type, the module of engine.benchmarks whose `run(quick=...)` returns rows.
+BENCHMARKS = {
+    "ops": "ops",
+    "step": "step",
+    "loaders": "loaders",
+}
+
+
+def add(commands: Commands) -> None:
+    parser = add_command(commands, "bench", _bench, "measure on this machine")
+    parser.add_argument("what", choices=BENCHMARKS)
+    parser.add_argument(
+        "--against", metavar="REF", help="a commit, or a file of results, to compare with"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="with --against COMMIT [count]")
+    parser.add_argument("--quick", action="store_true", help="under a minute; step: under two")
+    parser.add_argument("--json", action="store_true")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from importlib import import_module
+
+    if arguments.against is not None:
+        from ..benchmarks import against
+
+        rows = against.run(
+            arguments.what, arguments.against, quick=arguments.quick, rounds=arguments.rounds
+        )
+        print_rows(rows, arguments.json)
+        return 0
+    if arguments.what == "step":
+        # As `engine train` runs: that is what is measured.
+        keep_freed_memory()
+    module = import_module(f"engine.benchmarks.{BENCHMARKS[arguments.what]}")
+    print_rows(module.run(quick=arguments.quick), arguments.json)
+    return 0

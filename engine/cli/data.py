@@ -1,0 +1,53 @@
+"""`engine data`: datasets, listed, fetched, verified, described."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..errors import EngineError
+from .shared import Commands, add_command
+
+
+def add(commands: Commands) -> None:
+    parser = add_command(commands, "data", _data, "list, fetch, verify or describe datasets")
+    parser.add_argument("action", choices=("list", "fetch", "verify", "info"))
+    parser.add_argument("name", nargs="?")
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from .. import data
+    from ..progress import stdout
+
+    if arguments.action == "list":
+        table = Table("dataset", "images", "training", "test", "classes", box=None, pad_edge=False)
+        table.add_column("lies in", overflow="fold")
+        for name in data.names():
+            about = data.info(name)
+            table.add_row(
+                name,
+                "x".join(map(str, about.shape)),
+                str(about.train),
+                str(about.test),
+                str(len(about.classes)),
+                str(about.folder or ("scikit-learn" if not about.files else "not fetched")),
+            )
+        stdout.print(table)
+        return 0
+    if arguments.name is None:
+        known = ", ".join(data.names())
+        raise EngineError(f"engine data {arguments.action}: which dataset? {known}")
+    if arguments.action == "fetch":
+        print(data.fetch(arguments.name))
+        return 0
+    if arguments.action == "info":
+        print(json.dumps(asdict(data.info(arguments.name)), indent=2, default=str))
+        return 0
+    checks = data.verify(arguments.name)
+    for check in checks:
+        print(f"{'ok ' if check.ok else 'BAD'} {check.file}: {check.detail}")
+    return 0 if all(check.ok for check in checks) else 2

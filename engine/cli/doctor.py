@@ -1,0 +1,82 @@
+"""`engine doctor`: what this machine has; whether a step can be captured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from ..errors import EngineError
+from .shared import Commands, add_command, parse_overrides
+
+
+def add(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "doctor",
+        _doctor,
+        "what this machine has, and which backend serves each op; or whether a recipe's step can be "
+        "captured in a CUDA graph",
+        overridable=True,
+    )
+    parser.add_argument("--capture", metavar="RECIPE", help="audit the step, no GPU needed")
+    parser.add_argument("--json", action="store_true")
+
+
+def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
+    if arguments.capture is not None:
+        return _audit(arguments.capture, parse_overrides(rest), arguments.json)
+    if rest:
+        raise EngineError(f"unknown argument {rest[0]} (see engine doctor --help)")
+    from rich.table import Table
+
+    from .. import apex, kernels, models
+    from .. import recipe as recipes
+    from ..progress import stdout
+    from ..runs import environment
+
+    found = {
+        "environment": {**environment(), "apex": apex.status()},
+        "kernels": kernels.backends.table(),
+        "models": sorted(models.MODELS),
+        "recipes": recipes.names(),
+    }
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for key, value in found["environment"].items():
+        stdout.print(f"{key:14} {value}", highlight=False, soft_wrap=True)
+    table = Table("op", "device", "backend", "why")
+    for row in found["kernels"]:
+        table.add_row(row["op"], row["device"], row["backend"], row["why"])
+    stdout.print(table)
+    stdout.print("models:", ", ".join(found["models"]), highlight=False, soft_wrap=True)
+    stdout.print("recipes:", ", ".join(found["recipes"]), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _audit(name: str, overrides: dict[str, str], as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from .. import audit
+    from .. import recipe as recipes
+
+    found = audit.audit(recipes.load(name, overrides))
+    if as_json:
+        print(json.dumps({**asdict(found), "ok": found.ok}))
+        return 0 if found.ok else 1
+    print(
+        f"{found.recipe}: the step can be captured in a CUDA graph; its replays are the eager steps, "
+        "bit for bit"
+        if found.ok
+        else f"{found.recipe}: the step cannot be captured in a CUDA graph"
+    )
+    for complaint in found.complaints:
+        print(f"  {complaint}")
+    print("operators a step, views and allocations left out:")
+    for phase, count in sorted(found.ops.items(), key=lambda item: -item[1]):
+        print(f"  {count:5} {phase}")
+    print(
+        f"outside the network: {found.attack_step_ops:g} per attack step, {found.loss_ops} for the "
+        f"loss, {found.optimiser_ops} for the optimiser and the average"
+    )
+    return 0 if found.ok else 1

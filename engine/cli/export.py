@@ -1,0 +1,25 @@
+"""`engine export`: a run as others want it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .shared import Commands, add_command
+
+
+def add(commands: Commands) -> None:
+    parser = add_command(
+        commands, "export", _export, "weights, RobustBench's claim and a model card of a run"
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN")
+    parser.add_argument("--out", type=Path, help="folder; default RUN/export")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from ..export import export
+    from ..runs import Run
+
+    for path in export(Run.open(arguments.run_dir), arguments.out):
+        print(path)
+    return 0

@@ -1,0 +1,81 @@
+"""`engine profile`: where a step's time goes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import EngineError
+from .shared import Commands, add_command, keep_freed_memory, parse_overrides
+
+
+def add(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "profile",
+        _profile,
+        "where a step's time goes; or under nsys or ncu",
+        overridable=True,
+    )
+    parser.add_argument("recipe")
+    parser.add_argument("--tool", choices=("torch", "nsys", "ncu"), default="torch")
+    parser.add_argument("--steps", type=int, default=20, help="steps to measure [count]")
+    parser.add_argument("--out", type=Path, help="folder; default runs/profile-RECIPE")
+    parser.add_argument("--json", action="store_true")
+
+
+def _profile(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from dataclasses import asdict
+
+    from .. import profiling, runner
+    from .. import recipe as recipes
+    from ..progress import stdout
+    from ..runs import plain
+
+    if arguments.steps < 1:
+        raise EngineError(f"--steps must be at least 1, got {arguments.steps}")
+    recipe = recipes.load(arguments.recipe, parse_overrides(rest))
+    keep_freed_memory()
+    runner.check(recipe, evaluated=False)
+    out = arguments.out or Path("runs") / f"profile-{plain(recipe.name)}"
+    if profiling.is_watched():
+        profiling.watched(recipe, steps=arguments.steps)
+        return 0
+    if arguments.tool != "torch":
+        words = [arguments.recipe, *rest, "--steps", str(arguments.steps)]
+        return profiling.run_tool(arguments.tool, words, out / arguments.tool)
+    found = profiling.profile(recipe, out, steps=arguments.steps)
+    if arguments.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    p20, p50, p80 = found.step_ms
+    machine = found.environment
+    device = "no GPU" if found.device_ms is None else f"{found.device_ms:.3g} ms"
+    lines = {
+        "machine": f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, "
+        f"PyTorch {machine['torch']}, commit {machine['commit']}",
+        "step": f"p20 {p20:.3g}  p50 {p50:.3g}  p80 {p80:.3g} ms, batch {found.batch}, "
+        f"{found.images_per_second:,.0f} images a second",
+        "operators": f"{found.ops_per_step} a step, {found.host_syncs} reads of the device by the host",
+        "time": f"CPU {found.cpu_ms:.3g} ms in operators, device {device}",
+        "memory": "unknown"
+        if found.peak_memory_mb is None
+        else f"{found.peak_memory_mb} MB at most",
+    }
+    for name, text in lines.items():
+        stdout.print(f"{name:10} {text}", highlight=False, soft_wrap=True)
+    print()
+    for name, share in found.phases.items():
+        print(f"{name:16} {share:6.1%}  {'#' * round(50 * share)}")
+    print(f"\n{'operator':34} {'calls':>6} {'ms':>8} {'share':>6} {'GB/s':>6} {'of copy':>7}")
+    for row in found.top_ops:
+        line = f"{row['op'][:34]:34} {row['calls']:6.4g} {row['ms']:8.3f} {row['share']:6.1%} "
+        known = row["gb_per_s"] is not None
+        print(
+            line + (f"{row['gb_per_s']:6.3g} {row['share_of_copy']:7.0%}" if known else f"{'-':>6}")
+        )
+    print()
+    for name, path in (("trace", found.trace), ("picture", found.picture), ("next", found.next)):
+        stdout.print(f"{name:10} {path}", highlight=False, soft_wrap=True)
+    return 0
