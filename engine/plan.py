@@ -23,6 +23,7 @@ from .data.loaders import Batch
 from .errors import EngineError
 from .objectives import PGD
 from .recipe import Recipe
+from .step import Step
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,24 @@ def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
 
 
 @dataclass(frozen=True)
+class Price:
+    """What one step should cost on a GPU.
+
+    Attributes:
+        flops, bytes, launches: a step; `launches` are those of an eager step, a captured one has one.
+        seconds: a captured step; eager_seconds: an eager one, bound by the host where launching takes longer.
+        bound_by: share of the operators' time bound by compute, by memory, by a kernel's least time.
+    """
+
+    flops: int
+    bytes: int
+    launches: int
+    seconds: float
+    eager_seconds: float
+    bound_by: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A prediction. Times in ms, memory in GB.
 
@@ -173,45 +192,57 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
     device = GPUS[gpu]
     precision = "bf16" if recipe.step.precision == "auto" else recipe.step.precision
     about = datasets.info(recipe.data.name)
-    ops, weights = _dispatch(recipe)
-    step, bound = _price(ops, device, precision)
+    step, batch = _on_meta(recipe)
+    ops = _dispatch(step, batch)
+    cost = _price(ops, device, precision)
     counterpart = replace(
         recipe, objective=PGD(), attack=replace(recipe.attack, steps=10, start="random", alpha=None)
     )
-    pgd10, _ = _price(_dispatch(counterpart)[0], device, precision)
+    pgd10 = price(*_on_meta(counterpart), device, precision)
     images = min(about.train - recipe.data.validation, recipe.data.train_examples or about.train)
     steps = images // recipe.optim.batch_size
-    cost = recipe.objective.passes(recipe.attack)
+    passes = recipe.objective.passes(recipe.attack)
     pixels = images * about.shape[0] * about.shape[1] * about.shape[2]
     activations = sum(op.saved for op in ops if op.phase == phases.TRAIN_FORWARD)
     moments = 2 if recipe.optim.name.endswith(("adamw", "adam", "lamb")) else 1
     copies = 2 + moments + (recipe.optim.ema > 0)
     half = precision in ("bf16", "fp16")
+    weights = sum(p.numel() for p in step.model.parameters())
     return Plan(
         recipe.name,
         gpu,
         precision,
         recipe.optim.batch_size,
-        {**asdict(cost), "total": cost.total},
-        sum(op.flops for op in ops),
-        sum(_traffic(op, precision) for op in ops),
-        len(ops),
-        1e3 * (step + REPLAY),
-        1e3 * max(step, LAUNCH * len(ops)),
-        {name: seconds / step for name, seconds in bound.items()},
-        recipe.optim.batch_size / (step + REPLAY),
-        recipe.optim.epochs * steps * (step + REPLAY) / 60,
+        {**asdict(passes), "total": passes.total},
+        cost.flops,
+        cost.bytes,
+        cost.launches,
+        1e3 * cost.seconds,
+        1e3 * cost.eager_seconds,
+        cost.bound_by,
+        recipe.optim.batch_size / cost.seconds,
+        recipe.optim.epochs * steps * cost.seconds / 60,
         {
             "weights and optimiser": weights * (4 * copies + 2 * half) / 1e9,
             "activations of the loss": activations * (0.5 if half else 1.0) / 1e9,
             "dataset": pixels / 1e9,
             "adversary memory": pixels / 1e9 if recipe.attack.start == "memory" else 0.0,
         },
-        1e3 * (pgd10 + REPLAY),
-        (step + REPLAY) / (pgd10 + REPLAY),
+        1e3 * pgd10.seconds,
+        cost.seconds / pgd10.seconds,
         assumptions(device, precision),
         measured(recipe),
     )
+
+
+def price(step: Step, batch: Batch, device: Gpu, precision: str) -> Price:
+    """Predict any step on any batch.
+
+    Args:
+        step, batch: on the meta device, the step in float32, where every operator has a meta kernel.
+        precision: of the network's passes on the GPU, a key of `Gpu.tflops`.
+    """
+    return _price(_dispatch(step, batch), device, precision)
 
 
 def assumptions(device: Gpu, precision: str) -> list[str]:
@@ -244,16 +275,20 @@ def measured(recipe: Recipe) -> float | None:
     return sorted(times[10:])[25]
 
 
-def _dispatch(recipe: Recipe) -> tuple[list[_Op], int]:
-    """The operators of one step on the meta device, and the number of weights."""
-    step, batch = _step(recipe, torch.device("meta"), steps=1), _batch(recipe, torch.device("meta"))
+def _dispatch(step: Step, batch: Batch) -> list[_Op]:
+    """The operators of one step."""
     priced = _Priced()
     with phases.listening(priced), priced:
         step.run(batch)
-    return priced.ops, sum(p.numel() for p in step.model.parameters())
+    return priced.ops
 
 
-def _step(recipe: Recipe, where: torch.device, steps: int) -> Any:
+def _on_meta(recipe: Recipe) -> tuple[Step, Batch]:
+    where = torch.device("meta")
+    return _step(recipe, where, steps=1), _batch(recipe, where)
+
+
+def _step(recipe: Recipe, where: torch.device, steps: int) -> Step:
     about = datasets.info(recipe.data.name)
     images = torch.empty((recipe.optim.batch_size, *about.shape), dtype=torch.uint8)
     with where:
@@ -284,8 +319,7 @@ def _traffic(op: _Op, precision: str) -> int:
     return op.bytes // 2 if half else op.bytes
 
 
-def _price(ops: list[_Op], device: Gpu, precision: str) -> tuple[float, dict[str, float]]:
-    """Seconds on the device, in all and by what bounds each operator."""
+def _price(ops: list[_Op], device: Gpu, precision: str) -> Price:
     peak = COMPUTE * 1e12 * device.tflops[precision]
     bandwidth = TRAFFIC * 1e9 * device.bandwidth
     bound = {"compute": 0.0, "memory": 0.0, "launch": 0.0}
@@ -297,4 +331,12 @@ def _price(ops: list[_Op], device: Gpu, precision: str) -> tuple[float, dict[str
         }
         limit = max(times, key=lambda name: times[name])
         bound[limit] += times[limit]
-    return sum(bound.values()), bound
+    busy = sum(bound.values())
+    return Price(
+        sum(op.flops for op in ops),
+        sum(_traffic(op, precision) for op in ops),
+        len(ops),
+        busy + REPLAY,
+        max(busy, LAUNCH * len(ops)),
+        {name: seconds / busy for name, seconds in bound.items()},
+    )
