@@ -245,6 +245,11 @@ def price(step: Step, batch: Batch, device: Gpu, precision: str) -> Price:
     return _price(_dispatch(step, batch), device, precision)
 
 
+def flops(recipe: Recipe) -> int:
+    """Floating-point operations of one step of the recipe, on any device: convolutions and matrix products, exactly."""
+    return sum(op.flops for op in _dispatch(*_on_meta(recipe)))
+
+
 def assumptions(device: Gpu, precision: str) -> list[str]:
     """What a prediction rests on, one line each."""
     return [

@@ -11,11 +11,13 @@ other strides are made contiguous first. `eps`, `alpha`, `lam`, `mu` and `lr` ma
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
 
 from .backends import dispatch, load
 from .layout import same_order
@@ -364,6 +366,12 @@ def _(x, z, stem_grad, weight, stride, padding, eps, alpha, norm):
     return torch.empty_like(x)
 
 
+@register_flop_formula(torch.ops.engine.input_grad_step)
+def _(x, z, stem_grad, weight, *_, **__) -> int:
+    """The convolution's share, as PyTorch counts its own; the arguments are shapes."""
+    return 2 * prod(stem_grad) * prod(weight[1:])
+
+
 def input_grad_step(
     x: Tensor,
     z: Tensor,
@@ -428,6 +436,11 @@ _stem_weight_grad = _define(
 def _(x, stem_grad, kh, kw, stride, padding):
     out = stem_grad.shape[1]
     return stem_grad.new_empty(out, x.shape[1], kh, kw), stem_grad.new_empty(out)
+
+
+@register_flop_formula(torch.ops.engine.stem_weight_grad)
+def _(x, stem_grad, kh, kw, *_, **__) -> int:
+    return 2 * prod(stem_grad) * x[1] * kh * kw
 
 
 def stem_weight_grad(

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from engine import EngineError, cli, models, phases, plan
+from engine import EngineError, cli, models, phases, plan, runner
 from engine import recipe as recipes
 
 
@@ -19,14 +20,15 @@ def cifar():
 
 
 def test_flops_are_passes_times_the_networks_own(cifar):
-    """PreActResNet-18 on 32x32, 0.555 GMAC, less what nobody needs: the image's own gradient."""
+    """PreActResNet-18 on 32x32, 0.555 GMAC, less what nobody needs: the image's gradient in training passes."""
     stem, first = 3 * 9 * 64 * 32 * 32, 4 * 64 * 64 * 9 * 32 * 32
     # Each later stage: half the channels to all of them, three times all, the shortcut; half the side.
     later = (64 * 128 * 9 + 3 * 128 * 128 * 9 + 64 * 128) * 16 * 16
     total = stem + first + 3 * later + 512 * 10
     passes = cifar.passes
     forwards = passes["forward"] * total
-    inputs, weights = passes["input_grad"] * (total - stem), passes["weight_grad"] * total
+    inputs = passes["input_grad"] * total - passes["weight_grad"] * stem
+    weights = passes["weight_grad"] * total
     assert cifar.flops == 2 * 128 * (forwards + inputs + weights)
 
 
@@ -47,6 +49,17 @@ def test_a_forward_pass_costs_what_its_layers_say(name):
     with torch.no_grad(), priced:
         model.eval()(torch.rand(2, channels, size, size))
     assert sum(op.flops for op in priced.ops) == sum(expected)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-pgd10"])
+def test_flops_on_paper_are_those_of_the_step_that_runs(name):
+    """Counted by PyTorch while the step runs on the CPU, where the stem has ops of the engine's own."""
+    recipe = load(name)
+    call = runner.step_of(recipe)
+    call()
+    with FlopCounterMode(display=False) as counted:
+        call()
+    assert plan.flops(recipe) == counted.get_total_flops()
 
 
 def test_traffic_of_an_op_is_what_it_reads_and_writes():
