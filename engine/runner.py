@@ -230,6 +230,22 @@ def prepare(recipe: Recipe, epochs: int, world: World = _ALONE) -> tuple[Step, L
     return step, loader
 
 
+def build_trainer(
+    recipe: Recipe, step: Step, loader: Loader, hooks: Hooks, world: World = _ALONE
+) -> Trainer:
+    """The recipe's epochs of what `prepare` gave, validated on its held-out images."""
+    return Trainer(
+        step,
+        loader,
+        epochs=recipe.optim.epochs,
+        validation=as_floats(*_part(split(recipe).validation, world), step.device),
+        validation_steps=recipe.validation.steps,
+        validate_every=recipe.validation.every,
+        seed=recipe.seed,
+        hooks=hooks,
+    )
+
+
 def sampling_of(recipe: Recipe) -> dict[str, Any]:
     """How the recipe draws its batches, as a loader's options."""
     data = recipe.data
@@ -294,7 +310,6 @@ def train(run: Run, world: World = _ALONE) -> Result:
 def _train(run: Run, world: World) -> Result:
     recipe = run.recipe
     step, loader = prepare(recipe, recipe.optim.epochs, world)
-    where = step.device
     checkpoints = Checkpoints(
         run.path / "checkpoints", keep=recipe.checkpoint.keep, seconds=recipe.checkpoint.seconds
     )
@@ -329,18 +344,9 @@ def _train(run: Run, world: World) -> Result:
                 watch.save = False
                 save(checkpoints.try_save)
 
-        trainer = Trainer(
-            step,
-            loader,
-            epochs=recipe.optim.epochs,
-            validation=as_floats(*_part(split(recipe).validation, world), where),
-            validation_steps=recipe.validation.steps,
-            validate_every=recipe.validation.every,
-            seed=recipe.seed,
-            hooks=Hooks(shown.step, epoch, keep, safe_point)
-            if world.first
-            else Hooks(safe_point=safe_point),
-        )
+        first = Hooks(shown.step, epoch, keep, safe_point)
+        hooks = first if world.first else Hooks(safe_point=safe_point)
+        trainer = build_trainer(recipe, step, loader, hooks, world)
         try:
             # The first sets damaged ones aside before the others look.
             found = checkpoints.latest() if world.first else None
