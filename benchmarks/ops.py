@@ -63,12 +63,10 @@ def _eager_step_to_half(
     return stepped, stepped.to(torch.float16, memory_format=torch.channels_last)
 
 
-def _eager_input_grad_step(
-    x: Tensor, z: Tensor, gy: Tensor, weight: Tensor, stride: int, padding: int
-) -> Tensor:
-    grad = torch.ops.aten.convolution_backward(
+def _eager_input_grad(x: Tensor, gy: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return torch.ops.aten.convolution_backward(
         gy,
-        z,
+        x,
         weight,
         None,
         [stride, stride],
@@ -79,7 +77,12 @@ def _eager_input_grad_step(
         1,
         [True, False, False],
     )[0]
-    return _eager_step(x, z, grad, EPS, ALPHA)
+
+
+def _eager_input_grad_step(
+    x: Tensor, z: Tensor, gy: Tensor, weight: Tensor, stride: int, padding: int
+) -> Tensor:
+    return _eager_step(x, z, _eager_input_grad(z, gy, weight, stride, padding), EPS, ALPHA)
 
 
 def _eager_augment(images: Tensor, index: Tensor, pad: int) -> Tensor:
@@ -325,6 +328,25 @@ def _stem_case(
     )
 
 
+def _input_case(
+    label: str, x_shape: tuple[int, ...], out: int, k: int, stride: int, pad: int
+) -> Case:
+    b, c, h, _ = x_shape
+    side = (h + 2 * pad - k) // stride + 1
+    gy = torch.randn(b, out, side, side).contiguous(memory_format=torch.channels_last)
+    weight, options = torch.randn(out, c, k, k), {"size": (h, h), "stride": stride, "padding": pad}
+    x = torch.rand(x_shape)
+    return Case(
+        "stem_input_grad",
+        f"{label} {_name(x_shape)}",
+        lambda: kernels.stem_input_grad(gy, weight, **options),
+        _eager_input_grad,
+        (x, gy, weight, stride, pad),
+        _against_reference(kernels.stem_input_grad, gy, weight, **options),
+        4 * (x.numel() + gy.numel()),
+    )
+
+
 def _weight_case(
     label: str, x_shape: tuple[int, ...], out: int, k: int, stride: int, pad: int
 ) -> Case:
@@ -432,8 +454,11 @@ def _cases(quick: bool) -> list[Case]:
     cases.append(_stem_case("Fast-AT", MNIST, 16, 4, 2, 1))
     cases.append(_stem_case("SmallCNN", MNIST, 32, 3, 1, 0))
     cases.append(_stem_case("ResNet", CIFAR, 64, 3, 1, 1))
+    cases.append(_input_case("Fast-AT", MNIST, 16, 4, 2, 1))
     cases.append(_weight_case("Fast-AT", MNIST, 16, 4, 2, 1))
+    cases.append(_input_case("SmallCNN", MNIST, 32, 3, 1, 0))
     cases.append(_weight_case("SmallCNN", MNIST, 32, 3, 1, 0))
+    cases.append(_input_case("ResNet", CIFAR, 64, 3, 1, 1))
     cases.append(_weight_case("ResNet", CIFAR, 64, 3, 1, 1))
     cases.append(_sgd_case("SmallCNN", SMALL_CNN))
     cases.append(_adamw_case("SmallCNN", SMALL_CNN))

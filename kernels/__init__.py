@@ -14,6 +14,7 @@ from .ops import (
     recall,
     remember,
     sgd_ema_step,
+    stem_input_grad,
     stem_weight_grad,
     uniform_start,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "reference",
     "remember",
     "sgd_ema_step",
+    "stem_input_grad",
     "stem_weight_grad",
     "uniform_start",
 ]

@@ -26,6 +26,7 @@ OPS = (
     "cross_entropy_grad",
     "kl_grad",
     "input_grad_step",
+    "stem_input_grad",
     "stem_weight_grad",
     "local_ball_loss",
     "local_ball_loss_backward",

@@ -408,22 +408,47 @@ def input_grad_step(
     b, c, h, w = x.shape
     if channels != c:
         raise ValueError(f"weight takes {channels} channels, x has {c}")
-    if not (stride >= 1 and padding >= 0):
-        raise ValueError(f"stride {stride} or padding {padding} out of range")
-    expected = (
-        b,
-        out_channels,
-        (h + 2 * padding - kh) // stride + 1,
-        (w + 2 * padding - kw) // stride + 1,
-    )
-    if stem_grad.shape != expected:
-        raise ValueError(f"stem_grad has shape {tuple(stem_grad.shape)}, expected {expected}")
-    for name, t in (("stem_grad", stem_grad), ("weight", weight)):
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x on {x.device}")
+    _check_stem_grad(stem_grad, x, (out_channels, *_sides((h, w), (kh, kw), stride, padding)), b)
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}, x on {x.device}")
     _check_norm(norm)
     eps, alpha = _check_scalar("eps", eps, x), _check_scalar("alpha", alpha, x)
     return _input_grad_step(x, z, stem_grad, weight, stride, padding, eps, alpha, norm)
+
+
+_stem_input_grad = _define(
+    "stem_input_grad",
+    "(Tensor stem_grad, Tensor weight, int h, int w, int stride, int padding) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::stem_input_grad")
+def _(stem_grad, weight, h, w, stride, padding):
+    return weight.new_empty(len(stem_grad), weight.shape[1], h, w)
+
+
+def stem_input_grad(
+    stem_grad: Tensor, weight: Tensor, *, size: tuple[int, int], stride: int, padding: int
+) -> Tensor:
+    """The input gradient of a network's first convolution; differentiable in both tensors.
+
+    Where no attack step follows that `input_grad_step` could take along: attacks by other people's
+    code, and gradients of gradients. On a GPU the vendor's library is fast at it, and serves.
+
+    Args:
+        stem_grad: [B, O, H', W'] float, gradient at the convolution's output.
+        weight: [O, C, kh, kw] float32 or float64, its weight (groups 1, dilation 1).
+        size: (H, W) of its input; stride, padding: the same in both directions.
+    Returns:
+        [B, C, H, W], dtype of `weight`.
+    """
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [O, C, kh, kw], got {tuple(weight.shape)}")
+    if weight.dtype not in _FLOATS:
+        raise TypeError(f"weight must be float32 (or float64), got {weight.dtype}")
+    out, _, kh, kw = weight.shape
+    _check_stem_grad(stem_grad, weight, (out, *_sides(size, (kh, kw), stride, padding)))
+    return _stem_input_grad(stem_grad, weight, *size, stride, padding)
 
 
 _stem_weight_grad = _define(
@@ -446,7 +471,7 @@ def _(x, stem_grad, kh, kw, *_, **__) -> int:
 def stem_weight_grad(
     x: Tensor, stem_grad: Tensor, *, kernel: tuple[int, int], stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:
-    """The weight and bias gradients of a network's first convolution.
+    """The weight and bias gradients of a network's first convolution; differentiable in both tensors.
 
     Vendor libraries are slow at it on the CPU where the image has few channels. On a GPU theirs is
     fast, and serves.
@@ -461,17 +486,80 @@ def stem_weight_grad(
     x = _check_images("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must be [B, C, H, W], got {tuple(x.shape)}")
+    sides = _sides(x.shape[2:], kernel, stride, padding)
+    _check_stem_grad(
+        stem_grad, x, (stem_grad.shape[1] if stem_grad.dim() > 1 else 0, *sides), len(x)
+    )
+    return _stem_weight_grad(x, stem_grad, *kernel, stride, padding)
+
+
+def _sides(size, kernel, stride: int, padding: int) -> tuple[int, int]:
+    """(H', W') of a convolution's output."""
+    if not (stride >= 1 and padding >= 0):
+        raise ValueError(f"stride {stride} or padding {padding} out of range")
+    h, w = ((n + 2 * padding - k) // stride + 1 for n, k in zip(size, kernel, strict=True))
+    return h, w
+
+
+def _check_stem_grad(stem_grad: Tensor, like: Tensor, shape, batch: int | None = None) -> None:
+    """A float tensor [B, *shape] on the device of `like`, of `batch` samples where that is known."""
     if not stem_grad.is_floating_point():
         raise TypeError(f"stem_grad must be a float tensor, got {stem_grad.dtype}")
-    (kh, kw), (b, _, h, w) = kernel, x.shape
-    sides = (h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1
-    if stem_grad.dim() != 4 or (len(stem_grad), *stem_grad.shape[2:]) != (b, *sides):
-        raise ValueError(
-            f"stem_grad has shape {tuple(stem_grad.shape)}, expected ({b}, O, {sides[0]}, {sides[1]})"
+    expected = (len(stem_grad) if batch is None else batch, *shape)
+    if stem_grad.shape != expected:
+        raise ValueError(f"stem_grad has shape {tuple(stem_grad.shape)}, expected {expected}")
+    if stem_grad.device != like.device:
+        raise ValueError(f"stem_grad is on {stem_grad.device}, not {like.device}")
+
+
+# The two are the parts of one bilinear form, <conv(x; weight), stem_grad>: each one's derivative is made
+# of the other and the convolution.
+
+
+def _input_grad_setup(ctx, inputs, output) -> None:
+    stem_grad, weight, _, _, ctx.stride, ctx.padding = inputs
+    ctx.save_for_backward(stem_grad, weight)
+
+
+def _input_grad_backward(ctx, towards):
+    stem_grad, weight = ctx.saved_tensors
+    on_grad = on_weight = None
+    if ctx.needs_input_grad[0]:
+        on_grad = torch.conv2d(towards, weight, None, ctx.stride, ctx.padding).to(stem_grad.dtype)
+    if ctx.needs_input_grad[1]:
+        kernel = weight.shape[2:]
+        on_weight, _ = _stem_weight_grad(
+            towards, stem_grad.to(weight.dtype), *kernel, ctx.stride, ctx.padding
         )
-    if stem_grad.device != x.device:
-        raise ValueError(f"stem_grad is on {stem_grad.device}, x on {x.device}")
-    return _stem_weight_grad(x, stem_grad, kh, kw, stride, padding)
+    return on_grad, on_weight, None, None, None, None
+
+
+def _weight_grad_setup(ctx, inputs, output) -> None:
+    x, stem_grad, _, _, ctx.stride, ctx.padding = inputs
+    ctx.save_for_backward(x, stem_grad)
+
+
+def _weight_grad_backward(ctx, towards, towards_bias):
+    x, stem_grad = ctx.saved_tensors
+    on_x = on_grad = None
+    if ctx.needs_input_grad[0]:
+        on_x = _stem_input_grad(
+            stem_grad, towards.contiguous(), *x.shape[2:], ctx.stride, ctx.padding
+        ).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        on_grad = torch.conv2d(x.to(towards.dtype), towards, towards_bias, ctx.stride, ctx.padding)
+    return on_x, on_grad, None, None, None, None
+
+
+torch.library.register_autograd(
+    "engine::stem_input_grad", _input_grad_backward, setup_context=_input_grad_setup, lib=_library
+)
+torch.library.register_autograd(
+    "engine::stem_weight_grad",
+    _weight_grad_backward,
+    setup_context=_weight_grad_setup,
+    lib=_library,
+)
 
 
 # ---- loss ------------------------------------------------------------------------------------

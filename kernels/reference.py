@@ -173,16 +173,21 @@ def input_grad_step(
     alpha: Tensor,
     norm: str,
 ) -> Tensor:
-    _, _, h, w = x.shape
+    grad = stem_input_grad(stem_grad, weight, *x.shape[2:], stride, padding)
+    if not x.is_contiguous():
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    return attack_step(x, z, grad, eps, alpha, norm)
+
+
+def stem_input_grad(
+    stem_grad: Tensor, weight: Tensor, h: int, w: int, stride: int, padding: int
+) -> Tensor:
     out_channels, _, kh, kw = weight.shape
     flat_grad = stem_grad.to(weight.dtype).flatten(2)
     # Transposed convolution as matrix product and col2im: several times faster on CPUs than the
     # library's convolution backward when the image has 1 or 3 channels.
     columns = weight.reshape(out_channels, -1).t() @ flat_grad
-    grad = torch.nn.functional.fold(columns, (h, w), (kh, kw), padding=padding, stride=stride)
-    if not x.is_contiguous():
-        grad = grad.contiguous(memory_format=torch.channels_last)
-    return attack_step(x, z, grad, eps, alpha, norm)
+    return torch.nn.functional.fold(columns, (h, w), (kh, kw), padding=padding, stride=stride)
 
 
 def stem_weight_grad(

@@ -188,7 +188,7 @@ def test_small_cnn_pools_before_relu_without_changing_anything():
     model = make("small-cnn").eval()
     features = model.feature_extractor
     x = pictures(model, size=28).requires_grad_()
-    h = relu(features.conv2(relu(features.conv1(x))))
+    h = relu(features.conv2(relu(model.stem(x))))
     h = features.maxpool1(h)
     h = relu(features.conv4(relu(features.conv3(h))))
     expected = model.classifier(features.maxpool2(h).flatten(1))
@@ -294,6 +294,27 @@ def test_stem_gradient_and_input_grad_step_are_autograd_to_the_pixels(network):
         x, x, stem_grad, stem.weight, stride=stem.stride, padding=stem.padding, **how
     )
     torch.testing.assert_close(stepped, kernels.attack_step(x, x, expected, **how))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_gradients_of_images_and_weights_are_those_of_double_precision(name):
+    """The stem's gradients are ops in float32 and the library's in float64; a penalty takes them twice."""
+    model = make(name, normalised=True)
+    exact = make(name, normalised=True).double()
+    channels, size, _ = KNOWN[name]
+    pixels = torch.rand(3, channels, size, size, generator=torch.Generator().manual_seed(1))
+    found = []
+    for net in (model, exact):
+        weight = net.stem_conv.weight
+        x = pixels.to(weight.dtype).requires_grad_()
+        loss = net.stem(x).sin().sum()
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        twice = torch.autograd.grad(grad.square().sum(), (x, weight), retain_graph=True)
+        found.append([grad, *twice, *torch.autograd.grad(loss, (weight, net.stem_conv.bias))])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == torch.float32
+        error = (one.double() - other).norm() / other.norm()
+        assert error < 1e-5
 
 
 def test_stem_follows_the_weights():

@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import kernels
 
@@ -63,8 +62,10 @@ class Network(nn.Module):
         if self.mu is not None and self.sigma is not None:
             x = (x - self.mu) / self.sigma
         conv = self.stem_conv
-        if _weights_only(conv, x):
-            return _WeightsOnly.apply(x, conv.weight, conv.bias, conv.stride[0], conv.padding[0])
+        if _ours(conv, x):
+            return _StemConvolution.apply(
+                x, conv.weight, conv.bias, conv.stride[0], conv.padding[0]
+            )
         return conv(x)
 
     def body(self, h: Tensor) -> Tensor:
@@ -75,38 +76,41 @@ class Network(nn.Module):
         return self.body(self.stem(x))
 
 
-def _weights_only(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a pass needs the stem's weight gradient alone, on a CPU, where the library is slow at it."""
+def _ours(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether the stem's backward pass is ours: on a CPU, where the library is slow at few channels."""
     return (
         x.device.type == "cpu"
         and x.dtype == conv.weight.dtype == torch.float32
         and torch.is_grad_enabled()
-        and conv.weight.requires_grad
-        and not x.requires_grad
+        and (x.requires_grad or conv.weight.requires_grad)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and _plain(conv)
     )
 
 
-class _WeightsOnly(torch.autograd.Function):
-    """A convolution of images that need no gradient; `kernels.stem_weight_grad` is its backward pass."""
+class _StemConvolution(torch.autograd.Function):
+    """A convolution whose gradients are `kernels.stem_input_grad` and `kernels.stem_weight_grad`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
-        ctx.save_for_backward(x)
-        ctx.kernel, ctx.stride, ctx.padding = weight.shape[2:], stride, padding
-        ctx.biased = bias is not None
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
         return torch.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        weight_grad, bias_grad = kernels.stem_weight_grad(
-            x, grad, kernel=tuple(ctx.kernel), stride=ctx.stride, padding=ctx.padding
-        )
-        return None, weight_grad, bias_grad if ctx.biased else None, None, None
+        x, weight = ctx.saved_tensors
+        geometry = {"stride": ctx.stride, "padding": ctx.padding}
+        on_x = on_weight = on_bias = None
+        if ctx.needs_input_grad[0]:
+            on_x = kernels.stem_input_grad(grad, weight, size=tuple(x.shape[2:]), **geometry)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            on_weight, on_bias = kernels.stem_weight_grad(
+                x, grad, kernel=tuple(weight.shape[2:]), **geometry
+            )
+        biased = ctx.needs_input_grad[2]
+        return on_x, on_weight, on_bias if biased else None, None, None
 
 
 @dataclass(frozen=True, eq=False)

@@ -194,6 +194,30 @@ def input_grad_step(
     return out
 
 
+def stem_input_grad(
+    stem_grad: Tensor, weight: Tensor, h: int, w: int, stride: int, padding: int
+) -> Tensor:
+    if (
+        stem_grad.dtype not in _DTYPES
+        or weight.dtype is not torch.float32
+        or stem_grad.shape[0] == 0
+    ):
+        return reference.stem_input_grad(stem_grad, weight, h, w, stride, padding)
+    if not (stem_grad.is_contiguous() or _channels_last(stem_grad)):
+        stem_grad = stem_grad.contiguous()
+    weight = weight.contiguous()
+    out = weight.new_empty(stem_grad.shape[0], weight.shape[1], h, w)
+    _native.stem_input_grad(
+        *_address(stem_grad),
+        not stem_grad.is_contiguous(),
+        weight.data_ptr(),
+        [*out.shape[1:], *stem_grad.shape[1:], *weight.shape[2:], stride, padding],
+        out.shape[0],
+        out.data_ptr(),
+    )
+    return out
+
+
 def stem_weight_grad(
     x: Tensor, stem_grad: Tensor, kh: int, kw: int, stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:

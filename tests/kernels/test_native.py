@@ -74,6 +74,9 @@ def every_op():
         "cross_entropy_grad": lambda: kernels.cross_entropy_grad(adv, target),
         "kl_grad": lambda: kernels.kl_grad(adv, ball),
         "input_grad_step": lambda: kernels.input_grad_step(x, z, gy, weight, norm="L2", **stem),
+        "stem_input_grad": lambda: (
+            1e-2 * kernels.stem_input_grad(gy, weight, size=tuple(x.shape[2:]), stride=1, padding=1)
+        ),
         "stem_weight_grad": lambda: torch.cat(
             [
                 1e-2 * t.flatten()

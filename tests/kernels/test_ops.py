@@ -808,6 +808,45 @@ def test_stem_weight_grad(backend, device, shape, out, kernel, stride, padding, 
         torch.testing.assert_close(actual.cpu().double(), wanted, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stem", STEMS, ids=str)
+def test_stem_input_grad(backend, device, stem, dtype, layout):
+    x, _, gy, weight, stride, padding = stem_inputs(stem, 5, device, layout, dtype=dtype)
+    point = x.cpu().double().requires_grad_()
+    y = torch.conv2d(point, weight.cpu().double(), None, stride, padding)
+    (exact,) = torch.autograd.grad(y, point, gy.cpu().double())
+    actual = kernels.stem_input_grad(
+        gy, weight, size=tuple(x.shape[2:]), stride=stride, padding=padding
+    )
+    assert actual.dtype == weight.dtype
+    torch.testing.assert_close(actual.cpu().double(), exact, atol=1e-7, rtol=1e-5)
+
+
+def test_stem_input_grad_of_no_samples(backend, device):
+    x, _, gy, weight, stride, padding = stem_inputs(STEMS[0], 0, device)
+    empty = kernels.stem_input_grad(gy, weight, size=(28, 28), stride=stride, padding=padding)
+    assert empty.shape == x.shape
+
+
+@pytest.mark.parametrize("stem", [(2, 3, 3, 2, 1, 1, 5, 4), (1, 2, 2, 3, 2, 0, 7, 6)], ids=str)
+def test_the_stems_gradients_have_gradients(stem):
+    """Both, twice, against finite differences: gradients of gradients pass through them."""
+    x, _, gy, weight, stride, padding = stem_inputs(stem, 2, "cpu")
+    x, gy, weight = (t.double().requires_grad_() for t in (x, gy, weight))
+    geometry = {"stride": stride, "padding": padding}
+
+    def on_input(gy, weight):
+        return kernels.stem_input_grad(gy, weight, size=tuple(x.shape[2:]), **geometry)
+
+    def on_weight(x, gy):
+        return kernels.stem_weight_grad(x, gy, kernel=tuple(weight.shape[2:]), **geometry)
+
+    for function, inputs in ((on_input, (gy, weight)), (on_weight, (x, gy))):
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
 # ---- sgd_ema_step ----------------------------------------------------------------------------
 
 PARAMETERS = [(16, 1, 4, 4), (16,), (1,), (0, 3), (), (100, 33), (7, 3, 3, 3)]
@@ -1004,6 +1043,7 @@ def operator_arguments(device):
             (x, x, gy, weight, 1, 1, small, small, "Linf"),
             (xl, xl, gy, weight, 1, 1, small, small, "L2"),
         ],
+        "stem_input_grad": [(gy, weight, *x.shape[2:], 1, 1)],
         "stem_weight_grad": [(x, gy, 3, 3, 1, 1), (xl, lay_out(gy, "channels_last"), 3, 3, 1, 1)],
         "local_ball_loss": [
             (learn[0], target, learn[1], learn[2], small, small, 0.1),
@@ -1168,6 +1208,16 @@ def bad_calls(device):
             "z",
             lambda: k.remember(memory, index, where, batch, batch[:1], 0.1),
         ),
+        "stem_input_grad stem_grad": (
+            ValueError,
+            "stem_grad",
+            lambda: k.stem_input_grad(gy[:, :3], weight, size=(9, 9), stride=1, padding=1),
+        ),
+        "stem_input_grad weight": (
+            ValueError,
+            "weight",
+            lambda: k.stem_input_grad(gy, weight[0], size=(9, 9), stride=1, padding=1),
+        ),
         "stem_weight_grad x": (
             ValueError,
             "x",
@@ -1233,6 +1283,7 @@ def test_an_op_dispatches_itself_and_nothing_else(backend, device):
         lambda: kernels.cross_entropy_grad(adv, target),
         lambda: kernels.kl_grad(adv, ball),
         lambda: kernels.input_grad_step(x, z, gy, weight, **stem),
+        lambda: kernels.stem_input_grad(gy, weight, size=tuple(x.shape[2:]), stride=1, padding=1),
         lambda: kernels.stem_weight_grad(x, gy, kernel=(3, 3), stride=1, padding=1),
         lambda: kernels.local_ball_loss(adv, target, ball, clean, lam=0.5, mu=2.0),
         lambda: kernels.augment(data, index, rng, pad=2, flip=True, memory=memory, eps=0.25),

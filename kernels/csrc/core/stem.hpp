@@ -1,5 +1,5 @@
-// The first convolution: input_grad_step, its input gradient and the attack step from it; and
-// stem_weight_grad, its weights' gradient.
+// The first convolution: stem_input_grad, its input gradient; input_grad_step, the attack step from it;
+// and stem_weight_grad, its weights' gradient.
 //
 // For one row (c, y) of the image's gradient, and every column kx of the filter,
 //     A_kx[x'] = sum over o and ky of W[o, c, ky, kx] gy[o, (y + padding - ky) / stride, x']
@@ -150,10 +150,11 @@ inline void gather_sample(const Stem& s, const T* from, float* to, int64_t plane
       }
 }
 
-// x, z, out: [B, C, h, w] in one layout; weight: [O, C, kh, kw] float, contiguous.
-inline void input_grad_step(const float* x, const float* z, const void* gy, int dtype,
-                            bool gy_channels_last, const float* weight, const Stem& s, float* out,
-                            int64_t b, bool x_channels_last, float eps, float alpha, bool l2) {
+// use(i, grad) for each sample i of B and its input gradient, [C, h, w] or (channels_last) [h, w, C].
+// weight: [O, C, kh, kw] float, contiguous.
+template <typename Use>
+inline void each_input_grad(const void* gy, int dtype, bool gy_channels_last, const float* weight,
+                            const Stem& s, int64_t b, bool channels_last, Use use) {
   const int64_t d = s.channels * s.h * s.w, plane = s.out_h * s.out_w;
   const int64_t sample = s.out_channels * plane;
   std::vector<float> packed(size_t(s.channels * s.kh * s.out_channels * s.kw));
@@ -177,8 +178,8 @@ inline void input_grad_step(const float* x, const float* z, const void* gy, int 
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < b; ++i) {
       const float* next = static_cast<const float*>(gy) + (i + 1) * sample;
-      const int64_t step_c = x_channels_last ? 1 : s.h * s.w;
-      const int64_t step_x = x_channels_last ? s.channels : 1;
+      const int64_t step_c = channels_last ? 1 : s.h * s.w;
+      const int64_t step_x = channels_last ? s.channels : 1;
       // A row is read in whole registers; near the end of the tensor that would leave it.
       if (direct && (i + 1) * sample + V <= b * sample) {
         stem_gradient(s, next - sample, plane, s.out_w, next, packed.data(), grad.data(), step_c,
@@ -192,14 +193,36 @@ inline void input_grad_step(const float* x, const float* z, const void* gy, int 
         stem_gradient(s, copy.data(), copy_plane, pitch, nullptr, packed.data(), grad.data(),
                       step_c, step_x, sums.data(), pitch, line.data(), rows.data(), weights.data());
       }
-      const int64_t at = i * d;
-      if (l2)
-        step_l2(x + at, z + at, grad.data(), out + at, d, eps, alpha);
-      else
-        step_linf(x + at, z + at, grad.data(), out + at, d, eps, alpha);
+      use(i, grad.data());
     }
   }
 }
+
+// x, z, out: [B, C, h, w] in one layout.
+inline void input_grad_step(const float* x, const float* z, const void* gy, int dtype,
+                            bool gy_channels_last, const float* weight, const Stem& s, float* out,
+                            int64_t b, bool x_channels_last, float eps, float alpha, bool l2) {
+  const int64_t d = s.channels * s.h * s.w;
+  each_input_grad(gy, dtype, gy_channels_last, weight, s, b, x_channels_last,
+                  [=](int64_t i, const float* grad) {
+                    const int64_t at = i * d;
+                    if (l2)
+                      step_l2(x + at, z + at, grad, out + at, d, eps, alpha);
+                    else
+                      step_linf(x + at, z + at, grad, out + at, d, eps, alpha);
+                  });
+}
+
+// out: [B, C, h, w].
+inline void stem_input_grad(const void* gy, int dtype, bool gy_channels_last, const float* weight,
+                            const Stem& s, int64_t b, float* out) {
+  const int64_t d = s.channels * s.h * s.w;
+  each_input_grad(gy, dtype, gy_channels_last, weight, s, b, false,
+                  [=](int64_t i, const float* grad) {
+                    std::memcpy(out + i * d, grad, size_t(d) * sizeof(float));
+                  });
+}
+
 
 // ---- the weights' gradient -------------------------------------------------------------------
 

@@ -70,6 +70,8 @@ struct Kernels {
   void (*input_grad_step)(const float* x, const float* z, const void* gy, int dtype,
                           bool gy_channels_last, const float* weight, const Stem& stem, float* out,
                           int64_t b, bool x_channels_last, float eps, float alpha, bool l2);
+  void (*stem_input_grad)(const void* gy, int dtype, bool gy_channels_last, const float* weight,
+                          const Stem& stem, int64_t b, float* out);
   void (*stem_weight_grad)(const float* x, const float* gy, bool gy_channels_last, const Stem& stem,
                            int64_t b, float* weight_grad, float* bias_grad);
   void (*local_ball_loss)(Logits adv, const int64_t* target, Logits ball, Logits clean, float lam,

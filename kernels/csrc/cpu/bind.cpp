@@ -121,20 +121,27 @@ void kl_grad(Address p, int p_dtype, Address q, int q_dtype, Address out, int64_
               scale);
 }
 
+Stem stem_of(const std::vector<int64_t>& stem) {
+  return {stem.at(0), stem.at(1), stem.at(2), stem.at(3), stem.at(4),
+          stem.at(5), stem.at(6), stem.at(7), stem.at(8), stem.at(9)};
+}
+
 void input_grad_step(Address x, Address z, Address gy, int dtype, bool gy_channels_last,
                      Address weight, const std::vector<int64_t>& stem, Address out, int64_t b,
                      bool x_channels_last, float eps, float alpha, bool l2) {
-  const Stem s{stem.at(0), stem.at(1), stem.at(2), stem.at(3), stem.at(4),
-               stem.at(5), stem.at(6), stem.at(7), stem.at(8), stem.at(9)};
   run.kernels->input_grad_step(at<float>(x), at<float>(z), at<void>(gy), dtype, gy_channels_last,
-                      at<float>(weight), s, at<float>(out), b, x_channels_last, eps, alpha, l2);
+                      at<float>(weight), stem_of(stem), at<float>(out), b, x_channels_last, eps, alpha, l2);
+}
+
+void stem_input_grad(Address gy, int dtype, bool gy_channels_last, Address weight,
+                     const std::vector<int64_t>& stem, int64_t b, Address out) {
+  run.kernels->stem_input_grad(at<void>(gy), dtype, gy_channels_last, at<float>(weight), stem_of(stem), b,
+                      at<float>(out));
 }
 
 void stem_weight_grad(Address x, Address gy, bool gy_channels_last, const std::vector<int64_t>& stem,
                       int64_t b, Address weight_grad, Address bias_grad) {
-  const Stem s{stem.at(0), stem.at(1), stem.at(2), stem.at(3), stem.at(4),
-               stem.at(5), stem.at(6), stem.at(7), stem.at(8), stem.at(9)};
-  run.kernels->stem_weight_grad(at<float>(x), at<float>(gy), gy_channels_last, s, b,
+  run.kernels->stem_weight_grad(at<float>(x), at<float>(gy), gy_channels_last, stem_of(stem), b,
                        at<float>(weight_grad), at<float>(bias_grad));
 }
 
@@ -234,6 +241,7 @@ NB_MODULE(_native, m) {
   m.def("cross_entropy_grad", &cross_entropy_grad, release);
   m.def("kl_grad", &kl_grad, release);
   m.def("input_grad_step", &input_grad_step, release);
+  m.def("stem_input_grad", &stem_input_grad, release);
   m.def("stem_weight_grad", &stem_weight_grad, release);
   m.def("local_ball_loss", &local_ball_loss, release);
   m.def("local_ball_loss_backward", &local_ball_loss_backward, release);

@@ -10,7 +10,7 @@ namespace engine::ENGINE_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
     uniform_start,    attack_step, cross_entropy_grad, kl_grad, input_grad_step,
-    stem_weight_grad, local_ball_loss, local_ball_loss_backward, augment,            recall,  remember,
+    stem_input_grad,  stem_weight_grad, local_ball_loss, local_ball_loss_backward, augment,            recall,  remember,
     sgd_ema_step,    adamw_ema_step,
 };
 
