@@ -120,6 +120,31 @@ def step(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def scaling(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of `engine bench scaling` rows: from the first to the last measured value of each axis."""
+    lines = [
+        "| axis | method | ms a step, measured | grows | FLOPs grow | H100 ms (predicted, never run) | grows |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    measured = [row for row in rows if row["p20_ms"] is not None]
+    on_paper = {
+        (row["axis"], row["value"], row["method"]): row for row in rows if row["p20_ms"] is None
+    }
+    for axis, method in dict.fromkeys((row["axis"], row["method"]) for row in measured):
+        mine = [row for row in measured if (row["axis"], row["method"]) == (axis, method)]
+        ends = [chosen(mine, key=lambda row: row["value"]) for chosen in (min, max)]
+        predicted = [on_paper.get((axis, end["value"], method)) for end in ends]
+        cells = [
+            f"{axis} {ends[0]['value']} to {ends[1]['value']}",
+            method,
+            *_growth([end["p50_ms"] for end in ends]),
+            _times(ends[1]["gflops"] / ends[0]["gflops"]),
+            *_growth([end["p50_ms"] for end in predicted if end is not None]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plans(recipes: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
     """A Markdown table of `engine plan` for CIFAR-10 on every GPU it knows: predictions."""
     from engine import plan, recipe
@@ -175,7 +200,7 @@ def full_scale() -> str:
 
 def stored() -> dict[str, tuple[str, str]]:
     """Every stored result: by name, the document that shows it and its table."""
-    found, makers = {}, {"ops": ops, "step": step, "loaders": loaders}
+    found, makers = {}, {"ops": ops, "step": step, "loaders": loaders, "scaling": scaling}
     for path in sorted(RESULTS.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         if path.stem in makers:
@@ -188,8 +213,10 @@ def stored() -> dict[str, tuple[str, str]]:
 
 
 def write(root: Path) -> list[str]:
-    """Put every table between its marks, `<!-- NAME -->` and `<!-- /NAME -->`, and draw the curves; what was written."""
+    """Put every table between its marks, `<!-- NAME -->` and `<!-- /NAME -->`, and draw the pictures; what was written."""
     from engine import compare
+
+    from . import scaling as scaled
 
     tables = stored() | {
         "plans": ("docs/plan.md", plans()),
@@ -207,11 +234,21 @@ def write(root: Path) -> list[str]:
             before + begin + "\n" + table + "\n" + end + rest.split(end, 1)[1], encoding="utf-8"
         )
         written.append(f"{document}: {name}")
-    for path in sorted(RESULTS.glob("compare-*.json")):
+    drawn = [(path, compare.draw) for path in sorted(RESULTS.glob("compare-*.json"))]
+    drawn += [(path, scaled.draw) for path in RESULTS.glob("scaling.json")]
+    for path, draw in drawn:
         picture = root / "docs" / "images" / f"{path.stem}.png"
-        compare.draw(json.loads(path.read_text(encoding="utf-8")), picture)
+        draw(json.loads(path.read_text(encoding="utf-8")), picture)
         written.append(str(picture.relative_to(root)))
     return written
+
+
+def _growth(ends: Sequence[float]) -> list[str]:
+    """The first and the last of two times, and how many times the one the other is; dashes for none."""
+    if not ends:
+        return ["-", "-"]
+    first, last = ends
+    return [f"{first:.3g} to {last:.3g}", f"{last / first:.1f}x"]
 
 
 def _times(ratio: float | None) -> str:

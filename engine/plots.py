@@ -27,6 +27,7 @@ from matplotlib.ticker import (
     MaxNLocator,
     MultipleLocator,
     NullFormatter,
+    NullLocator,
     PercentFormatter,
 )
 
@@ -101,11 +102,16 @@ def style() -> Iterator[None]:
         yield
 
 
-def panels(count: int = 1, *, width: float = 4.6, height: float = 3.5) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes side by side, each `width` x `height` inches."""
-    figure = Figure(figsize=(width * count, height), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    return figure, list(axes)
+def panels(
+    count: int = 1, *, down: int = 1, width: float = 4.6, height: float = 3.5
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes in `down` rows, each `width` x `height` inches."""
+    across = -(-count // down)
+    figure = Figure(figsize=(width * across, height * down), layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
 
 
 def save_png(figure: Figure, path: Path) -> None:
@@ -186,6 +192,8 @@ def draw_losses(
 
 _SERIES = (BLUE, ORANGE, GREEN, PURPLE, INK, MUTED)
 _MARKERS = "osD^vP*X"
+_IDEAL: Any = {"color": MUTED, "linewidth": 0.8, "alpha": 0.7, "zorder": 1}
+_NUMBERS = FuncFormatter(lambda value, _: f"{value:,.10g}")
 
 
 def draw_curves(
@@ -221,13 +229,78 @@ def draw_curves(
         ax.plot(*zip(*sorted(curve), strict=True), marker=marker, color=colour, label=method)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    ax.xaxis.set_major_formatter(_NUMBERS)
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("steps x passes a step" if passes else "training time [s]")
     ax.set_title("Robust accuracy against " + ("passes" if passes else "training time"))
     if not passes:
         ax.legend()
+
+
+def draw_scaling(ax: Axes, rows: Sequence[Mapping[str, Any]], base: int) -> None:
+    """A step's milliseconds along one axis: measured solid, predicted dashed; grey in proportion to the arithmetic.
+
+    Args:
+        rows: of that axis, as `engine bench scaling` gives them.
+        base: the value at which a grey line meets its curve.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for where, method in dict.fromkeys((row["where"], row["method"]) for row in rows):
+        line = _along_axis(rows, where, method)
+        number, predicted = methods.index(method), line[0]["p20_ms"] is None
+        values, times = ([row[key] for row in line] for key in ("value", "p50_ms"))
+        anchor = next(row for row in line if row["value"] == base)
+        per_flop = anchor["p50_ms"] / anchor["gflops"]
+        ax.plot(values, [per_flop * row["gflops"] for row in line], **_IDEAL)
+        if not predicted:
+            low, high = ([row[key] for row in line] for key in ("p20_ms", "p80_ms"))
+            ax.fill_between(values, low, high, color=_SERIES[number], alpha=0.18, linewidth=0)
+        ax.plot(
+            values,
+            times,
+            marker=_MARKERS[number],
+            color=_SERIES[number],
+            linestyle=(0, (4, 1.8)) if predicted else "-",
+            markerfacecolor=PANEL if predicted else _SERIES[number],
+            label=f"{method}, {where.removesuffix(' (predicted)')}: "
+            + ("predicted, never run" if predicted else "measured"),
+        )
+    ax.plot([], **_IDEAL, label="in proportion to the FLOPs")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(_NUMBERS)
+    ax.yaxis.set_minor_locator(NullLocator())
+    ticks = sorted({row["value"] for row in rows})
+    ax.set_xticks(ticks, [f"{value:,}" for value in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_ylabel("ms a step")
+
+
+def draw_throughput(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Images a second by processes; grey in proportion to them.
+
+    Args:
+        rows: as `engine bench scaling` gives them for processes, one process among them.
+    """
+    ticks = sorted({row["value"] for row in rows})
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        line = _along_axis(rows, rows[0]["where"], method)
+        values, rates = ([row[key] for row in line] for key in ("value", "images_per_s"))
+        ax.plot([0, ticks[-1]], [0, ticks[-1] * rates[0] / values[0]], **_IDEAL)
+        ax.plot(values, rates, marker=_MARKERS[number], color=_SERIES[number])
+    ax.set_xticks(ticks)
+    ax.set_xlim(0, ticks[-1] + 0.3)
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(_NUMBERS)
+    ax.set_ylabel("images a second")
+
+
+def _along_axis(
+    rows: Sequence[Mapping[str, Any]], where: str, method: str
+) -> list[Mapping[str, Any]]:
+    mine = [row for row in rows if (row["where"], row["method"]) == (where, method)]
+    return sorted(mine, key=lambda row: row["value"])
 
 
 def draw_phases(ax: Axes, shares: Mapping[str, float], step_ms: float) -> None:
