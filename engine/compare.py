@@ -41,7 +41,8 @@ class Protocol:
 
     Attributes:
         methods: recipe trees by the method's name.
-        epochs, minutes: budgets: passes over the training set, or training minutes by the measured step.
+        epochs, minutes: budgets: passes over the training set, replays counted, or training minutes by the
+            measured step.
         score: "test": clean, PGD and AutoAttack accuracy on the test images; "validation": clean and PGD
             accuracy on the held-out ones, for choosing settings without a look at the test set.
     """
@@ -63,8 +64,13 @@ class Job:
     recipe: Recipe
 
     @property
+    def epochs(self) -> int:
+        """Passes over the training set: a batch that is replayed is trained on again."""
+        return self.recipe.optim.epochs * self.recipe.optim.replays
+
+    @property
     def folder(self) -> str:
-        return _folder(self.method, self.recipe.optim.epochs, self.recipe.seed)
+        return _folder(self.method, self.epochs, self.recipe.seed)
 
 
 def _folder(method: str, epochs: int, seed: int) -> str:
@@ -191,8 +197,10 @@ def jobs(protocol: Protocol, step_ms: Mapping[str, float]) -> list[Job]:
     for seed in range(protocol.seeds):
         for name, tree in protocol.methods.items():
             recipe = recipes.parse({**tree, "seed": seed}, source=name)
-            budgets: list[int] = list(protocol.epochs) or [recipe.optim.epochs]
-            if protocol.minutes:
+            budgets = [recipe.optim.epochs]
+            if protocol.epochs:
+                budgets = [max(1, round(n / recipe.optim.replays)) for n in protocol.epochs]
+            elif protocol.minutes:
                 epoch = runner.steps_per_epoch(recipe) * step_ms[name] / 60e3
                 budgets = [max(1, round(minutes / epoch)) for minutes in protocol.minutes]
             for epochs in dict.fromkeys(budgets):
@@ -398,7 +406,7 @@ def _point(job: Job, out: Path, step: Mapping[str, float]) -> dict[str, Any]:
         "objective": recipe.objective.name,
         "k": recipe.attack.steps,
         "start": recipe.attack.start,
-        "epochs": recipe.optim.epochs,
+        "epochs": job.epochs,
         "seed": recipe.seed,
         **{key: summary.get(key) for key in ("clean", "pgd", "autoattack", "examples")},
         "val_clean": last.get("val_clean"),

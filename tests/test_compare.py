@@ -55,6 +55,17 @@ def test_protocol_file_merges_base_common_and_method(tmp_path):
     assert ball.optim.epochs == 1
 
 
+def test_a_replay_counts_as_an_epoch(tmp_path):
+    text = TWO + 'optim = { replays = 4 }\n'
+    plan = compare.jobs(protocol(tmp_path, text, seeds=1, epochs=[6, 16]), {})
+    assert [(job.folder, job.recipe.optim.epochs) for job in plan] == [
+        ("weak-e6-s0", 6),
+        ("weak-e16-s0", 16),
+        ("ball-e8-s0", 2),
+        ("ball-e16-s0", 4),
+    ]
+
+
 def test_minutes_become_epochs_of_each_methods_own_length(tmp_path):
     found = protocol(tmp_path, seeds=1, minutes=[0.1])
     epochs = {
