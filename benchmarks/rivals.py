@@ -22,7 +22,8 @@ Step = Callable[..., None]
 LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
 
 
-def _sgd(model: nn.Module) -> torch.optim.SGD:
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    """The optimiser that every rival trains with."""
     return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
@@ -33,7 +34,7 @@ def fast_adversarial(model: nn.Module, eps: float, alpha: float, k: int) -> Step
     gradients, which the training step then discards; the network stays in training mode; loss and
     accuracy are read back every step.
     """
-    opt = _sgd(model)
+    opt = sgd(model)
     totals = [0.0, 0.0]
 
     def step(x: Tensor, y: Tensor, start: Tensor | None = None) -> None:
@@ -71,7 +72,7 @@ def trades(model: nn.Module, eps: float, alpha: float, k: int, beta: float = 6.0
     The clean logits are computed again at every attack step, with their graph, and twice more for the
     loss.
     """
-    opt = _sgd(model)
+    opt = sgd(model)
     divergence = nn.KLDivLoss(reduction="sum")
 
     def step(x: Tensor, y: Tensor, start: Tensor | None = None) -> None:
@@ -99,10 +100,30 @@ def torchattacks_pgd(model: nn.Module, eps: float, alpha: float, k: int) -> Step
     import torchattacks
 
     attack = torchattacks.PGD(model, eps=eps, alpha=alpha, steps=k, random_start=True)
-    opt = _sgd(model)
+    opt = sgd(model)
 
     def step(x: Tensor, y: Tensor) -> None:
         adversary = attack(x, y)
+        opt.zero_grad()
+        F.cross_entropy(model(adversary), y).backward()
+        opt.step()
+
+    return step
+
+
+def foolbox_pgd(model: nn.Module, eps: float, alpha: float, k: int) -> Step:
+    """A plain training loop around foolbox's LinfPGD. Raises ImportError without the package."""
+    import foolbox
+
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=alpha, steps=k, random_start=True)
+    opt = sgd(model)
+    # It warns of a network in training mode, and would move one to a GPU that it finds.
+    attacked = foolbox.PyTorchModel(model.eval(), bounds=(0.0, 1.0), device="cpu")
+
+    def step(x: Tensor, y: Tensor) -> None:
+        model.eval()
+        _, adversary, _ = attack(attacked, x, y, epsilons=eps)
+        model.train()
         opt.zero_grad()
         F.cross_entropy(model(adversary), y).backward()
         opt.step()
@@ -120,7 +141,7 @@ def toolbox(
     classifier = PyTorchClassifier(
         model=model,
         loss=nn.CrossEntropyLoss(),
-        optimizer=_sgd(model),
+        optimizer=sgd(model),
         input_shape=shape[1:],
         nb_classes=classes,
         clip_values=(0.0, 1.0),

@@ -8,8 +8,9 @@ same layout, and nothing else: no attack, no loss, no optimiser.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from engine.optim import Optimiser
 from engine.step import Step
 from engine.threat import Linf
 
-from . import measure, rivals
+from . import clones, measure, rivals
 
 EPS = 0.1
 log = logging.getLogger(__name__)
@@ -53,6 +54,10 @@ METHODS = [
     PGD10,
     TRADES10,
 ]
+
+
+# What each clone does.
+CLONED = {"fast_adversarial": PGD10, "trades": TRADES10}
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def our_step(
         memory = AdversaryMemory(len(images), images.shape[1:], Linf(EPS))
     model = network(setting)
     model.train()
-    steps = 1_000_000
+    steps = 1_000  # the schedule's: more than `side_by_side` takes samples
     step = Step(
         model,
         objective=method.objective,
@@ -172,17 +177,27 @@ def _data(setting: Setting) -> tuple[Tensor, Tensor]:
 _SAME_UPDATE = 0.05
 
 
-def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
+def agrees(loop: Callable[..., rivals.Step], method: Method, *, sure: bool = False) -> bool:
     """One step of a rival's loop and one of ours, from the same weights and start: the same weights after.
 
     On the Fast-AT network, which has no BatchNorm: theirs run it in different modes.
+
+    Args:
+        sure: with a network that stays right whatever the attack does, for a rival whose attack leaves
+            alone what is wrong already; and with three attack steps, of which each one shows.
     """
+    if sure:
+        method = replace(method, attack=replace(method.attack, steps=3, alpha=EPS / 4))
     setting = Setting("fast-at-mnist", (64, 1, 28, 28), [method], False, False, 0.0)
     x, y = (t[:64] for t in _data(setting))
     draw = torch.Generator().manual_seed(2)
     noise = 0.05 * torch.rand(x.shape, generator=draw)
     start = (x + noise).clamp(0.0, 1.0)
     theirs, ours = network(setting, ours=False), network(setting)
+    if sure:
+        y = torch.zeros_like(y)
+        for net in (theirs, ours):
+            _answer_first_class(net, spread=20.0)
     before = torch.cat([p.detach().flatten() for p in ours.parameters()])
     alpha = method.attack.step_size(EPS)
     loop(theirs, EPS, alpha, method.attack.steps)(x, y, start)
@@ -208,24 +223,45 @@ def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
     return bool((one - other).norm() < _SAME_UPDATE * other.norm())
 
 
+def _answer_first_class(net: nn.Module, spread: float = 1.0) -> None:
+    """Class 0 whatever the image; the other logits lie `spread` times as far apart as they did."""
+    last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.mul_(spread)
+        last.bias[0] += 8.0
+
+
 # ---- running ---------------------------------------------------------------------------------
 
 
-def run(quick: bool) -> list[dict[str, Any]]:
+def run(quick: bool, cloned: Mapping[str, Path] | None = None) -> list[dict[str, Any]]:
     """Time every setting.
 
     Args:
-        quick: fewer networks' methods, fewer samples; under two minutes.
+        quick: fewer networks' methods, fewer samples; under two minutes without clones.
+        cloned: folders by the names of `clones.HOMES`. What lies there is executed.
     Returns:
         One row per network, method and mode: network, batch, objective, k, mode, p20_ms, p50_ms,
         p80_ms, passes, overhead_vs_passes (the step over its bare passes), speedup_vs (by rival, left
         out where it is not there or disagrees), share_of_pgd10 (of our own PGD-10 step), note. Ratios
         are medians over rounds in which both sides were timed.
+    Raises:
+        EngineError: for a folder that is no such clone, before anything is timed; when its code fails.
     """
-    return [row for setting in settings(quick) for row in _measure(setting, quick)]
+    found = [(setting, _cloned(setting, cloned or {})) for setting in settings(quick)]
+    return [row for setting, own in found for row in _measure(setting, own)]
 
 
-def _measure(setting: Setting, quick: bool) -> list[dict[str, Any]]:
+def _cloned(setting: Setting, folders: Mapping[str, Path]) -> list[tuple[clones.Clone, Method]]:
+    """The clones that have an opponent in a setting: PGD-10 is one to every method but TRADES."""
+    return [
+        (clones.load(name, folder, setting.shape[1]), CLONED[name])
+        for name, folder in folders.items()
+        if any((method is TRADES10) == (name == "trades") for method in setting.methods)
+    ]
+
+
+def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> list[dict[str, Any]]:
     x, y = (t[: setting.shape[0]] for t in _data(setting))
     calls: dict[str, Callable[[], object]] = {}
     for method in setting.methods:
@@ -240,6 +276,19 @@ def _measure(setting: Setting, quick: bool) -> list[dict[str, Any]]:
     notes: list[str] = []
     for name, step in _rivals(setting, notes):
         calls[name] = _bind(step, x, y)
+    for clone, method in cloned:
+        notes.append(clone.note)
+        if agrees(clone.loop, method, sure=True):
+            net = network(setting, ours=False)
+            # Else an attack that leaves off where all is wrong would be timed at fewer steps.
+            _answer_first_class(net)
+            alpha = method.attack.step_size(EPS)
+            step = clone.loop(net, EPS, alpha, method.attack.steps)
+            calls[clone.label] = _bind(step, x, torch.zeros_like(y))
+        else:
+            notes.append(
+                f"{clone.label} disagrees with our step, or draws its start in ways not known here: no ratio"
+            )
     times = measure.side_by_side(calls, seconds=setting.seconds, sample_ms=0.0)
     rows = []
     for method in setting.methods:
@@ -295,6 +344,7 @@ def _rivals(setting: Setting, notes: list[str]) -> list[tuple[str, rivals.Step]]
         )
         for name, make in (
             ("torchattacks", lambda net: rivals.torchattacks_pgd(net, EPS, alpha, 10)),
+            ("foolbox", lambda net: rivals.foolbox_pgd(net, EPS, alpha, 10)),
             ("toolbox", lambda net: rivals.toolbox(net, EPS, alpha, 10, setting.shape, 10)),
         ):
             try:
@@ -306,8 +356,15 @@ def _rivals(setting: Setting, notes: list[str]) -> list[tuple[str, rivals.Step]]
 
 def _opponents(method: Method) -> tuple[str, ...]:
     if method is TRADES10:
-        return ("TRADES-style",)
-    return ("fast_adversarial-style", "torch.compile of it", "torchattacks", "toolbox")
+        return ("TRADES-style", "TRADES (clone)")
+    return (
+        "fast_adversarial-style",
+        "torch.compile of it",
+        "torchattacks",
+        "foolbox",
+        "toolbox",
+        "fast_adversarial (clone)",
+    )
 
 
 def _bind(step: rivals.Step, x: Tensor, y: Tensor) -> Callable[[], object]:

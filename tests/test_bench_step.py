@@ -101,6 +101,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         raise ImportError("No module named 'torchattacks'")
 
     monkeypatch.setattr(rivals, "torchattacks_pgd", missing)
+    monkeypatch.setattr(rivals, "foolbox_pgd", missing)
     monkeypatch.setattr(rivals, "toolbox", missing)
     notes: list[str] = []
     setting = step.Setting("tiny-cnn", (8, 1, 8, 8), [], True, False, 0.1)
@@ -116,6 +117,7 @@ def test_packages_train_where_they_are_installed():
     ran = 0
     for make in (
         lambda net: rivals.torchattacks_pgd(net, 0.1, 0.02, 2),
+        lambda net: rivals.foolbox_pgd(net, 0.1, 0.02, 2),
         lambda net: rivals.toolbox(net, 0.1, 0.02, 2, (8, 1, 8, 8), 10),
     ):
         with contextlib.suppress(ImportError):
@@ -125,7 +127,7 @@ def test_packages_train_where_they_are_installed():
             assert not torch.equal(before, net.fc2.weight)
             ran += 1
     if ran == 0:
-        pytest.skip("neither torchattacks nor the toolbox is installed: `make rivals`")
+        pytest.skip("none of torchattacks, foolbox and the toolbox is installed: `make rivals`")
 
 
 def test_ratios_pair_what_was_timed_together():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
+from ..errors import EngineError
 from .shared import Commands, add_command, keep_freed_memory, print_rows
 
 # By the name people type, the module of engine.benchmarks whose `run(quick=...)` returns rows.
@@ -11,6 +13,7 @@ BENCHMARKS = {
     "ops": "ops",
     "step": "step",
     "loaders": "loaders",
+    "scaling": "scaling",
 }
 
 
@@ -22,12 +25,22 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="with --against COMMIT [count]")
     parser.add_argument("--quick", action="store_true", help="under a minute; step: under two")
+    parser.add_argument(
+        "--clone",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="step: also time the authors' own code, from your clone of fast_adversarial or trades; "
+        "this executes what lies there; may be repeated",
+    )
     parser.add_argument("--json", action="store_true")
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     from importlib import import_module
 
+    if arguments.clone and (arguments.what != "step" or arguments.against is not None):
+        raise EngineError("--clone goes with `engine bench step`, without --against")
     if arguments.against is not None:
         from ..benchmarks import against
 
@@ -36,9 +49,14 @@ def _bench(arguments: argparse.Namespace) -> int:
         )
         print_rows(rows, arguments.json)
         return 0
+    options: dict[str, Any] = {}
     if arguments.what == "step":
+        from ..benchmarks import clones
+
+        options["cloned"] = clones.parse(arguments.clone)
+    if arguments.what in ("step", "scaling"):
         # As `engine train` runs: that is what is measured.
         keep_freed_memory()
     module = import_module(f"engine.benchmarks.{BENCHMARKS[arguments.what]}")
-    print_rows(module.run(quick=arguments.quick), arguments.json)
+    print_rows(module.run(quick=arguments.quick, **options), arguments.json)
     return 0
