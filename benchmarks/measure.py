@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine import precision as precisions
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -87,6 +89,30 @@ def copier(moved: int, device: torch.device | str = "cpu") -> Callable[[], objec
     source = torch.ones(max(moved // 8, 1), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def peak_gflops(device: torch.device | str = "cpu", precision: str = "fp32") -> float:
+    """The highest rate of a large matrix product here and now, with torch's present threads [GFLOP/s].
+
+    What a step's own rate is held against: something that this machine did, and not its vendor's number.
+    Best of a few, so that what disturbs the machine does not lower it; a second on two cores.
+
+    Args:
+        precision: as `engine.precision.resolve` gives it.
+    """
+    where, best = torch.device(device), 0.0
+    for size in (1024, 1536) if where.type == "cpu" else (4096, 8192):
+        a, b = torch.randn(2, size, size, device=where)
+
+        def product(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+            with precisions.passes(precision, where):
+                torch.mm(a, b)
+            if where.type == "cuda":
+                torch.cuda.synchronize()
+
+        product()
+        best = max(best, *(2e-9 * size**3 / timed(product) for _ in range(3)))
+    return best
 
 
 def load() -> float:

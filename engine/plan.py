@@ -7,7 +7,8 @@ shortest time a kernel takes. Nothing here has been fitted to a measurement.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -70,6 +71,7 @@ _FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided
 
 @dataclass
 class _Op:
+    name: str
     phase: str
     flops: int
     bytes: int
@@ -116,7 +118,7 @@ class _Priced(TorchDispatchMode):
         else:
             traffic = sum(t.numel() * t.itemsize for t in inputs + written)
         saved = sum(t.numel() * t.itemsize for t in written)
-        self.ops.append(_Op(self._phases[-1], int(flops), traffic, saved))
+        self.ops.append(_Op(name, self._phases[-1], int(flops), traffic, saved))
         return out
 
 
@@ -246,8 +248,19 @@ def price(step: Step, batch: Batch, device: Gpu, precision: str) -> Price:
 
 
 def flops(recipe: Recipe) -> int:
-    """Floating-point operations of one step of the recipe, on any device: convolutions and matrix products, exactly."""
-    return sum(op.flops for op in _dispatch(*_on_meta(recipe)))
+    """Floating-point operations of one step of the recipe, as `count` has them; the same on any device."""
+    step, batch = _on_meta(recipe)
+    return count(lambda: step.run(batch)).total()
+
+
+def count(call: Callable[[], object]) -> Counter[str]:
+    """Floating-point operations of whatever `call` dispatches, by operator: convolutions and matrix products, exactly."""
+    priced, found = _Priced(), Counter[str]()
+    with priced:
+        call()
+    for op in priced.ops:
+        found[op.name] += op.flops
+    return +found
 
 
 def assumptions(device: Gpu, precision: str) -> list[str]:

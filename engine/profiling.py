@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from markupsafe import Markup
 
-from . import audit, files, phases, plots, runner
+from . import audit, files, phases, plan, plots, precision, report, runner
 from .benchmarks import measure
 from .errors import EngineError
 from .recipe import Recipe
@@ -88,6 +90,9 @@ class Profile:
 
     Attributes:
         step_ms: p20, p50, p80 of the step as training runs it; images_per_second by the median.
+        gflop: of a step, convolutions and matrix products; gflop_per_s by the median step, share_of_peak
+            against peak_gflop_per_s: the best that a large matrix product reached on this machine, with
+            the step's threads and precision.
         phases: share of the eager step's time of each phase, `other` what no phase covers [0..1].
         covered: what the named phases cover [0..1].
         ops_per_step: operators dispatched, views and allocations left out; by the audit.
@@ -95,7 +100,8 @@ class Profile:
         cpu_ms, device_ms: of a step in torch.profiler; device_ms is None without a GPU.
         top_ops: op, calls a step, ms a step of its own, share of all operators, gb_per_s (its inputs
             taken as float32, once: a lower bound; None for gathers), share_of_copy (against a large copy
-            on this machine).
+            on this machine), gflop_per_s and share_of_peak (None for what is neither convolution nor
+            matrix product).
     """
 
     recipe: str
@@ -104,6 +110,10 @@ class Profile:
     steps: int
     step_ms: tuple[float, float, float]
     images_per_second: float
+    gflop: float
+    gflop_per_s: float
+    share_of_peak: float
+    peak_gflop_per_s: float
     phases: dict[str, float]
     covered: float
     ops_per_step: int
@@ -115,11 +125,15 @@ class Profile:
     peak_memory_mb: int | None
     trace: str
     picture: str
+    page: str
     next: str
 
 
 def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
-    """Profile the recipe's training step; writes trace.json, phases.png and profile.json into `out`."""
+    """Profile the recipe's training step.
+
+    Writes profile.json, the page profile.html with the same numbers, phases.png and trace.json into `out`.
+    """
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     out.mkdir(parents=True, exist_ok=True)
@@ -145,8 +159,12 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
     trace = out / "trace.json"
     cpu_ms, device_ms, top = _operators(eager, steps=min(steps, 10), trace=trace)
     copied = _copy_gb_per_s(device)
+    peak = measure.peak_gflops(device, precision.resolve(recipe.step.precision, device))
     for row in top:
         row["share_of_copy"] = row["gb_per_s"] and row["gb_per_s"] / copied
+        row["share_of_peak"] = row["gflop_per_s"] and row["gflop_per_s"] / peak
+    gflop = plan.flops(recipe) / 1e9
+    rate = 1e3 * gflop / timing.p50
     found = audit.audit(recipe)
     picture = out / "phases.png"
     result = Profile(
@@ -156,6 +174,10 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
         steps=steps,
         step_ms=(timing.p20, timing.p50, timing.p80),
         images_per_second=recipe.optim.batch_size / timing.p50 * 1e3,
+        gflop=gflop,
+        gflop_per_s=rate,
+        share_of_peak=rate / peak,
+        peak_gflop_per_s=peak,
         phases=shares,
         covered=covered,
         ops_per_step=sum(found.ops.values()),
@@ -167,13 +189,24 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
         peak_memory_mb=runner.peak_memory_mb(),
         trace=str(trace),
         picture=str(picture),
+        page=str(out / "profile.html"),
         next=shlex.join(command("nsys", [recipe.name], out / "nsys")),
     )
     with plots.style():
         figure, (ax,) = plots.panels(width=8.0, height=3.4)
         plots.draw_phases(ax, shares, timing.p50)
         plots.save_png(figure, picture)
+        chart = Markup(plots.svg(figure, "phases"))
     files.write_json(out / "profile.json", asdict(result))
+    page = report.render(
+        "profile",
+        profile=result,
+        chart=chart,
+        folder=out.name,
+        trace=trace.name,
+        environment={k: v for k, v in result.environment.items() if v is not None},
+    )
+    files.write_text(out / "profile.html", page)
     return result
 
 
@@ -190,6 +223,7 @@ def _operators(
             call()
     session.export_chrome_trace(str(trace))
     kind = "self_device_time_total" if cuda else "self_cpu_time_total"
+    flops = _flops(call, session.events(), kind)
     rows: dict[str, dict[str, float]] = {}
     cpu = device = 0.0
     for event in session.key_averages(group_by_input_shape=True):
@@ -209,10 +243,34 @@ def _operators(
             "ms": row["us"] / 1e3 / steps,
             "share": row["us"] / max(total, 1e-9),
             "gb_per_s": None if name in _GATHERS else row["bytes"] / max(row["us"], 1e-9) / 1e3,
+            "gflop_per_s": flops[name] * steps / max(row["us"], 1e-9) / 1e3 or None,
         }
         for name, row in top
     ]
     return cpu / 1e3 / steps, device / 1e3 / steps if cuda else None, found
+
+
+def _flops(call: Callable[[], object], events: Sequence[Any], kind: str) -> Counter[str]:
+    """FLOPs of a step by the profiler's operator.
+
+    The profiler's own count (`with_flops`) lacks a convolution's backward pass and the engine's ops, and
+    books the forward pass to `aten::conv2d`, which only calls the library. So they are counted where they
+    are dispatched; of an operator that only calls another, they are the other's.
+    """
+    found: Counter[str] = Counter()
+    for name, flops in plan.count(call).items():
+        times: dict[str, list[float]] = {}
+        waiting = [event for event in events if event.name == name]
+        while waiting:
+            event = waiting.pop()
+            times.setdefault(event.name, []).append(getattr(event, kind))
+            waiting += event.cpu_children
+        # Medians: an operator may be stopped for another process at any of its calls.
+        typical = {other: statistics.median(taken) for other, taken in times.items()}
+        longest = max(typical, key=lambda other: typical[other], default=name)
+        only_calls = typical.get(name, 0.0) < 0.1 * typical.get(longest, 0.0)
+        found[longest if only_calls else name] += flops
+    return found
 
 
 def _is_shape(shape: Any) -> bool:

@@ -93,12 +93,10 @@ def _build(run: Run) -> Path:
         "first_fields": _first_fields(run.recipe),
         "all_fields": _all_fields(run.recipe),
         "environment": {k: v for k, v in environment.items() if v is not None},
-        "light": Markup(plots.css_variables()),
-        "dark": Markup(plots.css_variables(dark=True)),
         "radius": plots.radius,
     }
     page = run.path / "report.html"
-    files.write_text(page, _template().render(context).strip() + "\n")
+    files.write_text(page, render("report", **context))
     return page
 
 
@@ -133,13 +131,23 @@ def _save(view: View, path: Path) -> None:
         raise EngineError(f"cannot remove {path}: {error.strerror}") from error
 
 
-def _template() -> jinja2.Template:
+def render(name: str, **context: Any) -> str:
+    """A page from `templates/NAME.html.j2`, in the project's colours."""
+    folder = resources.files("engine").joinpath("templates")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda part: folder.joinpath(part).read_text("utf-8")),
     )
     environment.filters |= {"seconds": _seconds, "percent": _percent, "image": _data_uri}
-    source = resources.files("engine").joinpath("templates", "report.html.j2")
-    return environment.from_string(source.read_text(encoding="utf-8"))
+    colours = {
+        "light": Markup(plots.css_variables()),
+        "dark": Markup(plots.css_variables(dark=True)),
+    }
+    page = environment.get_template(f"{name}.html.j2").render(**colours, **context)
+    return page.strip() + "\n"
 
 
 # ---- pictures ----------------------------------------------------------------------------------

@@ -427,6 +427,11 @@ def _(stem_grad, weight, h, w, stride, padding):
     return weight.new_empty(len(stem_grad), weight.shape[1], h, w)
 
 
+@register_flop_formula(torch.ops.engine.stem_input_grad)
+def _(stem_grad, weight, *_, **__) -> int:
+    return 2 * prod(stem_grad) * prod(weight[1:])
+
+
 def stem_input_grad(
     stem_grad: Tensor, weight: Tensor, *, size: tuple[int, int], stride: int, padding: int
 ) -> Tensor:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
-from engine import cli, phases, profiling
+from engine import cli, phases, plan, profiling
 from engine import recipe as recipes
+
+from .test_report import Page
 
 
 def test_a_clock_gives_each_phase_its_own_time():
@@ -49,6 +53,67 @@ def test_a_profile_accounts_for_the_step(tmp_path, capsys):
     assert (tmp_path / "p" / "phases.png").stat().st_size > 5000
     assert "traceEvents" in json.loads((tmp_path / "p" / "trace.json").read_text())
     assert "--capture-range=cudaProfilerApi" in found["next"]
+    assert found == json.loads((tmp_path / "p" / "profile.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    """Of `quickstart`, on a machine said to reach 100 GFLOP/s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiling.measure, "peak_gflops", lambda *_: 100.0)
+        out = tmp_path_factory.mktemp("profiled") / "p"
+        return profiling.profile(recipes.load("quickstart"), out, steps=3)
+
+
+def test_a_profile_knows_the_arithmetic(profiled):
+    found = profiled
+    assert found.gflop == plan.flops(recipes.load("quickstart")) / 1e9
+    assert found.gflop_per_s == pytest.approx(1e3 * found.gflop / found.step_ms[1])
+    assert found.share_of_peak == pytest.approx(found.gflop_per_s / 100)
+    counted = {row["op"]: row for row in found.top_ops if row["gflop_per_s"] is not None}
+    # Where the time is: not at `aten::conv2d`, which only calls the library.
+    assert "aten::convolution_backward" in counted
+    assert "aten::conv2d" not in counted
+    assert all(row["share_of_peak"] == row["gflop_per_s"] / 100 for row in counted.values())
+    assert all(row["share_of_peak"] is None for row in found.top_ops if row["op"] not in counted)
+    # Nothing is counted twice, and what the table leaves out is little.
+    listed = sum(row["gflop_per_s"] * row["ms"] / 1e3 for row in counted.values())
+    assert 0.5 * found.gflop < listed <= 1.001 * found.gflop
+
+
+def event(name, us, *children):
+    return types.SimpleNamespace(name=name, self_cpu_time_total=us, cpu_children=children)
+
+
+def test_flops_belong_to_the_operator_that_takes_the_time():
+    inner = event("aten::mkldnn_convolution", 900.0)
+    events = [event("aten::convolution", 3.0, event("aten::_convolution", 5.0, inner))]
+    # At one call its copy was stopped for another process; the product is still the product's own.
+    events += [event("aten::mm", 50.0, event("aten::copy_", us)) for us in (9.0, 9000.0, 8.0)]
+    x, weight = torch.rand(2, 3, 8, 8), torch.rand(5, 3, 3, 3)
+
+    def call():
+        torch.nn.functional.conv2d(x, weight)
+        torch.mm(torch.rand(4, 6), torch.rand(6, 7))
+
+    found = profiling._flops(call, events, "self_cpu_time_total")
+    assert found == {
+        "aten::mkldnn_convolution": 2 * (2 * 5 * 6 * 6) * 27,
+        "aten::mm": 2 * 4 * 6 * 7,
+    }
+
+
+def test_the_page_has_the_profile_and_fetches_nothing(profiled):
+    page = Page(Path(profiled.page).read_text())
+    for row in profiled.top_ops:
+        assert row["op"] in page.text
+    for word in ("quickstart", "GFLOP a second", profiled.environment["cpu"], "--trace=cuda"):
+        assert word in page.text
+    assert len(page.all("svg")) == 1
+    assert "train backward" in page.text
+    for tag, attrs in page.tags:
+        assert tag not in ("script", "link", "iframe", "img")
+        assert not {"src", "srcset", "data"} & attrs.keys()
 
 
 @pytest.mark.slow
@@ -65,7 +130,17 @@ def test_a_profile_reads_as_a_table(tmp_path, capsys):
     words = ["profile", "quickstart", "--out", str(tmp_path), "--steps", "3"]
     assert cli.run([*words, "--attack.steps", "1"]) == 0
     out = capsys.readouterr().out
-    for word in ("machine", "p50", "attack backward", "of copy", "trace", "next"):
+    words = (
+        "machine",
+        "p50",
+        "arithmetic",
+        "attack backward",
+        "of copy",
+        "of peak",
+        "page",
+        "next",
+    )
+    for word in words:
         assert word in out
 
 

@@ -57,6 +57,8 @@ def _profile(arguments: argparse.Namespace, rest: list[str]) -> int:
         f"PyTorch {machine['torch']}, commit {machine['commit']}",
         "step": f"p20 {p20:.3g}  p50 {p50:.3g}  p80 {p80:.3g} ms, batch {found.batch}, "
         f"{found.images_per_second:,.0f} images a second",
+        "arithmetic": f"{found.gflop:.3g} GFLOP a step, {found.gflop_per_s:.3g} GFLOP/s: {found.share_of_peak:.0%} of "
+        f"the {found.peak_gflop_per_s:.3g} that a large matrix product reaches here",
         "operators": f"{found.ops_per_step} a step, {found.host_syncs} reads of the device by the host",
         "time": f"CPU {found.cpu_ms:.3g} ms in operators, device {device}",
         "memory": "unknown"
@@ -68,14 +70,21 @@ def _profile(arguments: argparse.Namespace, rest: list[str]) -> int:
     print()
     for name, share in found.phases.items():
         print(f"{name:16} {share:6.1%}  {'#' * round(50 * share)}")
-    print(f"\n{'operator':34} {'calls':>6} {'ms':>8} {'share':>6} {'GB/s':>6} {'of copy':>7}")
+    columns = f"{'GB/s':>6} {'of copy':>7} {'GFLOP/s':>7} {'of peak':>7}"
+    print(f"\n{'operator':34} {'calls':>6} {'ms':>8} {'share':>6} {columns}")
     for row in found.top_ops:
-        line = f"{row['op'][:34]:34} {row['calls']:6.4g} {row['ms']:8.3f} {row['share']:6.1%} "
-        known = row["gb_per_s"] is not None
-        print(
-            line + (f"{row['gb_per_s']:6.3g} {row['share_of_copy']:7.0%}" if known else f"{'-':>6}")
-        )
+        traffic = _rate(row["gb_per_s"], row["share_of_copy"], 6)
+        arithmetic = _rate(row["gflop_per_s"], row["share_of_peak"], 7)
+        line = f"{row['op'][:34]:34} {row['calls']:6.4g} {row['ms']:8.3f} {row['share']:6.1%}"
+        print(f"{line} {traffic} {arithmetic}".rstrip())
     print()
-    for name, path in (("trace", found.trace), ("picture", found.picture), ("next", found.next)):
-        stdout.print(f"{name:10} {path}", highlight=False, soft_wrap=True)
+    for name in ("page", "trace", "picture", "next"):
+        stdout.print(f"{name:10} {getattr(found, name)}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _rate(value: float | None, share: float | None, width: int) -> str:
+    """A rate and its share of what the machine can do; dashes where it is not known."""
+    if value is None or share is None:
+        return f"{'-':>{width}} {'-':>7}"
+    return f"{value:{width}.3g} {share:7.0%}"
