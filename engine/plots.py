@@ -193,6 +193,13 @@ def draw_losses(
 _SERIES = (BLUE, ORANGE, GREEN, PURPLE, INK, MUTED)
 _MARKERS = "osD^vP*X"
 _IDEAL: Any = {"color": MUTED, "linewidth": 0.8, "alpha": 0.7, "zorder": 1}
+_FRONT: Any = {
+    "color": MUTED,
+    "linewidth": 0.9,
+    "linestyle": ":",
+    "zorder": 1,
+    "label": "Pareto front",
+}
 _NUMBERS = FuncFormatter(lambda value, _: f"{value:,.10g}")
 
 
@@ -214,7 +221,9 @@ def draw_curves(
     def cost(entry: Mapping[str, Any], steps: int) -> float:
         return float(entry["passes_per_step"] * steps) if passes else float(entry["seconds"])
 
-    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    front, means = [], {}
+    for number, method in enumerate(methods):
         colour = _SERIES[number % len(_SERIES)]
         marker = _MARKERS[number // len(_SERIES) % len(_MARKERS)]
         curve = []
@@ -226,7 +235,13 @@ def draw_curves(
             heights = [robust(p, "") or 0.0 for p in mine]
             ax.plot(places, heights, marker, color=colour, alpha=0.35, markersize=3.5)
             curve.append((sum(places) / len(places), sum(heights) / len(heights)))
+            if row["pareto"]:
+                front.append(curve[-1])
+        means[method] = curve[-1]
         ax.plot(*zip(*sorted(curve), strict=True), marker=marker, color=colour, label=method)
+    if not passes:
+        # Of training time: what is ahead there need not be in passes.
+        ax.step(*zip(*sorted(front), strict=True), where="post", **_FRONT)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(_NUMBERS)
@@ -234,8 +249,33 @@ def draw_curves(
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("steps x passes a step" if passes else "training time [s]")
     ax.set_title("Robust accuracy against " + ("passes" if passes else "training time"))
-    if not passes:
+    if len(rows) == len(methods) > len(_SERIES):
+        _name_points(ax, means)
+    elif not passes:
         ax.legend()
+
+
+def _name_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Each name beside its point: a key to so many would be a riddle. Names that would touch move apart."""
+    ax.margins(x=0.14, y=0.08)
+    ax.get_xlim(), ax.get_ylim()  # the limits are found when they are asked for
+    figure = ax.get_figure()
+    assert figure is not None
+    to_points = 72.0 / figure.dpi
+    placed: list[tuple[float, float]] = []
+    for name, at in sorted(points.items(), key=lambda item: -item[1][1]):
+        x, y = (float(v) * to_points for v in ax.transData.transform(at))
+        below = [other for where, other in placed if abs(where - x) < 62.0]
+        height = min([y, *(other - 8.5 for other in below)])
+        placed.append((x, height))
+        ax.annotate(
+            name,
+            at,
+            xytext=(6.0, height - y - 2.5),
+            textcoords="offset points",
+            fontsize=7,
+            color=MUTED,
+        )
 
 
 def draw_scaling(ax: Axes, rows: Sequence[Mapping[str, Any]], base: int) -> None:

@@ -56,7 +56,7 @@ def test_protocol_file_merges_base_common_and_method(tmp_path):
 
 
 def test_a_replay_counts_as_an_epoch(tmp_path):
-    text = TWO + 'optim = { replays = 4 }\n'
+    text = TWO + "optim = { replays = 4 }\n"
     plan = compare.jobs(protocol(tmp_path, text, seeds=1, epochs=[6, 16]), {})
     assert [(job.folder, job.recipe.optim.epochs) for job in plan] == [
         ("weak-e6-s0", 6),
@@ -251,3 +251,39 @@ def test_every_study_is_valid(path):
         assert len(names) == len(set(names)) > 0
     else:
         assert recipe.load(str(path))
+
+
+def test_many_methods_at_one_budget_are_named_at_their_points():
+    """A key to twenty colours is a riddle; a few methods as curves keep theirs, and the front."""
+    from engine import plots
+
+    def drawn(methods, budgets):
+        points = [
+            {
+                **dict.fromkeys(("dataset", "network", "norm", "eps", "objective")),
+                "k": 1,
+                "start": "random",
+                "examples": 10,
+                "passes_per_step": 5,
+                "steps": 10,
+                "method": f"m{m}",
+                "epochs": e,
+                "seed": 0,
+                "autoattack": 0.4 + 0.01 * m,
+                "seconds": 10.0 * e + m,
+            }
+            for m in range(methods)
+            for e in budgets
+        ]
+        with plots.style():
+            _, (ax,) = plots.panels(1, width=6.0, height=4.6)
+            plots.draw_curves(ax, compare.summarise(points), points, passes=False)
+        return ax
+
+    many = drawn(12, [1])
+    assert {text.get_text() for text in many.texts} == {f"m{m}" for m in range(12)}
+    assert many.get_legend() is None
+    few = drawn(3, [1, 2])
+    assert not few.texts
+    keyed = [text.get_text() for text in few.get_legend().get_texts()]
+    assert keyed == ["m0", "m1", "m2", "Pareto front"]
