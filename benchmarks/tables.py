@@ -248,7 +248,8 @@ def _growth(ends: Sequence[float]) -> list[str]:
     if not ends:
         return ["-", "-"]
     first, last = ends
-    return [f"{first:.3g} to {last:.3g}", f"{last / first:.1f}x"]
+    # Rounded first: three digits, and no powers of ten.
+    return [" to ".join(f"{float(f'{end:.3g}'):,g}" for end in ends), f"{last / first:.1f}x"]
 
 
 def _times(ratio: float | None) -> str:

@@ -168,6 +168,8 @@ def test_the_picture_tells_measured_from_predicted(monkeypatch, tmp_path):
 
 
 def test_the_table_tells_growth_from_growth():
+    slow = [{**row, "p50_ms": 1234.5} for row in made_up() if row["axis"] == "batch"]
+    assert "| 1,230 to 1,230 | 1.0x |" in tables.scaling(slow)
     text = tables.scaling(made_up())
     assert "| k 1 to 2 | pgd | 10 to 100 | 10.0x | 2.0x | 0.1 to 1 | 10.0x |" in text
     assert "| processes 1 to 2 | pgd | 10 to 5 | 0.5x | 0.5x | - | - |" in text
@@ -233,3 +235,15 @@ def test_a_process_that_dies_is_an_error_and_not_a_wait():
         scaling.together(2, replace(BASE, size=7)),
     ):
         pass
+
+
+def test_command_line(monkeypatch, capsys):
+    tiny = replace(TINY, measured={"k": (1,)}, predicted={"k": (1,)}, processes=())
+    monkeypatch.setattr(scaling, "settings", lambda quick: tiny)
+    assert cli.run(["bench", "scaling", "--quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["where"] for row in found] == [HERE, HERE, *["h100 (predicted)"] * 2]
+    assert cli.run(["bench", "scaling", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split()[:4] == ["axis", "value", "method", "where"]
+    assert "h100 (predicted)" in out
