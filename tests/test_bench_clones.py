@@ -138,7 +138,7 @@ def test_a_clones_step_is_held_to_ours_and_leaves_nothing_behind(
     before = process()
     clone = clones.load(name, folders[name], channels)
     assert process() == before
-    assert step.agrees(clone.loop, step.CLONED[name], sure=True)
+    assert step.agrees(clone.loop, step.CLONED[name])
     assert process() == before
     assert not list(folders[name].rglob("__pycache__"))
 
@@ -151,7 +151,7 @@ def test_a_clone_that_does_something_else_is_noticed(folders, name, channels, fe
     def other(model, eps, alpha, k):
         return clone.loop(model, eps, nearer * alpha, k - fewer)
 
-    assert not step.agrees(other, step.CLONED[name], sure=True)
+    assert not step.agrees(other, step.CLONED[name])
 
 
 @pytest.mark.parametrize(("name", "channels"), CASES)

@@ -25,11 +25,20 @@ def test_a_rivals_step_and_ours_make_the_same_weights(loop, method):
     assert step.agrees(loop, method)
 
 
-def test_a_rival_that_does_something_else_is_noticed():
+@pytest.mark.parametrize(
+    ("loop", "method"),
+    [(rivals.fast_adversarial, step.PGD10), (rivals.trades, step.TRADES10)],
+    ids=["fast_adversarial", "trades"],
+)
+def test_a_rival_that_does_something_else_is_noticed(loop, method):
     def weaker(model, eps, alpha, k):
-        return rivals.fast_adversarial(model, eps, alpha, k - 1)
+        return loop(model, eps, alpha, k - 1)
 
-    assert not step.agrees(weaker, step.PGD10)
+    def shorter(model, eps, alpha, k):
+        return loop(model, eps, 0.9 * alpha, k)
+
+    assert not step.agrees(weaker, method)
+    assert not step.agrees(shorter, method)
 
 
 def test_bare_passes_are_the_passes_declared():
