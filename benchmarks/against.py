@@ -19,7 +19,7 @@ from engine.progress import stderr
 
 Rows = list[dict[str, Any]]
 # What a benchmark's row measures; all else says what was measured.
-_MEASURED = ("p20_ms", "p50_ms", "p80_ms", "images_per_s")
+_MEASURED = ("p20_ms", "p50_ms", "p80_ms", "images_per_s", "reached")
 
 
 def run(what: str, reference: str, *, quick: bool, rounds: int = 3) -> Rows:
@@ -90,7 +90,7 @@ def _by_case(rounds: Sequence[Rows]) -> dict[tuple, list[float]]:
     found: dict[tuple, list[float]] = {}
     for rows in rounds:
         for row in rows:
-            time = row["p50_ms"] if row.get("p50_ms") else None
+            time = row.get("p50_ms") or row.get("p50_s")
             if time is None and row.get("images_per_s"):
                 time = 1.0 / row["images_per_s"]
             if time is None:

@@ -145,6 +145,52 @@ def scaling(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def end_to_end(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of `engine bench end-to-end` rows."""
+    lines = [
+        "| training | passes | s an epoch (p20 / p50 / p80) | images/s | passes/s | GFLOP/s | of the peak | in steps | faster than plain |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [
+            row["training"],
+            row["passes"],
+            " / ".join(f"{row[f'{q}_ms'] / 1e3:.3g}" for q in ("p20", "p50", "p80")),
+            f"{row['images_per_s']:,}",
+            f"{row['passes_per_s']:,.0f}",
+            f"{row['gflop_per_s']:.1f}",
+            f"{row['share_of_peak']:.0%}",
+            f"{row['share_in_steps']:.0%}",
+            _times(row["speedup_vs_plain"]),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def accuracy(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of `engine bench accuracy` rows; time against the last recipe's."""
+    lines = [
+        f"| recipe | passes | PGD target | seeds that reach it | training s to it (p20 / p50 / p80) | epochs to it | of {rows[-1]['recipe']}'s time | clean % | PGD % |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        seconds = (row[f"{q}_s"] for q in ("p20", "p50", "p80"))
+        epochs, share = row["epochs_to_target"], row["share_of_last"]
+        cells = [
+            row["recipe"],
+            row["passes"],
+            f"{row['target']:.0%}",
+            f"{row['reached']} of {row['seeds']}",
+            " / ".join("-" if s is None else f"{s:.1f}" for s in seconds),
+            "-" if epochs is None else f"{epochs:g}",
+            "-" if share is None else f"{share:.0%}",
+            _percent(row["clean"]),
+            _percent(row["pgd"]),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def plans(recipes: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
     """A Markdown table of `engine plan` for CIFAR-10 on every GPU it knows: predictions."""
     from engine import plan, recipe
@@ -200,7 +246,15 @@ def full_scale() -> str:
 
 def stored() -> dict[str, tuple[str, str]]:
     """Every stored result: by name, the document that shows it and its table."""
-    found, makers = {}, {"ops": ops, "step": step, "loaders": loaders, "scaling": scaling}
+    found = {}
+    makers = {
+        "ops": ops,
+        "step": step,
+        "loaders": loaders,
+        "scaling": scaling,
+        "end-to-end": end_to_end,
+        "accuracy": accuracy,
+    }
     for path in sorted(RESULTS.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         if path.stem in makers:

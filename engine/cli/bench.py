@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from ..errors import EngineError
@@ -14,6 +15,8 @@ BENCHMARKS = {
     "step": "step",
     "loaders": "loaders",
     "scaling": "scaling",
+    "end-to-end": "end_to_end",
+    "accuracy": "accuracy",
 }
 
 
@@ -24,7 +27,9 @@ def add(commands: Commands) -> None:
         "--against", metavar="REF", help="a commit, or a file of results, to compare with"
     )
     parser.add_argument("--rounds", type=int, default=3, help="with --against COMMIT [count]")
-    parser.add_argument("--quick", action="store_true", help="under a minute; step: under two")
+    parser.add_argument(
+        "--quick", action="store_true", help="under a minute; step, accuracy: under two"
+    )
     parser.add_argument(
         "--clone",
         action="append",
@@ -32,6 +37,11 @@ def add(commands: Commands) -> None:
         metavar="NAME=PATH",
         help="step: also time the authors' own code, from your clone of fast_adversarial or trades; "
         "this executes what lies there; may be repeated",
+    )
+    parser.add_argument(
+        "--store",
+        action="store_true",
+        help="in a source checkout: keep the rows in benchmarks/results, for `make tables`",
     )
     parser.add_argument("--json", action="store_true")
 
@@ -41,6 +51,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     if arguments.clone and (arguments.what != "step" or arguments.against is not None):
         raise EngineError("--clone goes with `engine bench step`, without --against")
+    if arguments.store and arguments.against is not None:
+        raise EngineError("--store keeps a measurement, and --against makes a comparison: drop one")
     if arguments.against is not None:
         from ..benchmarks import against
 
@@ -49,14 +61,26 @@ def _bench(arguments: argparse.Namespace) -> int:
         )
         print_rows(rows, arguments.json)
         return 0
+    if arguments.store:
+        from ..benchmarks import store
+
+        # What stands against it shows before anything is measured.
+        store.place(arguments.what)
     options: dict[str, Any] = {}
     if arguments.what == "step":
         from ..benchmarks import clones
 
         options["cloned"] = clones.parse(arguments.clone)
-    if arguments.what in ("step", "scaling"):
+    if arguments.what in ("step", "scaling", "end-to-end", "accuracy"):
         # As `engine train` runs: that is what is measured.
         keep_freed_memory()
     module = import_module(f"engine.benchmarks.{BENCHMARKS[arguments.what]}")
-    print_rows(module.run(quick=arguments.quick, **options), arguments.json)
+    rows = module.run(quick=arguments.quick, **options)
+    print_rows(rows, arguments.json)
+    if arguments.store:
+        words = ["--quick"] * arguments.quick
+        # Where a clone lies is nobody else's business.
+        words += [f"--clone {name}=PATH" for name in options.get("cloned", ())]
+        path = store.write(arguments.what, words, rows)
+        print(f"engine: stored in {path}", file=sys.stderr)
     return 0

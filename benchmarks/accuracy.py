@@ -1,0 +1,151 @@
+"""Time to accuracy: `engine bench accuracy`. Training seconds until the validation images are classified robustly.
+
+Each seed of each recipe is a whole run, validated under PGD after every epoch; seeds are the outer loop, so
+that a machine that slows down does so to every recipe. The clock is metrics.jsonl's `train_seconds`: steps
+and their batches, and neither validation nor anything else.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine import recipe as recipes
+from engine import runner
+from engine.progress import stderr
+from engine.recipe import Recipe
+from engine.runs import Run
+
+from . import measure
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how far.
+
+    Attributes:
+        recipes: on one dataset, network and threat; the last is what the others are held against.
+        target: validation accuracy under PGD to reach [0..1].
+        seeds: 0 .. seeds - 1, of each recipe [count].
+        changes: made to every recipe.
+    """
+
+    recipes: tuple[str, ...]
+    target: float
+    seeds: int
+    changes: Mapping[str, str]
+
+
+def settings(quick: bool) -> Setting:
+    if quick:
+        return Setting(("quickstart", "quickstart-pgd10"), 0.7, 3, {})
+    return Setting(
+        ("fashion-mnist", "fashion-mnist-atta", "fashion-mnist-pgd10"),
+        0.65,
+        3,
+        {"data.train_examples": "20000"},
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: what it took until the target was reached, inf where it was not, and how it ended."""
+
+    seconds: float
+    epochs: float
+    clean: float
+    pgd: float
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    """Train every seed of every recipe.
+
+    Args:
+        quick: the 8x8 digits in place of 20,000 images of Fashion-MNIST; about a minute.
+    Returns:
+        One row a recipe. Training seconds until the target is first reached, over seeds: p20_s, p50_s, p80_s,
+        None where so many seeds do not reach it; reached (how many do) of seeds; epochs_to_target (median);
+        share_of_last (of the last recipe's time, seeds paired, the median; None unless all reach it); clean
+        and pgd (validation accuracies after the last epoch, means over seeds).
+    """
+    setting = settings(quick)
+    changes = {**setting.changes, "validation.every": "1"}
+    chosen = {name: recipes.load(name, changes) for name in setting.recipes}
+    for recipe in chosen.values():
+        runner.check(recipe, evaluated=False)
+    before = torch.get_num_threads()
+    try:
+        return _rows(setting, chosen, _outcomes(setting, chosen, changes))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _outcomes(
+    setting: Setting, chosen: Mapping[str, Recipe], changes: Mapping[str, str]
+) -> dict[str, list[Outcome]]:
+    found: dict[str, list[Outcome]] = {name: [] for name in chosen}
+    for recipe in chosen.values():
+        # What a process loads at its first step is no training's own.
+        runner.step_of(recipe)()
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(setting.seeds):
+            for name in chosen:
+                stderr.print(f"{name}, seed {seed}", highlight=False)
+                recipe = recipes.load(name, {**changes, "seed": str(seed)})
+                one = Run.create(recipe, Path(folder) / f"{name}-s{seed}")
+                runner.train(one)
+                found[name].append(outcome(one.metrics(), setting.target))
+    return found
+
+
+def outcome(rows: list[dict[str, Any]], target: float) -> Outcome:
+    """What the rows of a metrics.jsonl say."""
+    last, never = rows[-1], {"train_seconds": math.inf, "epoch": math.inf}
+    first = next((row for row in rows if row["val_pgd"] >= target), never)
+    return Outcome(first["train_seconds"], first["epoch"], last["val_clean"], last["val_pgd"])
+
+
+def _rows(
+    setting: Setting, chosen: Mapping[str, Recipe], found: Mapping[str, list[Outcome]]
+) -> list[dict[str, Any]]:
+    timings = {
+        name: measure.quantiles([one.seconds for one in outcomes])
+        for name, outcomes in found.items()
+    }
+    last = timings[setting.recipes[-1]]
+    rows = []
+    for name, outcomes in found.items():
+        recipe, timing = chosen[name], timings[name]
+        all_reach = all(map(math.isfinite, (*timing.samples, *last.samples)))
+        rows.append(
+            {
+                "recipe": name,
+                "data": recipe.data.name,
+                "images": len(runner.split(recipe).train[0]),
+                "epochs": recipe.optim.epochs,
+                "passes": recipe.objective.passes(recipe.attack).total,
+                "threads": torch.get_num_threads(),
+                "target": setting.target,
+                "seeds": setting.seeds,
+                "reached": sum(map(math.isfinite, timing.samples)),
+                "p20_s": _known(timing.p20 / 1e3),
+                "p50_s": _known(timing.p50 / 1e3),
+                "p80_s": _known(timing.p80 / 1e3),
+                "epochs_to_target": _known(statistics.median(one.epochs for one in outcomes)),
+                "share_of_last": round(timing.over(last), 3) if all_reach else None,
+                "clean": statistics.mean(one.clean for one in outcomes),
+                "pgd": statistics.mean(one.pgd for one in outcomes),
+            }
+        )
+    return rows
+
+
+def _known(value: float) -> float | None:
+    return round(float(value), 3) if math.isfinite(value) else None

@@ -1,0 +1,249 @@
+"""Whole trainings side by side: `engine bench end-to-end`. Images, passes and FLOPs a second, over epochs.
+
+An epoch is what `engine train` makes of it: batches, steps, the moving average, the log's row, validation
+under PGD, the best and the last weights; and a whole checkpoint at its end, where a run makes one a minute.
+Beside the recipes runs PGD-10 training as people write it, a loop around torch's DataLoader, which does
+none of this. All take turns, an epoch each, and so does the matrix product whose rate they are held
+against: a machine that slows down does so to all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from engine import plan, precision, runner
+from engine import recipe as recipes
+from engine.checkpoint import Checkpoints
+from engine.data import datasets
+from engine.progress import TrainingBar, bar, stderr
+from engine.recipe import Recipe
+from engine.runs import Run
+from engine.trainer import Hooks
+
+from . import measure, rivals
+
+PLAIN = "plain PyTorch, PGD-10"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    Attributes:
+        trainings: by the name that rows show: a recipe, and what is changed in it.
+        plain: whose data, network, threat and attack the plain loop takes; a PGD recipe.
+        epochs: of each [count].
+        changes: made to every recipe.
+    """
+
+    trainings: Mapping[str, tuple[str, Mapping[str, str]]]
+    plain: str
+    epochs: int
+    changes: Mapping[str, str]
+
+    def recipe(self, name: str, changes: Mapping[str, str]) -> Recipe:
+        return recipes.load(name, {**self.changes, **changes, "optim.epochs": str(self.epochs)})
+
+
+_FASHION: dict[str, tuple[str, dict[str, str]]] = {
+    name: (name, {}) for name in ("fashion-mnist", "fashion-mnist-atta", "fashion-mnist-pgd10")
+}
+_DIGITS: dict[str, tuple[str, dict[str, str]]] = {
+    "quickstart": ("quickstart", {}),
+    "quickstart-pgd10, one step from memory": (
+        "quickstart-pgd10",
+        {"attack.steps": "1", "attack.start": "memory"},
+    ),
+    "quickstart-pgd10": ("quickstart-pgd10", {}),
+}
+
+
+def settings(quick: bool) -> Setting:
+    """Fashion-MNIST's recipes as they are; quick: on few images, or on the 8x8 digits where it is not fetched."""
+    if not quick:
+        return Setting(_FASHION, "fashion-mnist-pgd10", 9, {})
+    if datasets.info("fashion-mnist").folder is None:
+        return Setting(_DIGITS, "quickstart-pgd10", 5, {})
+    # As many validation images to a training image as there are in full.
+    few = {"data.train_examples": "2560", "data.validation": "44"}
+    return Setting(_FASHION, "fashion-mnist-pgd10", 5, few)
+
+
+# ---- what takes turns ------------------------------------------------------------------------
+
+
+class _Turn(Exception):
+    """An epoch has ended, and it is another training's turn."""
+
+
+class Training:
+    """A recipe's training, an epoch at a call.
+
+    Attributes:
+        images: of an epoch [count]; steps: of an epoch [count]; passes, flops: of a step.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, shown: TrainingBar) -> None:
+        run = Run.create(recipe, folder)
+        self._step, self._loader = runner.prepare(recipe, recipe.optim.epochs)
+        checkpoints = Checkpoints(folder / "checkpoints", keep=recipe.checkpoint.keep)
+
+        def keep(name: str, model: torch.nn.Module, row: dict[str, Any]) -> None:
+            run.save(name, model, epoch=row["epoch"], recipe=recipe.name)
+
+        def safe_point() -> None:
+            if self._step.batches == 0:
+                tensors, about = self._trainer.state()
+                checkpoints.save(self._step.done, tensors, {**about, "logged": run.logged()})
+                raise _Turn
+
+        hooks = Hooks(shown.step, run.log, keep, safe_point)
+        self._trainer = runner.build_trainer(recipe, self._step, self._loader, hooks)
+        self.steps = len(self._loader)
+        self.images = self.steps * recipe.optim.batch_size
+        self.passes = recipe.objective.passes(recipe.attack).total
+        self.flops = plan.flops(recipe)
+
+    def epoch(self) -> None:
+        # The trainer goes on from where its last turn ended.
+        with contextlib.suppress(_Turn):
+            self._trainer.run()
+
+    @property
+    def seconds(self) -> float:
+        """Of all epochs so far: in steps and their batches."""
+        return self._trainer.result.train_seconds
+
+    def close(self) -> None:
+        self._step.close()
+        self._loader.close()
+
+
+class Plain:
+    """The plain loop on a PGD recipe's data and network; its face is `Training`'s."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._where = runner.device()
+        parts = runner.split(recipe)
+        images, labels = parts.train
+        torch.manual_seed(recipe.seed)
+        network = runner.build_model(recipe, images, len(parts.classes), images.shape[1:])
+        # As networks come.
+        network = network.to(self._where, memory_format=torch.contiguous_format)
+        attack, eps = recipe.attack, recipe.threat.eps
+        self._step = rivals.fast_adversarial(network, eps, attack.step_size(eps), attack.steps)
+        self._loader: DataLoader = DataLoader(
+            TensorDataset(images.float() / 255.0, labels),
+            recipe.optim.batch_size,
+            shuffle=True,
+            drop_last=True,
+            pin_memory=self._where.type == "cuda",
+        )
+        self.steps = len(self._loader)
+        self.images = self.steps * recipe.optim.batch_size
+        # What the objective needs: the loop makes more, the weights' gradients in every attack step.
+        self.passes = recipe.objective.passes(attack).total
+        self.seconds = 0.0
+        self.flops = plan.count(lambda: self._train(1)).total()
+
+    def epoch(self) -> None:
+        self.seconds += measure.timed(lambda: self._train(self.steps))
+
+    def _train(self, steps: int) -> None:
+        for x, y in itertools.islice(self._loader, steps):
+            self._step(x.to(self._where), y.to(self._where))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+# ---- running ---------------------------------------------------------------------------------
+
+
+def run(quick: bool) -> list[dict[str, Any]]:
+    """Train all in turn.
+
+    Args:
+        quick: fewer images and epochs; under a minute.
+    Returns:
+        One row a training. Of an epoch, validation and all: p20_ms, p50_ms, p80_ms. By the median epoch:
+        images_per_s; passes_per_s (images times the objective's passes); gflop_per_s, of training steps
+        (validation counts as time and not as work), and share_of_peak. gflop_per_step: arithmetic done, so
+        the plain loop's is larger for the same passes. share_in_steps: of all epochs, spent in steps and
+        their batches. speedup_vs_plain: epochs' times paired by turn, the median. peak_gflop_per_s: the
+        largest that a matrix product reached in any turn.
+    """
+    setting = settings(quick)
+    chosen = {name: setting.recipe(*about) for name, about in setting.trainings.items()}
+    plain = setting.recipe(setting.plain, {})
+    for recipe in (*chosen.values(), plain):
+        runner.check(recipe, evaluated=False)
+    images = len(runner.split(plain).train[0])
+    stderr.print(
+        f"{plain.data.name}: {images:,} images, {setting.epochs} epochs of each in turn",
+        highlight=False,
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(plain.threads or before)
+    try:
+        return _measure(setting, chosen, plain)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(setting: Setting, chosen: Mapping[str, Recipe], plain: Recipe) -> list[dict[str, Any]]:
+    where = runner.device()
+    arithmetic = precision.resolve(plain.step.precision, where)
+    peak = 0.0
+    with tempfile.TemporaryDirectory() as folder, bar() as progress, contextlib.ExitStack() as held:
+        trainings: dict[str, Training | Plain] = {
+            name: Training(
+                recipe, Path(folder) / str(number), TrainingBar(progress, name, setting.epochs)
+            )
+            for number, (name, recipe) in enumerate(chosen.items())
+        }
+        trainings[PLAIN] = Plain(plain)
+        for training in trainings.values():
+            held.callback(training.close)
+        times: dict[str, list[float]] = {name: [] for name in trainings}
+        for _ in range(setting.epochs):
+            peak = max(peak, measure.peak_gflops(where, arithmetic))
+            for name, training in trainings.items():
+                times[name].append(measure.timed(training.epoch))
+    timings = {name: measure.quantiles(values) for name, values in times.items()}
+    rows = []
+    for name, training in trainings.items():
+        timing = timings[name]
+        rate = 1e3 / timing.p50
+        gflops = 1e-9 * training.flops * training.steps * rate
+        rows.append(
+            {
+                "training": name,
+                "data": plain.data.name,
+                "images": training.images,
+                "epochs": setting.epochs,
+                "threads": torch.get_num_threads(),
+                "passes": training.passes,
+                "p20_ms": round(timing.p20, 1),
+                "p50_ms": round(timing.p50, 1),
+                "p80_ms": round(timing.p80, 1),
+                "images_per_s": round(training.images * rate),
+                "passes_per_s": float(round(training.images * training.passes * rate)),
+                "gflop_per_step": round(training.flops / 1e9, 4),
+                "gflop_per_s": round(gflops, 2),
+                "share_of_peak": round(gflops / peak, 4),
+                "share_in_steps": round(training.seconds / sum(times[name]), 4),
+                "speedup_vs_plain": round(timings[PLAIN].over(timing), 2),
+                "peak_gflop_per_s": round(peak, 1),
+            }
+        )
+    return rows
