@@ -1,4 +1,4 @@
-"""A benchmark's rows as a stored result, beside the source: what the tables in the docs are made from."""
+"""A command's rows as a stored result, beside the source: what the tables in the docs are made from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tables import RESULTS
 
 
 def place(what: str) -> Path:
-    """Where the result of `engine bench WHAT` is kept.
+    """Where the result named `what` is kept.
 
     Raises:
         EngineError: outside a source checkout: an installed engine's results are those it came with.
@@ -31,9 +31,9 @@ def write(what: str, words: Sequence[str], rows: list[dict[str, Any]]) -> Path:
     """Keep the rows with the machine that gave them and the command to get them again.
 
     Args:
-        words: the command's options, `--store` left out.
+        words: the command behind `engine`, `--store` left out.
     """
-    command = " ".join(["engine bench", what, *words, "--store"])
+    command = " ".join(["engine", *words, "--store"])
     path = place(what)
     # As people type it: what started this process may be a path on this machine.
     stamp = {**environment(), "command": command}

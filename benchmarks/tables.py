@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,30 @@ def full_scale() -> str:
     return "\n".join(lines)
 
 
+def audit(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of `engine kernels` rows, one line a kernel: a value for each architecture, or what all have."""
+    lines = [
+        "| kernel | op | registers | spills, local B | shared B | threads | occupancy % | load, store bits | B an element | at least |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kernel in dict.fromkeys(row["kernel"] for row in rows):
+        mine = [row for row in rows if row["kernel"] == kernel]
+        cells = [
+            f"`{kernel}`",
+            f"`{mine[0]['op']}`",
+            _each(mine, lambda row: str(row["registers"])),
+            _each(mine, lambda row: f"{row['spill_bytes']}, {row['local_bytes']}"),
+            _each(mine, lambda row: str(row["shared_bytes"])),
+            _each(mine, lambda row: str(row["threads"])),
+            _each(mine, lambda row: f"{row['occupancy']:.0%}".rstrip("%")),
+            _each(mine, lambda row: f"{row['load_bits']}, {row['store_bits']}"),
+            _each(mine, lambda row: _short(row["bytes_per_element"])),
+            _each(mine, lambda row: _short(row["min_bytes_per_element"])),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def stored() -> dict[str, tuple[str, str]]:
     """Every stored result: by name, the document that shows it and its table."""
     found = {}
@@ -257,7 +281,9 @@ def stored() -> dict[str, tuple[str, str]]:
     }
     for path in sorted(RESULTS.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        if path.stem in makers:
+        if path.stem == "audit":
+            found[path.stem] = ("docs/kernels.md", audit(rows))
+        elif path.stem in makers:
             found[path.stem] = ("docs/performance.md", makers[path.stem](rows))
         else:
             found[path.stem] = ("docs/results.md", comparison(rows))
@@ -304,6 +330,16 @@ def _growth(ends: Sequence[float]) -> list[str]:
     first, last = ends
     # Rounded first: three digits, and no powers of ten.
     return [" to ".join(f"{float(f'{end:.3g}'):,g}" for end in ends), f"{last / first:.1f}x"]
+
+
+def _each(rows: list[dict[str, Any]], shown: Callable[[dict[str, Any]], str]) -> str:
+    """What is shown of every row, or once what they all show."""
+    words = [shown(row) for row in rows]
+    return words[0] if len(set(words)) == 1 else " / ".join(words)
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _times(ratio: float | None) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from engine import cli
 from engine.benchmarks import loaders, store
+from engine.kernels import audit
 
 ROWS = [{"loader": "resident", "p50_ms": 1.0}]
 
@@ -48,3 +49,15 @@ def test_a_comparison_is_not_stored(checkout, capsys):
     assert cli.run(["bench", "loaders", "--store", "--against", "HEAD"]) == 2
     assert "--against" in capsys.readouterr().err
     assert not (checkout / "benchmarks").exists()
+
+
+def test_the_kernels_audit_is_stored_whole(checkout, monkeypatch, capsys):
+    monkeypatch.setattr(audit, "rows", lambda archs: [{"kernel": "loss", "arch": a} for a in archs])
+    assert cli.run(["kernels", "--store", "--arch", "sm_90"]) == 2
+    assert "drop --arch" in capsys.readouterr().err
+    assert not (checkout / "benchmarks").exists()
+    assert cli.run(["kernels", "--store"]) == 0
+    found = json.loads((checkout / "benchmarks" / "results" / "audit.json").read_text())
+    assert [row["arch"] for row in found["rows"]] == list(audit.ARCHS)
+    assert found["command"] == found["environment"]["command"] == "engine kernels --store"
+    assert found["environment"]["triton"]

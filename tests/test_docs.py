@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -13,6 +14,7 @@ from torch import nn
 
 import engine
 from engine import Attack, Linf, recipe
+from engine.kernels import audit, backends
 
 from .conftest import Tiny, blobs
 
@@ -129,3 +131,31 @@ def test_tables_in_the_docs_are_the_stored_results():
     for name, (document, table) in stored.items():
         text = (ROOT / document).read_text(encoding="utf-8")
         assert table in text, f"{document} does not show {name} as it is stored"
+
+
+def stored_audit():
+    return json.loads((ROOT / "benchmarks" / "results" / "audit.json").read_text(encoding="utf-8"))
+
+
+def test_the_kernels_page_has_every_op_and_every_kernel():
+    """The short form; what the compiler makes of them is compared below (slow)."""
+    lines = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines()
+    examples = {example.kernel: example.op for example in audit.examples()}
+    for op in backends.OPS:
+        assert sum(line.startswith(f"| `{op}` | ") for line in lines) >= 1, op
+    for kernel, op in examples.items():
+        assert sum(line.startswith(f"| `{kernel}` | `{op}` | ") for line in lines) == 1, kernel
+    stored = stored_audit()["rows"]
+    assert {(row["kernel"], row["arch"]) for row in stored} == {
+        (kernel, arch) for kernel in examples for arch in audit.ARCHS
+    }
+
+
+@pytest.mark.slow
+def test_the_audit_in_the_docs_is_the_compilers():
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    stored = stored_audit()
+    assert stored["environment"]["triton"] == triton.__version__, (
+        "another compiler: engine kernels --store"
+    )
+    assert stored["rows"] == audit.rows()

@@ -78,7 +78,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     rows = module.run(quick=arguments.quick, **options)
     print_rows(rows, arguments.json)
     if arguments.store:
-        words = ["--quick"] * arguments.quick
+        words = ["bench", arguments.what, *["--quick"] * arguments.quick]
         # Where a clone lies is nobody else's business.
         words += [f"--clone {name}=PATH" for name in options.get("cloned", ())]
         path = store.write(arguments.what, words, rows)

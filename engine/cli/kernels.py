@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ..errors import EngineError
 from .shared import Commands, add_command, print_rows
@@ -13,14 +14,28 @@ def add(commands: Commands) -> None:
         commands, "kernels", _kernels, "what the compiler makes of each Triton kernel, with no GPU"
     )
     parser.add_argument("--arch", action="append", help="sm_80, sm_90 or sm_100; may be repeated")
+    parser.add_argument(
+        "--store",
+        action="store_true",
+        help="in a source checkout: keep the rows in benchmarks/results, for `make tables`",
+    )
     parser.add_argument("--json", action="store_true")
 
 
 def _kernels(arguments: argparse.Namespace) -> int:
+    from ..benchmarks import store
     from ..kernels import audit
 
     archs = tuple(arguments.arch or audit.ARCHS)
     if unknown := [a for a in archs if a not in audit.ARCHS]:
         raise EngineError(f"unknown --arch {unknown[0]}: {', '.join(audit.ARCHS)}")
-    print_rows(audit.rows(archs), arguments.json, hidden=("op", "threads", "flat"))
+    if arguments.store:
+        if arguments.arch:
+            raise EngineError("--store keeps all architectures: drop --arch")
+        # What stands against it shows before anything is compiled.
+        store.place("audit")
+    rows = audit.rows(archs)
+    print_rows(rows, arguments.json, hidden=("op", "threads", "flat"))
+    if arguments.store:
+        print(f"engine: stored in {store.write('audit', ['kernels'], rows)}", file=sys.stderr)
     return 0
