@@ -240,7 +240,7 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
             if _finished(job, out):
                 points.append(_point(job, out, steps[job.method]))
             elif job.folder in known:
-                points.append(_timed(known[job.folder], steps[job.method]))
+                points.append(_timed(known[job.folder], job, steps[job.method]))
         found = {
             "protocol": protocol.name,
             "about": protocol.about,
@@ -417,12 +417,14 @@ def _point(job: Job, out: Path, step: Mapping[str, float]) -> dict[str, Any]:
         "clock_seconds": summary["train_seconds"],
         "peak_memory_mb": summary.get("peak_memory_mb"),
     }
-    return _timed(found, step)
+    return _timed(found, job, step)
 
 
-def _timed(point: Mapping[str, Any], step: Mapping[str, float]) -> dict[str, Any]:
-    """The point with its training time by the measured step."""
-    return {**point, "seconds": point["steps"] * step["p50_ms"] / 1e3}
+def _timed(point: Mapping[str, Any], job: Job, step: Mapping[str, float]) -> dict[str, Any]:
+    """The point with which AutoAttack it was evaluated by, and its training time by the measured step."""
+    version = job.recipe.evaluation.autoattack
+    seconds = point["steps"] * step["p50_ms"] / 1e3
+    return {**point, "autoattack_version": version, "seconds": seconds}
 
 
 _SCORES = ("autoattack", "pgd", "clean", "val_pgd", "val_clean")
@@ -445,6 +447,7 @@ def summarise(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "epochs": epochs,
             "seeds": len(group),
             "examples": first["examples"],
+            "autoattack_version": first["autoattack_version"],
         }
         for score in _SCORES:
             values = [p[score] for p in group if p.get(score) is not None]
