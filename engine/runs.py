@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -211,9 +212,15 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "commit": _commit(),
-        "command": " ".join(sys.argv),
+        "command": _command(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _command() -> str:
+    """As people type it: where the program lies on this machine is nobody else's business."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["engine" if name == "__main__.py" else name, *sys.argv[1:]])
 
 
 def _version(package: str) -> str | None:

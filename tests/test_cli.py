@@ -251,3 +251,11 @@ def test_full_scale_recipes_train_on_files_in_the_official_format(
     assert json.loads(capsys.readouterr().out)["steps"] == 2
     assert Run.open(tmp_path / "run").metrics()[0]["loss"] > 0
     runner._load.cache_clear()
+
+
+@pytest.mark.parametrize("program", ["/home/me/.venv/bin/engine", "/home/me/engine/__main__.py"])
+def test_a_stamp_names_the_command_and_not_where_it_lies(monkeypatch, program):
+    from engine.runs import environment
+
+    monkeypatch.setattr("sys.argv", [program, "train", "my recipe.toml"])
+    assert environment()["command"] == "engine train 'my recipe.toml'"
