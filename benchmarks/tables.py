@@ -247,22 +247,26 @@ def full_scale() -> str:
 def audit(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `engine kernels` rows, one line a kernel: a value for each architecture, or what all have."""
     lines = [
-        "| kernel | op | registers | spills, local B | shared B | threads | occupancy % | load, store bits | B an element | at least |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | registers | spills, local B | shared B | threads | warps % | load, store bits | B an element, at least |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
         mine = [row for row in rows if row["kernel"] == kernel]
+        op = mine[0]["op"]
         cells = [
-            f"`{kernel}`",
-            f"`{mine[0]['op']}`",
+            f"`{kernel}`" if kernel == op else f"`{kernel}` of `{op}`",
             _each(mine, lambda row: str(row["registers"])),
             _each(mine, lambda row: f"{row['spill_bytes']}, {row['local_bytes']}"),
             _each(mine, lambda row: str(row["shared_bytes"])),
             _each(mine, lambda row: str(row["threads"])),
             _each(mine, lambda row: f"{row['occupancy']:.0%}".rstrip("%")),
             _each(mine, lambda row: f"{row['load_bits']}, {row['store_bits']}"),
-            _each(mine, lambda row: _short(row["bytes_per_element"])),
-            _each(mine, lambda row: _short(row["min_bytes_per_element"])),
+            _each(
+                mine,
+                lambda row: ", ".join(
+                    _short(row[key]) for key in ("bytes_per_element", "min_bytes_per_element")
+                ),
+            ),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -54,12 +54,20 @@ def train(
         data: (images, labels), images uint8 [N, C, H, W] or float32 [N, ...] in [0, 1], labels
             int64 [N]; or anything with a length that yields such (x, y) batches, a DataLoader for one
             (`batch_size`, `pad` and `flip` are then its own business).
+        threat: the ball to train against.
         attack: default two steps from a random start. From memory it needs (images, labels).
         objective: default `LocalBall()`.
+        epochs: passes over the data, >= 1; batch_size: images a step, >= 1.
+        lr: peak learning rate, > 0; schedule: its course over the run, default one cycle.
+        optimiser: "sgd", "adamw" (fused with the average), "torch-sgd", "torch-adamw", or apex's where it
+            is built; momentum: of SGD, [0, 1); weight_decay: >= 0.
+        ema: decay of the weights' moving average, [0, 1); 0: none.
         validation: held-out (x, y), floats in [0, 1], to choose `Result.best`.
         pad, flip: random crop and mirroring of uint8 images.
         precision: of the network's passes: "fp32", "tf32", "bf16", "fp16", or "auto" (bf16 on GPUs
             that have it).
+        seed: of batches, crops, attacks and dropout.
+        hooks: what to call while it runs.
     Returns:
         The trained network (its moving average with `ema` > 0) and the best epoch's state dict.
     Raises:
@@ -131,7 +139,9 @@ def attack(
     Args:
         model: [0, 1] images to logits; attacked in evaluation mode, restored afterwards.
         x: float32 [B, ...] in [0, 1]; y: int64 [B].
-        alpha: step size in pixel units; default as for `Attack`.
+        threat: the ball to stay in.
+        steps: gradient steps, >= 0; seed: of the random start.
+        alpha: step size in pixel units, > 0; default as for `Attack`.
     Returns:
         Like `x`, inside the threat ball and [0, 1].
     """

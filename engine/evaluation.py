@@ -32,8 +32,9 @@ class Report:
     """What an evaluation found.
 
     Attributes:
+        threat: the ball that was attacked in.
         examples: number of test images.
-        clean, pgd, autoattack: accuracies in [0, 1]; None where an attack was not run.
+        clean: accuracy in [0, 1]; pgd and autoattack the same, None where the attack was not run.
         worst_case: share of images that withstood every attack that was run.
         after: AutoAttack's robust accuracy after each of its attacks.
         seconds: wall-clock seconds in all.
@@ -258,11 +259,18 @@ def evaluate(
 
     Args:
         model: any module from [0, 1] images to logits; its mode is restored afterwards.
-        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N].
-        autoattack_version: "standard", "apgd" (its two APGD attacks) or "none".
+        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; on the model's device.
+        threat: the ball to attack in.
+        pgd_steps, pgd_restarts: of `pgd`, at least 1 each.
+        autoattack_version: "standard" (four attacks), "apgd" (the first two) or "none".
+        batch_size: images in memory at once.
+        seed: of both attacks.
         progress: called with (attack, done, total).
+    Returns:
+        Accuracies, and what was left after each of AutoAttack's attacks.
     Raises:
-        EngineError: if the images leave [0, 1], there are none, or the model returns no logits [N, K].
+        EngineError: if the images leave [0, 1], there are none, the model returns no logits [N, K], or
+            has fewer than the four classes that AutoAttack needs.
     """
     _check(x, y)
     began = time.perf_counter()

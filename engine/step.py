@@ -50,7 +50,7 @@ class Step:
         recorder: captures the step at its first call; None: run it eagerly.
     Attributes:
         state: int64 [2] (seed, step) on the device; `done`: the same number of steps, on the host.
-        images, batches: how many the means are of.
+        images: how many the means are of, in `batches` batches.
         why_eager: why a recorder is there and the step runs eagerly all the same, else None.
     """
 

@@ -47,10 +47,10 @@ class ThreatModel:
 
 
 def Linf(eps: float | str) -> ThreatModel:
-    """The Linf ball of radius `eps` (pixel units)."""
+    """The Linf ball of radius `eps`, in pixel units, >= 0; errors as for `ThreatModel`."""
     return ThreatModel(norm="Linf", eps=eps)  # type: ignore[arg-type]
 
 
 def L2(eps: float | str) -> ThreatModel:
-    """The L2 ball of radius `eps` (pixel units)."""
+    """The L2 ball of radius `eps`, in pixel units, >= 0; errors as for `ThreatModel`."""
     return ThreatModel(norm="L2", eps=eps)  # type: ignore[arg-type]

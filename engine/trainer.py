@@ -54,6 +54,8 @@ class Result:
         model: the evaluated network (the moving average where there is one), last epoch.
         best: state dict of the epoch with the best validation PGD accuracy; the last epoch's without
             a validation set.
+        best_epoch: its number, from 1; steps: how many were made in all.
+        rows: what was logged, a row an epoch.
         train_seconds: wall-clock seconds of training steps, data included, evaluation excluded.
         rolled_back: epochs whose outcome was given up, for the best one's before.
     """

@@ -37,7 +37,7 @@ from .base import (
 
 @dataclass(frozen=True)
 class LocalBall(Objective):
-    """Local-ball robust training; see the module's docstring for the formula."""
+    """CE(f(a), y) + lambda KL(p(a) || p(b)) + mu KL(p(x) || p(a)), and its variants (docs/method.md)."""
 
     free_step: ClassVar[bool] = True
 
