@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu docs tables soak rivals check bench clean help
+.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu docs tables pictures soak rivals check bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -46,7 +46,7 @@ test-gpu: .venv/ready ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs
 
 docs: .venv/docs-ready ## the site, into build/site
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q && echo build/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict && echo build/site/index.html
 
 .venv/docs-ready: .venv/ready
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
@@ -54,6 +54,9 @@ docs: .venv/docs-ready ## the site, into build/site
 
 tables: .venv/ready ## every table of the docs, from benchmarks/results and `engine plan`
 	@$(BIN)/python -m benchmarks.tables
+
+pictures: .venv/docs-ready ## the picture of a live run, from a live run; one or two minutes
+	@$(BIN)/python -m benchmarks.pictures
 
 soak: .venv/ready ## kill and resume real runs: make soak KILLS=50
 	@$(BIN)/python -m tests.soak --kills $(or $(KILLS),50)

@@ -56,10 +56,10 @@ class TrainingBar:
     def epoch(self, row: dict[str, Any]) -> None:
         validation = ""
         if "val_pgd" in row:
-            validation = f"   val clean {row['val_clean']:.1%}  PGD {row['val_pgd']:.1%}"
+            validation = f"   val clean {row['val_clean']:6.1%}  PGD {row['val_pgd']:6.1%}"
         self.progress.console.print(
             f"epoch {row['epoch']:>3}/{self.epochs}  {row['train_seconds']:7.1f} s  "
-            f"loss {row['loss']:.3f}  adv {row['adv_accuracy']:.1%}{validation}",
+            f"loss {row['loss']:.3f}  adv {row['adv_accuracy']:6.1%}{validation}",
             highlight=False,
         )
 
