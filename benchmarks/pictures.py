@@ -138,8 +138,8 @@ def save(screens: Sequence[Screen], folder: Path) -> list[Path]:
     middle = screens[before(screens, "epoch  16/20") - 1]
     lines = text(middle).rstrip().count("\n") + 1
     draw(middle[:lines], 26).quantize(32).save(folder / "live.png", optimize=True)
-    trained = before(screens, "epoch  20/20")
-    moments = spread(screens[:trained], _TRAINING) + spread(screens[trained:], _EVALUATION)
+    begun, trained = before(screens, "training"), before(screens, "epoch  20/20")
+    moments = spread(screens[begun:trained], _TRAINING) + spread(screens[trained:], _EVALUATION)
     first, *rest = [draw(screen, 13).quantize(16) for screen in moments]
     first.save(
         folder / "live.gif",

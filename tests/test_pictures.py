@@ -15,11 +15,12 @@ from engine.benchmarks import pictures
 
 # Prints three epochs, writes over a line as a progress bar does, and says how wide it thinks it is.
 TALK = """
-import os, sys
+import os, sys, time
 for epoch in (15, 16, 20):
-    print("bar", end="", flush=True)
+    print("training", end="", flush=True)
+    time.sleep(0.3)
     print(f"\\r\\x1b[2K\\x1b[32mepoch  {epoch}/20\\x1b[0m", flush=True)
-    __import__("time").sleep(0.6)
+    time.sleep(0.6)
 print(os.get_terminal_size().columns, sys.stdout.isatty())
 """
 
@@ -44,8 +45,8 @@ def test_the_still_is_of_the_middle_and_the_other_moves(screens, tmp_path, monke
     monkeypatch.setattr(pictures, "_EVALUATION", 2)
     png, gif = pictures.save(screens, tmp_path)
     with Image.open(png) as drawn:
-        # Two lines, the prompt's and the first epoch's, with an edge around them.
-        assert drawn.height == 2 * round(1.3 * 26) + 2 * 26
+        # Three lines, the prompt's, the first epoch's and the bar's, with an edge around them.
+        assert drawn.height == 3 * round(1.3 * 26) + 2 * 26
         assert (0x98, 0xC3, 0x79) in {rgb for _, rgb in drawn.convert("RGB").getcolors(1 << 16)}
     with Image.open(gif) as moving:
         assert moving.n_frames > 2
