@@ -256,25 +256,47 @@ def draw_curves(
 
 
 def _name_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Each name beside its point: a key to so many would be a riddle. Names that would touch move apart."""
-    ax.margins(x=0.14, y=0.08)
-    ax.get_xlim(), ax.get_ylim()  # the limits are found when they are asked for
+    """Each name beside its point: a key to so many would be a riddle. Names that would touch move apart.
+
+    What lies far below all others would press them together: it is named in a corner, and left out.
+    """
+    low, high = np.quantile([y for _, y in points.values()], (0.25, 0.75))
+    floor = low - 1.5 * (high - low)
+    shown = {name: at for name, at in points.items() if at[1] >= floor}
+    heights = [y for _, y in shown.values()]
+    margin = 0.08 * (max(heights) - min(heights)) + 0.005
+    ax.set_ylim(min(heights) - margin, max(heights) + margin)
+    ax.margins(x=0.16)
+    ax.get_xlim()  # the limits are found when they are asked for
+    if below := [f"{name} {y:.1%}" for name, (_, y) in points.items() if y < floor]:
+        ax.text(
+            0.02,
+            0.02,
+            f"below: {', '.join(below)}",
+            transform=ax.transAxes,
+            fontsize=7,
+            color=MUTED,
+        )
     figure = ax.get_figure()
     assert figure is not None
     to_points = 72.0 / figure.dpi
     placed: list[tuple[float, float]] = []
-    for name, at in sorted(points.items(), key=lambda item: -item[1][1]):
+    for name, at in sorted(shown.items(), key=lambda item: -item[1][1]):
         x, y = (float(v) * to_points for v in ax.transData.transform(at))
-        below = [other for where, other in placed if abs(where - x) < 62.0]
-        height = min([y, *(other - 8.5 for other in below)])
+        taken = sorted((other for where, other in placed if abs(where - x) < 62.0), reverse=True)
+        height = y
+        for other in taken:
+            if abs(other - height) < 8.5:
+                height = other - 8.5
         placed.append((x, height))
         ax.annotate(
             name,
             at,
-            xytext=(6.0, height - y - 2.5),
+            xytext=(7.0, height - y - 2.5),
             textcoords="offset points",
             fontsize=7,
             color=MUTED,
+            arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.7, "shrinkA": 0.0},
         )
 
 
