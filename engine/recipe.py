@@ -230,6 +230,11 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     try:
         recipe = _ADAPTER.validate_python(tree)
         recipe.objective.check(recipe.attack)
+        if recipe.threat.norm == "Linf" and recipe.threat.eps > 1:
+            raise EngineError(
+                f"threat.eps = {recipe.threat.eps:g} is more than a pixel's whole range [0, 1]: "
+                f'{recipe.threat.eps:g}/255 is written "{recipe.threat.eps:g}/255"'
+            )
     except ValidationError as error:
         raise EngineError(f"{source}: {_one_line(error)}") from None
     except EngineError as error:

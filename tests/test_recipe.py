@@ -153,3 +153,9 @@ def test_piecewise_drops_at_its_milestones():
     assert [schedule.at(i, 100) for i in (0, 49, 50, 74, 75, 99)] == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01, 0.01]
     )
+
+
+def test_a_radius_in_255ths_is_met_with_how_to_write_it():
+    with pytest.raises(EngineError, match='threat.eps = 8 is more .* written "8/255"'):
+        recipe.load("cifar10", {"threat.eps": "8"})
+    assert recipe.load("cifar10", {"threat.eps": "8", "threat.norm": "L2"}).threat.eps == 8
