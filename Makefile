@@ -65,8 +65,8 @@ rivals: .venv/ready ## packages that `engine bench step` compares with; they pin
 	@$(BIN)/pip install -q --no-deps torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 robustbench==1.1.1 six tqdm \
 	  foolbox==3.3.4 eagerpy==0.30.0 GitPython==3.2.1 gitdb==4.0.12 smmap==5.0.3
 
-bench: .venv/ready ## ops, steps and loaders, in short; `make bench AGAINST=COMMIT` compares
-	@for what in ops step loaders; do $(BIN)/python -m engine bench $$what --quick $(if $(AGAINST),--against $(AGAINST)) || exit; done
+bench: .venv/ready ## every benchmark, in short; `make bench AGAINST=COMMIT` compares
+	@for what in ops step loaders scaling end-to-end accuracy; do $(BIN)/python -m engine bench $$what --quick $(if $(AGAINST),--against $(AGAINST)) || exit; done
 
 check: .venv/ready ## lint, format, types
 	@$(BIN)/ruff check .
