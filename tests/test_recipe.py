@@ -156,6 +156,6 @@ def test_piecewise_drops_at_its_milestones():
 
 
 def test_a_radius_in_255ths_is_met_with_how_to_write_it():
-    with pytest.raises(EngineError, match='threat.eps = 8 is more .* written "8/255"'):
+    with pytest.raises(EngineError, match=r'threat.eps = 8 is more .* written "8/255"'):
         recipe.load("cifar10", {"threat.eps": "8"})
     assert recipe.load("cifar10", {"threat.eps": "8", "threat.norm": "L2"}).threat.eps == 8
