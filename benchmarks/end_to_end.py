@@ -138,7 +138,7 @@ class Plain:
         torch.manual_seed(recipe.seed)
         network = runner.build_model(recipe, images, len(parts.classes), images.shape[1:])
         # As networks come.
-        network = network.to(self._where, memory_format=torch.contiguous_format)
+        network = rivals.plain(network.to(self._where, memory_format=torch.contiguous_format))
         attack, eps = recipe.attack, recipe.threat.eps
         self._step = rivals.fast_adversarial(network, eps, attack.step_size(eps), attack.steps)
         self._loader: DataLoader = DataLoader(

@@ -92,11 +92,11 @@ def settings(quick: bool) -> list[Setting]:
 
 
 def network(setting: Setting, *, ours: bool = True) -> nn.Module:
-    """A fresh network; ours are channels_last, as recipes build them, the rivals' as they come."""
+    """A fresh network; ours are channels_last, as recipes build them, the rivals' as networks come."""
     torch.manual_seed(0)
     _, channels, size, _ = setting.shape
     built = models.build(setting.network, in_channels=channels, image_size=size, classes=10)
-    return built.to(memory_format=torch.channels_last) if ours else built  # type: ignore[call-overload]
+    return built.to(memory_format=torch.channels_last) if ours else rivals.plain(built)  # type: ignore[call-overload]
 
 
 def our_step(
@@ -263,7 +263,7 @@ def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> lis
         key = _key(method)
         calls[f"ours {key}"] = our_step(setting, method)
         passes = method.objective.passes(method.attack)
-        calls[f"bare {key}"] = bare_passes(network(setting), x, passes)
+        calls[f"bare {key}"] = bare_passes(rivals.plain(network(setting)), x, passes)
         if unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is None:
             calls[f"captured {key}"] = our_step(setting, method, captured=True)
     if setting.packages:

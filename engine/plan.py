@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import phases, runner
 from .data import datasets
@@ -25,6 +26,24 @@ from .errors import EngineError
 from .objectives import PGD
 from .recipe import Recipe
 from .step import Step
+
+# The convolution's share of the stem's ops, as PyTorch counts its own; the arguments are shapes. Here and not
+# beside the ops: PyTorch's counter imports Triton, and `import engine` shall not.
+
+
+@register_flop_formula(torch.ops.engine.input_grad_step)
+def _(x, z, stem_grad, weight, *_, **__) -> int:
+    return 2 * prod(stem_grad) * prod(weight[1:])
+
+
+@register_flop_formula(torch.ops.engine.stem_input_grad)
+def _(stem_grad, weight, *_, **__) -> int:
+    return 2 * prod(stem_grad) * prod(weight[1:])
+
+
+@register_flop_formula(torch.ops.engine.stem_weight_grad)
+def _(x, stem_grad, kh, kw, *_, **__) -> int:
+    return 2 * prod(stem_grad) * x[1] * kh * kw
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,11 @@ other strides are made contiguous first. `eps`, `alpha`, `lam`, `mu` and `lr` ma
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.flop_counter import register_flop_formula
 
 from .backends import dispatch, load
 from .layout import same_order
@@ -366,12 +364,6 @@ def _(x, z, stem_grad, weight, stride, padding, eps, alpha, norm):
     return torch.empty_like(x)
 
 
-@register_flop_formula(torch.ops.engine.input_grad_step)
-def _(x, z, stem_grad, weight, *_, **__) -> int:
-    """The convolution's share, as PyTorch counts its own; the arguments are shapes."""
-    return 2 * prod(stem_grad) * prod(weight[1:])
-
-
 def input_grad_step(
     x: Tensor,
     z: Tensor,
@@ -427,11 +419,6 @@ def _(stem_grad, weight, h, w, stride, padding):
     return weight.new_empty(len(stem_grad), weight.shape[1], h, w)
 
 
-@register_flop_formula(torch.ops.engine.stem_input_grad)
-def _(stem_grad, weight, *_, **__) -> int:
-    return 2 * prod(stem_grad) * prod(weight[1:])
-
-
 def stem_input_grad(
     stem_grad: Tensor, weight: Tensor, *, size: tuple[int, int], stride: int, padding: int
 ) -> Tensor:
@@ -466,11 +453,6 @@ _stem_weight_grad = _define(
 def _(x, stem_grad, kh, kw, stride, padding):
     out = stem_grad.shape[1]
     return stem_grad.new_empty(out, x.shape[1], kh, kw), stem_grad.new_empty(out)
-
-
-@register_flop_formula(torch.ops.engine.stem_weight_grad)
-def _(x, stem_grad, kh, kw, *_, **__) -> int:
-    return 2 * prod(stem_grad) * x[1] * kh * kw
 
 
 def stem_weight_grad(

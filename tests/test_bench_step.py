@@ -41,6 +41,20 @@ def test_a_rival_that_does_something_else_is_noticed(loop, method):
     assert not step.agrees(shorter, method)
 
 
+def test_rivals_train_a_network_without_our_ops():
+    """Else they would be timed with our stem's gradients, and a claim against them would be against ourselves."""
+    setting = step.Setting("fast-at-mnist", (4, 1, 28, 28), [], False, False, 0.0)
+    called = []
+    for ours in (True, False):
+        net = step.network(setting, ours=ours)
+        x = torch.rand(setting.shape, requires_grad=True)
+        with torch.profiler.profile() as session:
+            net(x).sum().backward()
+        names = {event.key for event in session.key_averages()}
+        called.append({name for name in names if name.startswith("engine::")})
+    assert called == [{"engine::stem_input_grad", "engine::stem_weight_grad"}, set()]
+
+
 def test_bare_passes_are_the_passes_declared():
     """Counted where they happen: rows through a layer forward, and back to its input and weight."""
     counts = {"forward": 0, "input_grad": 0, "weight_grad": 0}
