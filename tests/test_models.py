@@ -317,6 +317,18 @@ def test_gradients_of_images_and_weights_are_those_of_double_precision(name):
         assert error < 1e-5
 
 
+def test_torch_func_differentiates_by_the_image():
+    model = make("fast-at-mnist")
+    x = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+
+    def loss(x):
+        return model(x).square().sum()
+
+    point = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(point), point)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+
+
 def test_stem_follows_the_weights():
     for normalised in (False, True):
         model = make("tiny-cnn", normalised=normalised)

@@ -85,6 +85,8 @@ def _ours(conv: nn.Conv2d, x: Tensor) -> bool:
         and (x.requires_grad or conv.weight.requires_grad)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        # torch.func has no rules for our ops; the library's convolution serves there.
+        and not torch._C._are_functorch_transforms_active()
         and _plain(conv)
     )
 
