@@ -58,7 +58,8 @@ def train(
         attack: default two steps from a random start. From memory it needs (images, labels).
         objective: default `LocalBall()`.
         epochs: passes over the data, >= 1; batch_size: images a step, >= 1.
-        lr: peak learning rate, > 0; schedule: its course over the run, default one cycle.
+        lr: peak learning rate, > 0; schedule: its course and eps's over the run, default one cycle at
+            constant eps.
         optimiser: "sgd", "adamw" (fused with the average), "torch-sgd", "torch-adamw", or apex's where it
             is built; momentum: of SGD, [0, 1); weight_decay: >= 0.
         ema: decay of the weights' moving average, [0, 1); 0: none.
@@ -96,6 +97,7 @@ def train(
     elif attack.start == "memory":
         raise EngineError("attack.start = memory needs (images, labels) tensors, not a loader")
     feed = loader or TensorLoader(data, where)
+    schedule, steps = schedule or Schedule(), epochs * len(feed)
     step = Step(
         model,
         objective=objective,
@@ -103,13 +105,14 @@ def train(
         attack=attack,
         optimiser=Optimiser(
             model,
-            lr=(schedule or Schedule()).rates(lr, epochs * len(feed)),
+            lr=schedule.rates(lr, steps),
             name=optimiser,
             momentum=momentum,
             weight_decay=weight_decay,
             ema=ema,
         ),
         memory=memory,
+        radii=schedule.radii(threat.eps, steps),
         take=None if loader is None else loader.take,
         precision=precision,
         seed=seed,

@@ -22,7 +22,7 @@ class AdversaryMemory:
     Args:
         samples: N, the size of the training set.
         shape: (C, H, W) of one image.
-        threat: the ball; its radius is the unit of storage.
+        threat: the ball; its radius is the unit of storage (a `Step` whose radius grows puts its own here).
         seed: for the first, uniform random, perturbations.
     """
 

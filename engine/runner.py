@@ -172,6 +172,7 @@ def build_step(
             ema=optim.ema,
         ),
         memory=memory,
+        radii=recipe.schedule.radii(recipe.threat.eps, steps),
         take=take,
         precision=recipe.step.precision,
         seed=recipe.seed,

@@ -1,4 +1,4 @@
-"""Learning rates over a run."""
+"""Learning rates and radii over a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class Schedule:
-    """One-cycle (linear warm-up, cosine to nothing) or piecewise constant."""
+    """Learning rate: one-cycle (linear warm-up, cosine to nothing) or piecewise constant. Radius: may grow at first."""
 
     name: Annotated[
         Literal["one-cycle", "piecewise"],
@@ -31,6 +31,14 @@ class Schedule:
     factor: Annotated[
         float, Field(gt=0, le=1, description="piecewise: what a drop multiplies the rate by")
     ] = 0.1
+    eps_warmup: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="share of the run over which training's eps grows, linearly, to threat.eps [0..1)",
+        ),
+    ] = 0.0
 
     def at(self, step: int, total: int) -> float:
         """Share of the peak learning rate at `step` (from 0) of `total`."""
@@ -45,3 +53,9 @@ class Schedule:
     def rates(self, peak: float, total: int) -> list[float]:
         """The learning rate of each of `total` steps."""
         return [peak * self.at(step, total) for step in range(total)]
+
+    def radii(self, eps: float, total: int) -> list[float] | None:
+        """Training's radius [pixel units] at each of `total` steps; None: `eps` at all of them."""
+        growing = self.eps_warmup * total
+        # As in `at`, the first step has something to do.
+        return [eps * min((step + 1) / growing, 1.0) for step in range(total)] if growing else None

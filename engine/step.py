@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ class Step:
         model: images [0, 1] to logits; trained in place.
         optimiser: made for `model`, with the learning rates of all steps.
         memory: the adversary memory, if attacks start from it.
+        radii: eps of every step of the run, where it is not the threat's throughout
+            (`Schedule.radii`); the memory then stores in units of the eps at hand.
         take: makes a batch on the device from the random state, with no word to the host (a resident
             loader's); the step then asks for no batch, and a captured one makes its own.
         precision: of the network's passes, see `engine.precision`.
@@ -50,6 +52,7 @@ class Step:
         recorder: captures the step at its first call; None: run it eagerly.
     Attributes:
         state: int64 [2] (seed, step) on the device; `done`: the same number of steps, on the host.
+        threat, training: what the network shall withstand, and what the step at hand trains against.
         images: how many the means are of, in `batches` batches.
         why_eager: why a recorder is there and the step runs eagerly all the same, else None.
     """
@@ -63,6 +66,7 @@ class Step:
         attack: Attack,
         optimiser: Optimiser,
         memory: AdversaryMemory | None = None,
+        radii: Sequence[float] | None = None,
         take: Callable[[Tensor], Batch] | None = None,
         precision: str = "fp32",
         seed: int = 0,
@@ -82,6 +86,14 @@ class Step:
         self.scale = LossScale(self.device, dynamic=self.precision == "fp16")
         self.state = rng.state(rng.of_rank(seed, rank), device)
         dropout.follow(model, self.state)
+        self.training, self.radii = threat, radii
+        if radii is not None:
+            # One more than there are steps: the last leaves its successor's.
+            self._radii = torch.tensor([*radii, radii[-1]], device=device)
+            self._radius = self._radii[0].clone()
+            self.training = threat.growing(self._radius)
+            if memory is not None:
+                memory.threat = self.training
         self.done = 0
         self.why_eager: str | None = None
         # The number of steps that were skipped, then a sum for each of `_terms`.
@@ -104,7 +116,7 @@ class Step:
             if start is None and self.memory is not None:
                 start = self.memory.recall(_samples(batch), x, batch.where)
             outcome: Outcome = self._compute(
-                x, y, self.threat, self.attack, start=start, state=self.state
+                x, y, self.training, self.attack, start=start, state=self.state
             )
         self.optimiser.zero_grad()
         with phase(TRAIN_BACKWARD):
@@ -119,6 +131,8 @@ class Step:
                 self.memory.remember(_samples(batch), x, adversary, batch.where)
             self._count(outcome)
             self.state[1:].add_(1)
+            if self.radii is not None:
+                self._radius.copy_(self._radii.index_select(0, self.state[1:]).view(()))
 
     def _count(self, outcome: Outcome) -> None:
         terms = {"loss": outcome.loss.detach(), "adv_accuracy": outcome.correct, **outcome.stats}
@@ -190,6 +204,8 @@ class Step:
         found["sums"] = self._sums
         if self.memory is not None:
             found["memory"] = self.memory.deltas
+        if self.radii is not None:
+            found["eps"] = self._radius
         return found
 
     def networks(self) -> list[nn.Module]:

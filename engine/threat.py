@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
+from torch import Tensor
 
 Norm = Literal["Linf", "L2"]
 _ALIASES = {"linf": "Linf", "l_inf": "Linf", "l2": "L2", "l_2": "L2"}
@@ -44,6 +46,18 @@ class ThreatModel:
     eps: Annotated[
         Number, Field(ge=0, description="radius of the threat ball [pixel units, 0..1]")
     ] = 8 / 255
+
+    def growing(self, radius: Tensor) -> ThreatModel:
+        """The same ball with a 0-d float32 tensor for its eps, which training may change from step to step."""
+        ball = copy.copy(self)
+        object.__setattr__(ball, "eps", radius)
+        return ball
+
+    def at_most(self, radius: float) -> float | Tensor:
+        """`radius` [pixel units], or eps where that is smaller."""
+        eps: float | Tensor = self.eps
+        # A tensor's value is the device's business: to ask for it would make the host wait.
+        return eps.clamp(max=radius) if isinstance(eps, Tensor) else min(radius, eps)
 
 
 def Linf(eps: float | str) -> ThreatModel:

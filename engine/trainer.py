@@ -202,10 +202,12 @@ class Trainer:
         seconds = time.perf_counter() - self._began
         result.steps, result.train_seconds = step.done, before + seconds
         self._began = time.perf_counter()
+        radii = step.radii
         return {
             "epoch": epoch + 1,
             "step": step.done,
             "lr": step.optimiser.rates[step.done - 1],
+            **({} if radii is None else {"eps": radii[step.done - 1]}),
             "train_seconds": result.train_seconds,
             "images_per_second": distributed.size() * (step.images - images) / seconds,
             **means,

@@ -155,6 +155,12 @@ def test_piecewise_drops_at_its_milestones():
     )
 
 
+def test_the_radius_grows_to_eps_and_stays():
+    radii = Schedule(eps_warmup=0.5).radii(0.2, 8)
+    assert radii == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2, 0.2, 0.2])
+    assert Schedule().radii(0.2, 8) is None
+
+
 def test_a_radius_in_255ths_is_met_with_how_to_write_it():
     with pytest.raises(EngineError, match=r'threat.eps = 8 is more .* written "8/255"'):
         recipe.load("cifar10", {"threat.eps": "8"})

@@ -45,6 +45,7 @@ def build(
     optimiser="sgd",
     precision="fp32",
     replays=1,
+    eps_warmup=0.0,
     recorder=None,
     hooks=None,
     validated=True,
@@ -75,6 +76,7 @@ def build(
         ),
         memory=memory,
         take=feed.take if isinstance(feed, loaders.ResidentLoader) else None,
+        radii=Schedule(eps_warmup=eps_warmup).radii(0.1, EPOCHS * len(feed)),
         precision=precision,
         seed=2,
         recorder=recorder,
@@ -169,6 +171,7 @@ def test_every_loader_resumes_bit_for_bit(loader, workers, tmp_path):
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"replays": 2},
+        {"eps_warmup": 0.8},
     ],
     ids=str,
 )

@@ -154,6 +154,57 @@ def test_a_schedule_with_corners_replays():
     assert_same(taped, eager)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("objective", recipes.objectives().values(), ids=lambda o: o().name)
+def test_every_objective_replays_while_the_radius_grows(objective, k):
+    threat, schedule = Linf(0.1), Schedule(eps_warmup=0.5)
+    from_memory = objective().name in ("local-ball", "pgd", "fgsm-pgi")
+    steps = []
+    for recorder in (None, Tape()):
+        torch.manual_seed(0)
+        memory = AdversaryMemory(64, (1, 6, 6), threat) if from_memory else None
+        step = make(
+            Tiny(batch_norm=True),
+            objective=objective(),
+            threat=threat,
+            attack=Attack(steps=k, start="memory" if from_memory else "random"),
+            memory=memory,
+            radii=schedule.radii(threat.eps, 4),
+            recorder=recorder,
+        )
+        train(step, memory, steps=4)
+        steps.append(step)
+    assert_same(steps[1], steps[0])
+    assert steps[0].tensors()["eps"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("recorder", [None, Tape], ids=["eager", "replayed"])
+def test_adversaries_grow_with_the_radius(recorder):
+    """Each lies on its step's sphere; what is remembered is relative to it; evaluation has the whole radius."""
+    threat, n = Linf(0.1), 16
+    memory = AdversaryMemory(n, (1, 6, 6), threat)
+    torch.manual_seed(0)
+    step = make(
+        Tiny(),
+        objective=PGD(),
+        threat=threat,
+        attack=Attack(steps=10, start="memory"),
+        memory=memory,
+        radii=Schedule(eps_warmup=0.5).radii(threat.eps, 8),
+        recorder=recorder and recorder(),
+    )
+    x = torch.full((n, 1, 6, 6), 0.5)
+    batch = Batch(x, torch.arange(n) % 4, torch.arange(n), torch.zeros((n, 3), dtype=torch.int32))
+    for radius in (0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.1):
+        assert float(step.training.eps) == pytest.approx(radius)
+        step(batch)
+        # Ten steps of half the radius: every pixel ends on one side or the other.
+        assert memory.deltas.abs().amax() == 127
+    assert step.threat.eps == 0.1
+    last = memory.recall(torch.arange(n), x, None) - x
+    assert float(last.abs().amax()) == pytest.approx(0.1, rel=1e-5)
+
+
 def test_recording_leaves_no_trace():
     """Warming up moves weights, statistics and counters; all are back where they were."""
     torch.manual_seed(0)

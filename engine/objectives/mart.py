@@ -49,7 +49,7 @@ class MART(Objective):
         state: Tensor,
     ) -> Outcome:
         if start is None:
-            near = min(_NEAR, threat.eps)
+            near = threat.at_most(_NEAR)
             with phase(ATTACK_START):
                 start = kernels.uniform_start(x, near, state, norm=threat.norm, stream=rng.START)
         adversary, _ = attack(model, x, y, threat, start=start, state=state)

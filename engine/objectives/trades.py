@@ -49,7 +49,7 @@ class TRADES(Objective):
             # Detached, not under no_grad: see `engine.adversary` on autocast's cache.
             anchor = model(x).detach()
         if start is None:
-            near = min(_NEAR, threat.eps)
+            near = threat.at_most(_NEAR)
             with phase(ATTACK_START):
                 start = kernels.uniform_start(x, near, state, norm=threat.norm, stream=rng.START)
         adversary, _ = climb(
