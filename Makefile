@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu docs tables pictures soak rivals check bench clean help
+.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu bench-gpu docs tables pictures soak rivals check bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -67,6 +67,11 @@ rivals: .venv/ready ## packages that `engine bench step` compares with; they pin
 
 bench: .venv/ready ## every benchmark, in short; `make bench AGAINST=COMMIT` compares
 	@for what in ops step loaders scaling end-to-end accuracy; do $(BIN)/python -m engine bench $$what --quick $(if $(AGAINST),--against $(AGAINST)) || exit; done
+
+bench-gpu: .venv/ready ## every benchmark in full on this machine's GPU, rows in build/bench
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "engine: no CUDA device here")'
+	@mkdir -p build/bench
+	@for what in ops step loaders scaling end-to-end accuracy; do $(BIN)/python -m engine bench $$what --json > build/bench/$$what.json || exit; done
 
 check: .venv/ready ## lint, format, types
 	@$(BIN)/ruff check .

@@ -100,6 +100,8 @@ class Trainer:
         self.result = Result(step.optimiser.average)
         # The best epoch's accuracies, under the validation attack and under training's own.
         self._best, self._best_adversarial = -math.inf, 0.0
+        # Validations in a row at which the network answered the same to everything.
+        self._constant = 0
         self._began = time.perf_counter()
         if len(loader) == 0:
             raise EngineError("the loader has no batch to train on")
@@ -262,7 +264,8 @@ class Trainer:
         assert self.validation is not None
         x, y = self.validation
         with evaluation.evaluation_mode(self.step.optimiser.average) as model:
-            clean = evaluation.predictions(model, x) == y
+            predicted = evaluation.predictions(model, x)
+            clean = predicted == y
             robust = evaluation.pgd(
                 model,
                 x,
@@ -271,6 +274,13 @@ class Trainer:
                 steps=self.validation_steps,
                 restarts=1,
                 seed=self.seed,
+            )
+        self._constant = self._constant + 1 if bool((predicted == predicted[0]).all()) else 0
+        if self._constant == 2:
+            # As PGD from random starts does at a large radius: a fresh network finds nothing to hold on to.
+            log.warning(
+                "twice in a row the network gave all validation images one class: it has not begun to learn; "
+                "let eps grow at first (schedule.eps_warmup = 0.4), or lower optim.lr"
             )
         # Each process has a part of the images, of nearly the same size.
         right = torch.stack([clean.double().sum(), robust.double().sum(), y.new_tensor(len(y))])

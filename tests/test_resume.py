@@ -305,6 +305,22 @@ def test_catastrophic_overfitting_rolls_back_to_the_best_epoch(monkeypatch, capl
     assert trainer.step.done == 16
 
 
+def test_a_network_that_does_not_begin_to_learn_is_spoken_of_once(caplog):
+    trainer = build(PGD())
+    for network in trainer.step.networks():
+        network.fc.weight.requires_grad_(False).zero_()
+        network.fc.bias.requires_grad_(False).copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    trainer.step.optimiser.step = lambda *_: None
+    with caplog.at_level(logging.WARNING):
+        result = trainer.run()
+    assert [row["val_clean"] for row in result.rows] == [result.rows[0]["val_clean"]] * EPOCHS
+    assert caplog.text.count("schedule.eps_warmup") == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        build(PGD()).run()
+    assert "eps_warmup" not in caplog.text
+
+
 def test_noise_is_no_collapse():
     trainer = build(PGD())
     trainer._best = 0.12

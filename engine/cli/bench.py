@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from ..errors import EngineError
-from .shared import Commands, add_command, keep_freed_memory, print_rows
+from .shared import (
+    Commands,
+    add_command,
+    add_output,
+    keep_freed_memory,
+    print_rows,
+    store_rows,
+)
 
 # By the name people type, the module of engine.benchmarks whose `run(quick=...)` returns rows.
 BENCHMARKS = {
@@ -38,12 +44,7 @@ def add(commands: Commands) -> None:
         help="step: also time the authors' own code, from your clone of fast_adversarial or trades; "
         "this executes what lies there; may be repeated",
     )
-    parser.add_argument(
-        "--store",
-        action="store_true",
-        help="in a source checkout: keep the rows in benchmarks/results, for `make tables`",
-    )
-    parser.add_argument("--json", action="store_true")
+    add_output(parser)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -81,6 +82,5 @@ def _bench(arguments: argparse.Namespace) -> int:
         words = ["bench", arguments.what, *["--quick"] * arguments.quick]
         # Where a clone lies is nobody else's business.
         words += [f"--clone {name}=PATH" for name in options.get("cloned", ())]
-        path = store.write(arguments.what, words, rows)
-        print(f"engine: stored in {path}", file=sys.stderr)
+        store_rows(arguments.what, words, rows)
     return 0

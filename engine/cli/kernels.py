@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from ..errors import EngineError
-from .shared import Commands, add_command, print_rows
+from .shared import Commands, add_command, add_output, print_rows, store_rows
 
 
 def add(commands: Commands) -> None:
@@ -14,12 +13,7 @@ def add(commands: Commands) -> None:
         commands, "kernels", _kernels, "what the compiler makes of each Triton kernel, with no GPU"
     )
     parser.add_argument("--arch", action="append", help="sm_80, sm_90 or sm_100; may be repeated")
-    parser.add_argument(
-        "--store",
-        action="store_true",
-        help="in a source checkout: keep the rows in benchmarks/results, for `make tables`",
-    )
-    parser.add_argument("--json", action="store_true")
+    add_output(parser)
 
 
 def _kernels(arguments: argparse.Namespace) -> int:
@@ -37,5 +31,5 @@ def _kernels(arguments: argparse.Namespace) -> int:
     rows = audit.rows(archs)
     print_rows(rows, arguments.json, hidden=("op", "threads", "flat"))
     if arguments.store:
-        print(f"engine: stored in {store.write('audit', ['kernels'], rows)}", file=sys.stderr)
+        store_rows("audit", ["kernels"], rows)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
@@ -110,6 +111,23 @@ _TITLES = {
     "peak_memory_mb": "peak memory [MB]",
     "run_dir": "run folder",
 }
+
+
+def add_output(parser: Parser) -> None:
+    """The flags that say where a benchmark's rows go."""
+    parser.add_argument(
+        "--store",
+        action="store_true",
+        help="in a source checkout: keep the rows in benchmarks/results, for `make tables`",
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def store_rows(what: str, words: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """What `--store` does: arguments as for `engine.benchmarks.store.write`."""
+    from ..benchmarks import store
+
+    print(f"engine: stored in {store.write(what, words, rows)}", file=sys.stderr)
 
 
 def keep_freed_memory() -> None:
