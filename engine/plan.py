@@ -186,7 +186,7 @@ class Plan:
     gpu: str
     precision: str
     batch: int
-    passes: dict[str, int]
+    passes: dict[str, float]
     flops: int
     bytes: int
     launches: int

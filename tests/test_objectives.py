@@ -94,6 +94,8 @@ CHEAP = [
     LocalBall(global_weight=1.0),
     LocalBall(direction="ce"),
     LocalBall(direction="ce", global_weight=1.0),
+    LocalBall(local_share=0.25),
+    LocalBall(local_share=0.5, direction="ce", distance="squared"),
     LocalBall(local_weight=0.0, global_weight=2.0),
     LocalBall(global_weight=1.0, anchor="start"),
     LocalBall(global_weight=1.0, distance="squared"),
@@ -138,6 +140,34 @@ def test_a_free_step_costs_no_pass(objective, network, batch):
     }
     if isinstance(objective, PGD):
         assert declared.total == 3
+
+
+@pytest.mark.parametrize("distance", ["kl", "squared"])
+@pytest.mark.parametrize("direction", ["kl", "ce"])
+def test_balls_for_a_share_of_the_batch(direction, distance, model, batch):
+    """Cross-entropy of all, the local term of the first 6 of 16 as if they were the batch; gradients too."""
+    x, y = batch
+    attack, state = Attack(steps=1), engine_rng.state(3)
+    options = {"direction": direction, "distance": distance, "rho": 0.5}
+
+    def gradients(loss):
+        return torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+
+    def run(objective, n):
+        return objective(model, x[:n], y[:n], Linf(0.1), attack, start=x[:n], state=state)
+
+    shared = run(LocalBall(local_weight=3.0, local_share=0.35, **options), 16)
+    plain = run(LocalBall(local_weight=0.0), 16)
+    few, few_plain = (
+        run(LocalBall(local_weight=3.0, **options), 6),
+        run(LocalBall(local_weight=0.0), 6),
+    )
+    assert shared.stats["local"] == pytest.approx(float(few.stats["local"]), rel=1e-4)
+    local = few.loss - few_plain.loss
+    assert float(local.detach()) > 1e-4
+    torch.testing.assert_close(shared.loss, plain.loss + local, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(gradients(shared.loss), gradients(plain.loss + local), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_documented_totals():

@@ -21,13 +21,20 @@ from ..threat import ThreatModel
 class Passes:
     """What a training step costs in passes of the whole batch; each costs about one forward pass F."""
 
-    forward: int
-    input_grad: int
-    weight_grad: int
+    forward: float
+    input_grad: float
+    weight_grad: float
 
     @property
-    def total(self) -> int:
-        return self.forward + self.input_grad + self.weight_grad
+    def total(self) -> float:
+        total = self.forward + self.input_grad + self.weight_grad
+        return int(total) if total == int(total) else total
+
+    def of(self, share: float) -> Passes:
+        """The same passes of a share of the batch."""
+        if share == 1:
+            return self
+        return Passes(self.forward * share, self.input_grad * share, self.weight_grad * share)
 
     def __add__(self, other: Passes) -> Passes:
         return Passes(

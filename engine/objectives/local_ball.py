@@ -11,6 +11,7 @@ rho * eps around a, p = softmax(f).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
@@ -51,6 +52,15 @@ class LocalBall(Objective):
     rho: Annotated[
         float, Field(gt=0, le=1, description="radius of the local ball [fraction of eps, (0..1]]")
     ] = 0.5
+    local_share: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="share of a batch's samples that get a local ball, the term being the mean over "
+            "them [(0..1]]",
+        ),
+    ] = 1.0
     direction: Annotated[
         Literal["kl", "ce", "gradient-norm"],
         Field(
@@ -76,6 +86,8 @@ class LocalBall(Objective):
 
     def check(self, attack: Attack) -> None:
         super().check(attack)
+        if self.local_share < 1 and self.direction == "gradient-norm":
+            raise EngineError("objective.local_share below 1 needs objective.direction kl or ce")
         if attack.steps == 0 and self.global_weight > 0 and self.anchor == "start":
             raise EngineError("objective.anchor = start needs attack.steps of at least 1")
         if attack.steps == 0 and self.local_weight > 0 and self.direction == "gradient-norm":
@@ -86,10 +98,11 @@ class LocalBall(Objective):
     def passes(self, attack: Attack) -> Passes:
         cost = attack_passes(attack.steps) + trained_passes(1)
         if self.local_weight > 0:
+            ball = trained_passes(1).of(self.local_share)
             if self.direction == "kl":
-                cost += attack_passes(1) + trained_passes(1)
+                cost += attack_passes(1).of(self.local_share) + ball
             elif self.direction == "ce":
-                cost += Passes(0, 1, 0) + trained_passes(1)
+                cost += Passes(0, 1, 0) + ball
             else:
                 # The gradient itself, then a backward pass through it: about one more of each.
                 cost += Passes(1, 2, 1)
@@ -118,18 +131,25 @@ class LocalBall(Objective):
         elif local and self.direction == "ce":
             at_centre, along = ascend_from_training(model, adversary, y, threat.norm)
             radius = self.rho * threat.eps
-            at_ball = trained_pass(model, along(adversary, radius, radius))
+            ball = along(adversary, radius, radius)[: self._balls(x)]
+            at_ball = trained_pass(model, ball)
             if attack.steps == 0:
                 keep = along(x, threat.eps, attack.step_size(threat.eps))
         elif local:
             at_centre, keep = attacked_pass(model, x, adversary, threat, attack)
-            ball = self._along_kl(model, adversary, at_centre, threat, state)
+            n = self._balls(x)
+            ball = self._along_kl(model, adversary[:n], at_centre[:n], threat, state)
             at_ball = trained_pass(model, ball)
         else:
             at_centre, keep = attacked_pass(model, x, adversary, threat, attack)
         if self.global_weight > 0:
             at_anchor = trained_pass(model, x) if self.anchor == "clean" else start_logits
 
+        share = 1.0
+        if at_ball is not None and len(at_ball) < len(x):
+            # A ball of no extent for the others: its term and both its gradients are exactly zero.
+            share = len(at_ball) / len(x)
+            at_ball = torch.cat([at_ball, at_centre[len(at_ball) :]])
         fused = self.distance == "kl"
         with phase(LOSS):
             loss, stats = kernels.local_ball_loss(
@@ -137,17 +157,17 @@ class LocalBall(Objective):
                 y,
                 at_ball if fused else None,
                 at_anchor if fused else None,
-                lam=self.local_weight,
+                lam=self.local_weight / share,
                 mu=self.global_weight,
                 label_smoothing=self.label_smoothing,
             )
         terms = {"ce": stats[0]}
         if at_ball is not None:
-            terms["local"] = stats[1]
+            terms["local"] = stats[1] / share if share < 1 else stats[1]
         if at_anchor is not None:
             terms["global"] = stats[2]
         if not fused and at_ball is not None:
-            terms["local"] = (at_centre - at_ball).square().mean()
+            terms["local"] = (at_centre - at_ball).square().mean() / share
             loss = loss + self.local_weight * terms["local"]
         if not fused and at_anchor is not None:
             terms["global"] = (at_anchor - at_centre).square().mean()
@@ -156,6 +176,10 @@ class LocalBall(Objective):
             terms["local"] = slope
             loss = loss + self.local_weight * slope
         return Outcome(loss, keep, {k: v.detach() for k, v in terms.items()}, stats[3])
+
+    def _balls(self, x: Tensor) -> int:
+        """How many of the batch's samples get a local ball: the first, of an order that is random anyway."""
+        return math.ceil(self.local_share * len(x))
 
     def _along_kl(
         self,
