@@ -280,7 +280,7 @@ class Trainer:
             # As PGD from random starts does at a large radius: a fresh network finds nothing to hold on to.
             log.warning(
                 "twice in a row the network gave all validation images one class: it has not begun to learn; "
-                "let eps grow at first (schedule.eps_warmup = 0.4), or lower optim.lr"
+                "let eps grow at first (schedule.eps_warmup = 0.2), or lower optim.lr"
             )
         # Each process has a part of the images, of nearly the same size.
         right = torch.stack([clean.double().sum(), robust.double().sum(), y.new_tensor(len(y))])
