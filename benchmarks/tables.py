@@ -323,12 +323,12 @@ def write(root: Path) -> list[str]:
     for name, (document, table) in tables.items():
         path = root / document
         text = path.read_text(encoding="utf-8")
-        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin not in text or end not in text:
             raise SystemExit(f"{document} has no marks for {name}")
         before, rest = text.split(begin, 1)
         path.write_text(
-            before + begin + "\n" + table + "\n" + end + rest.split(end, 1)[1], encoding="utf-8"
+            before + begin + "\n" + table + "\n\n" + end + rest.split(end, 1)[1], encoding="utf-8"
         )
         written.append(f"{document}: {name}")
     drawn = [(path, compare.draw) for path in sorted(RESULTS.glob("compare-*.json"))]

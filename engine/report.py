@@ -477,9 +477,7 @@ def _facts(
     if seconds is not None:
         facts.append((_seconds(seconds), "training time", "steps and data, evaluation excluded"))
     passes = recipe.objective.passes(recipe.attack)
-    parts = (
-        f"{passes.forward} forward, {passes.input_grad} input, {passes.weight_grad} weight gradient"
-    )
+    parts = f"{passes.forward:g} forward, {passes.input_grad:g} input, {passes.weight_grad:g} weight gradient"
     facts.append((str(passes.total), "passes a step", parts))
     if rows and "images_per_second" in rows[-1]:
         rate = sum(r["images_per_second"] for r in rows) / len(rows)
