@@ -63,7 +63,7 @@ class Attack:
     ] = "eval"
 
     def step_size(self, eps: float) -> float:
-        """Step size in pixel units for a ball of radius `eps`."""
+        """Step size in pixel units for a ball of radius `eps`; while that grows both are 0-d tensors."""
         if self.alpha is not None:
             return self.alpha
         if self.start == "memory":
@@ -204,7 +204,7 @@ def _ascend(
 
 
 # A point at which a gradient is known takes its ascent step in the ball (centre, eps) by alpha.
-Along = Callable[[Tensor, float, float], Tensor]
+Along = Callable[[Tensor, float | Tensor, float | Tensor], Tensor]
 
 
 def ascend_from_training(model: nn.Module, z: Tensor, y: Tensor, norm: str) -> tuple[Tensor, Along]:
@@ -234,7 +234,7 @@ def ascend_after_training(model: nn.Module, z: Tensor, norm: str) -> tuple[Tenso
 
 
 def _along(stem: Stem | None, z: Tensor, grad: Callable[[], Tensor], norm: str) -> Along:
-    def step(centre: Tensor, eps: float, alpha: float) -> Tensor:
+    def step(centre: Tensor, eps: float | Tensor, alpha: float | Tensor) -> Tensor:
         with phase(ATTACK_STEP):
             return step_along(stem, centre, z, grad(), eps=eps, alpha=alpha, norm=norm)
 

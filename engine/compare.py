@@ -235,12 +235,17 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
     waiting = [job for job in plan if not _finished(job, out) and job.folder not in known]
 
     def summed_up() -> dict[str, Any]:
-        points = []
+        points, kept = [], dict(known)
         for job in plan:
+            stored = kept.pop(job.folder, None)
             if _finished(job, out):
                 points.append(_point(job, out, steps[job.method]))
-            elif job.folder in known:
-                points.append(_timed(known[job.folder], job, steps[job.method]))
+            elif stored is not None:
+                points.append(_timed(stored, job.recipe, steps[job.method]))
+        # Of budgets and seeds that were not asked for this time: nothing that was measured is lost.
+        for point in kept.values():
+            recipe = recipes.parse(protocol.methods[point["method"]], source=point["method"])
+            points.append(_timed(point, recipe, steps[point["method"]]))
         found = {
             "protocol": protocol.name,
             "about": protocol.about,
@@ -417,12 +422,14 @@ def _point(job: Job, out: Path, step: Mapping[str, float]) -> dict[str, Any]:
         "clock_seconds": summary["train_seconds"],
         "peak_memory_mb": summary.get("peak_memory_mb"),
     }
-    return _timed(found, job, step)
+    return _timed(found, recipe, step)
 
 
-def _timed(point: Mapping[str, Any], job: Job, step: Mapping[str, float]) -> dict[str, Any]:
+def _timed(
+    point: Mapping[str, Any], recipe: recipes.Recipe, step: Mapping[str, float]
+) -> dict[str, Any]:
     """The point with which AutoAttack it was evaluated by, and its training time by the measured step."""
-    version = job.recipe.evaluation.autoattack
+    version = recipe.evaluation.autoattack
     seconds = point["steps"] * step["p50_ms"] / 1e3
     return {**point, "autoattack_version": version, "seconds": seconds}
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from . import distributed, rng
 from .adversary import Attack
-from .capture import Recorder
+from .capture import WARM_UP, Recorder
 from .data.loaders import Batch
 from .errors import EngineError
 from .memory import AdversaryMemory
@@ -66,7 +66,7 @@ class Step:
         attack: Attack,
         optimiser: Optimiser,
         memory: AdversaryMemory | None = None,
-        radii: Sequence[float] | None = None,
+        radii: list[float] | None = None,
         take: Callable[[Tensor], Batch] | None = None,
         precision: str = "fp32",
         seed: int = 0,
@@ -88,8 +88,12 @@ class Step:
         dropout.follow(model, self.state)
         self.training, self.radii = threat, radii
         if radii is not None:
-            # One more than there are steps: the last leaves its successor's.
-            self._radii = torch.tensor([*radii, radii[-1]], device=device)
+            if len(radii) != len(optimiser.rates):
+                raise EngineError(
+                    f"{len(radii)} radii for a schedule of {len(optimiser.rates)} steps"
+                )
+            # The last step leaves its successor's; warming up for a capture runs on from there.
+            self._radii = torch.tensor([*radii, *radii[-1:] * WARM_UP], device=device)
             self._radius = self._radii[0].clone()
             self.training = threat.growing(self._radius)
             if memory is not None:
@@ -205,7 +209,7 @@ class Step:
         if self.memory is not None:
             found["memory"] = self.memory.deltas
         if self.radii is not None:
-            found["eps"] = self._radius
+            found |= {"eps": self._radius, "radii": self._radii}
         return found
 
     def networks(self) -> list[nn.Module]:

@@ -224,6 +224,10 @@ class Trainer:
             return f"{skipped} of {steps} steps had gradients that are not finite"
         robust = row.get("val_pgd", math.inf)
         fell = robust < min(_COLLAPSE * self._best, self._best - _NOISE)
+        radii = self.step.radii
+        if radii is not None and radii[self.step.done - 1] < self.step.threat.eps:
+            # While eps grows, validation is under a stronger attack than training has met yet.
+            fell = False
         if fell and row["adv_accuracy"] >= self._best_adversarial:
             return (
                 f"validation PGD accuracy fell from {self._best:.1%} to {robust:.1%}: catastrophic "
@@ -275,12 +279,14 @@ class Trainer:
                 restarts=1,
                 seed=self.seed,
             )
-        self._constant = self._constant + 1 if bool((predicted == predicted[0]).all()) else 0
+        several = bool((y != y[:1]).any())
+        constant = several and bool((predicted == predicted[:1]).all())
+        self._constant = self._constant + 1 if constant else 0
         if self._constant == 2:
             # As PGD from random starts does at a large radius: a fresh network finds nothing to hold on to.
             log.warning(
-                "twice in a row the network gave all validation images one class: it has not begun to learn; "
-                "let eps grow at first (schedule.eps_warmup = 0.2), or lower optim.lr"
+                "twice in a row the network gave all validation images one class: it does not learn; let eps "
+                "grow at first (schedule.eps_warmup = 0.2), or lower optim.lr"
             )
         # Each process has a part of the images, of nearly the same size.
         right = torch.stack([clean.double().sum(), robust.double().sum(), y.new_tensor(len(y))])

@@ -163,6 +163,12 @@ def test_results_of_an_earlier_sitting_stand_for_their_runs(made, tmp_path, monk
     assert cli.run([*words, "--seeds", "3"]) == 0
     assert started == ["weak-e1-s2", "ball-e1-s2"]
     started.clear()
+    # Asked for less, or for another budget, it still has what was measured.
+    for fewer in (["--seeds", "1"], ["--epochs", "2"]):
+        capsys.readouterr()
+        assert cli.run([*words, *fewer]) == 0
+        assert [row["seeds"] for row in json.loads(capsys.readouterr().out)] == [2, 2]
+    started.clear()
     assert cli.run([*words, "--attack.alpha", "0.07"]) == 0
     assert started == [f"{m}-e1-s{s}" for s in (0, 1) for m in ("weak", "ball")]
 

@@ -305,17 +305,43 @@ def test_catastrophic_overfitting_rolls_back_to_the_best_epoch(monkeypatch, capl
     assert trainer.step.done == 16
 
 
+def test_a_fall_while_the_radius_grows_is_no_collapse(monkeypatch):
+    """A constant answer scores a tenth at any radius; the first thing learnt at a small one scores less at the whole."""
+    # Over 9.6 of 16 steps: to the third epoch.
+    for warmup, rolled_back in ((0.6, []), (0.0, [2])):
+        trainer = build(PGD(), eps_warmup=warmup)
+        scores = iter([0.2, 0.01, 0.5, 0.6])
+        rise = iter([0.1, 0.7, 0.8, 0.9])
+        monkeypatch.setattr(
+            trainer,
+            "_validate",
+            lambda scores=scores, rise=rise: {
+                "val_clean": 0.9,
+                "val_pgd": next(scores),
+                "adv_accuracy": next(rise),
+            },
+        )
+        assert trainer.run().rolled_back == rolled_back
+
+
 def test_a_network_that_does_not_begin_to_learn_is_spoken_of_once(caplog):
-    trainer = build(PGD())
-    for network in trainer.step.networks():
-        network.fc.weight.requires_grad_(False).zero_()
-        network.fc.bias.requires_grad_(False).copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
-    trainer.step.optimiser.step = lambda *_: None
-    with caplog.at_level(logging.WARNING):
-        result = trainer.run()
-    assert [row["val_clean"] for row in result.rows] == [result.rows[0]["val_clean"]] * EPOCHS
+    def constant(kept):
+        trainer = build(PGD())
+        for network in trainer.step.networks():
+            network.fc.weight.requires_grad_(False).zero_()
+            network.fc.bias.requires_grad_(False).copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+        trainer.step.optimiser.step = lambda *_: None
+        x, y = trainer.validation
+        trainer.validation = x[kept(y)], y[kept(y)]
+        with caplog.at_level(logging.WARNING):
+            return trainer.run().rows
+
+    rows = constant(lambda y: y >= 0)
+    assert [row["val_clean"] for row in rows] == [rows[0]["val_clean"]] * EPOCHS
     assert caplog.text.count("schedule.eps_warmup") == 1
     caplog.clear()
+    # One class, and rightly so.
+    assert constant(lambda y: y == 1)[-1]["val_clean"] == 1
     with caplog.at_level(logging.WARNING):
         build(PGD()).run()
     assert "eps_warmup" not in caplog.text

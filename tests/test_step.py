@@ -11,7 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from engine import L2, PGD, AdversaryMemory, Attack, EngineError, Linf, LocalBall, Schedule, audit
+import engine
+from engine import (
+    L2,
+    PGD,
+    AdversaryMemory,
+    Attack,
+    EngineError,
+    Linf,
+    LocalBall,
+    Schedule,
+    audit,
+    evaluation,
+)
 from engine import recipe as recipes
 from engine.audit import Tape
 from engine.capture import WARM_UP, CudaGraphs, unavailable
@@ -169,6 +181,7 @@ def test_every_objective_replays_while_the_radius_grows(objective, k):
             threat=threat,
             attack=Attack(steps=k, start="memory" if from_memory else "random"),
             memory=memory,
+            steps=4,
             radii=schedule.radii(threat.eps, 4),
             recorder=recorder,
         )
@@ -178,38 +191,88 @@ def test_every_objective_replays_while_the_radius_grows(objective, k):
     assert steps[0].tensors()["eps"] == pytest.approx(0.1)
 
 
+class Watched(PGD):
+    """Keeps the batch's adversaries, in a tensor that a replay writes again."""
+
+    def compute(self, *arguments):
+        outcome = super().compute(*arguments)
+        object.__setattr__(self, "seen", outcome.adversary)
+        return outcome
+
+
+@pytest.mark.parametrize("threat", [Linf(0.1), L2(0.5)], ids=str)
 @pytest.mark.parametrize("recorder", [None, Tape], ids=["eager", "replayed"])
-def test_adversaries_grow_with_the_radius(recorder):
-    """Each lies on its step's sphere; what is remembered is relative to it; evaluation has the whole radius."""
-    threat, n = Linf(0.1), 16
+def test_adversaries_grow_with_the_radius(recorder, threat):
+    """Each lies on its step's sphere; what is remembered of it is relative to that."""
+    n = 16
     memory = AdversaryMemory(n, (1, 6, 6), threat)
     torch.manual_seed(0)
+    objective = Watched()
     step = make(
         Tiny(),
-        objective=PGD(),
+        objective=objective,
         threat=threat,
         attack=Attack(steps=10, start="memory"),
         memory=memory,
+        steps=8,
         radii=Schedule(eps_warmup=0.5).radii(threat.eps, 8),
         recorder=recorder and recorder(),
     )
     x = torch.full((n, 1, 6, 6), 0.5)
     batch = Batch(x, torch.arange(n) % 4, torch.arange(n), torch.zeros((n, 3), dtype=torch.int32))
-    for radius in (0.025, 0.05, 0.075, 0.1, 0.1, 0.1, 0.1, 0.1):
-        assert float(step.training.eps) == pytest.approx(radius)
+
+    def length(delta):
+        return delta.flatten(1).norm(p=2 if threat.norm == "L2" else torch.inf, dim=1)
+
+    for share in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0):
         step(batch)
-        # Ten steps of half the radius: every pixel ends on one side or the other.
-        assert memory.deltas.abs().amax() == 127
-    assert step.threat.eps == 0.1
-    last = memory.recall(torch.arange(n), x, None) - x
-    assert float(last.abs().amax()) == pytest.approx(0.1, rel=1e-5)
+        assert length(objective.seen - x).tolist() == pytest.approx(
+            [share * threat.eps] * n, rel=1e-4
+        )
+        # To a step of an int8.
+        assert length(memory.deltas.float()).tolist() == pytest.approx([127.0] * n, rel=0.02)
+
+
+def test_validation_has_the_whole_radius_while_training_s_grows(monkeypatch):
+    met = []
+    monkeypatch.setattr(
+        evaluation,
+        "pgd",
+        lambda model, x, y, threat, **_: met.append(threat.eps) or torch.ones_like(y).bool(),
+    )
+    images, labels = blobs(32)
+    engine.train(
+        Tiny(),
+        (images, labels),
+        Linf(0.1),
+        schedule=Schedule(eps_warmup=0.9),
+        epochs=2,
+        batch_size=16,
+        validation=(images.float() / 255, labels),
+    )
+    assert met == [0.1, 0.1]
+
+
+def test_as_many_radii_as_steps():
+    with pytest.raises(EngineError, match="7 radii for a schedule of 20"):
+        make(Tiny(), radii=[0.1] * 7)
 
 
 def test_recording_leaves_no_trace():
-    """Warming up moves weights, statistics and counters; all are back where they were."""
+    """Warming up moves weights, statistics and counters, past the run's end; all are back where they were."""
     torch.manual_seed(0)
     memory = AdversaryMemory(64, (1, 6, 6), Linf(0.1))
-    step = make(Dropped(), memory=memory, attack=Attack(steps=2, start="memory"))
+    images, labels = blobs(64)
+    loader = ResidentLoader(images, labels, 16, memory=memory)
+    loader.begin(0)
+    step = make(
+        Dropped(),
+        memory=memory,
+        take=loader.take,
+        attack=Attack(steps=2, start="memory"),
+        steps=4,
+        radii=Schedule(eps_warmup=0.5).radii(0.1, 4),
+    )
     before = {name: t.detach().clone() for name, t in step.tensors().items()}
     places = {name: t.data_ptr() for name, t in step.tensors().items()}
     runs = []
@@ -219,8 +282,7 @@ def test_recording_leaves_no_trace():
         close=lambda: None,
     )
     step._recorder = recorder
-    images, labels = blobs(64)
-    step(next(ResidentLoader(images, labels, 16).epoch(0)))
+    step()
     assert runs == [1]
     for name, t in step.tensors().items():
         assert t.data_ptr() == places.get(name, t.data_ptr()), name

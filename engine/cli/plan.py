@@ -32,7 +32,9 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     if arguments.json:
         print(json.dumps(asdict(found)))
         return 0
-    passes = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in found.passes.items())
+    passes = ", ".join(
+        f"{count:g} {kind.replace('_', ' ')}" for kind, count in found.passes.items()
+    )
     bound = ", ".join(f"{name} {share:.0%}" for name, share in found.bound_by.items())
     memory = ", ".join(f"{name} {size:.3g}" for name, size in found.memory_gb.items())
     lines = {

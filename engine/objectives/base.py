@@ -27,7 +27,8 @@ class Passes:
 
     @property
     def total(self) -> float:
-        total = self.forward + self.input_grad + self.weight_grad
+        # A share of a batch may be any number; nobody wants to read 6.300000000000001.
+        total = round(self.forward + self.input_grad + self.weight_grad, 6)
         return int(total) if total == int(total) else total
 
     def of(self, share: float) -> Passes:

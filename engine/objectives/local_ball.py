@@ -178,8 +178,9 @@ class LocalBall(Objective):
         return Outcome(loss, keep, {k: v.detach() for k, v in terms.items()}, stats[3])
 
     def _balls(self, x: Tensor) -> int:
-        """How many of the batch's samples get a local ball: the first, of an order that is random anyway."""
-        return math.ceil(self.local_share * len(x))
+        """How many of the batch's samples get a local ball: the first, as batches are shuffled."""
+        # Not one more for a product's last bit.
+        return math.ceil(self.local_share * len(x) - 1e-9)
 
     def _along_kl(
         self,

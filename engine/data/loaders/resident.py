@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import kernels, rng
+from ...capture import WARM_UP
 from ...memory import AdversaryMemory
 from .base import Batch, Loader, Sampling, check_images
 
@@ -43,9 +44,10 @@ class ResidentLoader(Loader):
         self.images = images.to(device).contiguous()
         self.labels = labels.to(device)
         self.memory = memory
-        # The order of the epoch at hand, and the number of its first step since training began.
+        # The order of the epoch at hand, and the number of its first step since training began. Warming up
+        # for a capture runs past the end of a short epoch.
         self._order = torch.zeros(
-            (self.sampling.batches, batch_size), dtype=torch.int64, device=device
+            (self.sampling.batches + WARM_UP, batch_size), dtype=torch.int64, device=device
         )
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -54,7 +56,7 @@ class ResidentLoader(Loader):
 
     def begin(self, epoch: int) -> None:
         """Shuffle for an epoch (counted from 0): the one word that a captured step needs from the host."""
-        self._order.copy_(self.sampling.order(epoch))
+        self._order[: self.sampling.batches].copy_(self.sampling.order(epoch))
         self._first.fill_(epoch * len(self))
 
     def take(self, state: Tensor) -> Batch:
