@@ -227,25 +227,24 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
             (after all others are done).
     """
     out = out or Path("runs") / f"{protocol.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for name, tree in protocol.methods.items():
-        runner.check(recipes.parse(tree, source=name), evaluated=protocol.score == "test")
+    recipe_of = {n: recipes.parse(tree, source=n) for n, tree in protocol.methods.items()}
+    for recipe in recipe_of.values():
+        runner.check(recipe, evaluated=protocol.score == "test")
     steps = _step_times(protocol, out / "steps.json")
     plan = jobs(protocol, {name: row["p50_ms"] for name, row in steps.items()})
     known = _known(protocol, out / "compare.json")
     waiting = [job for job in plan if not _finished(job, out) and job.folder not in known]
 
     def summed_up() -> dict[str, Any]:
-        points, kept = [], dict(known)
+        # Stored ones of budgets and seeds that were not asked for this time too: nothing measured is lost.
+        of_folder = {
+            folder: _timed(point, recipe_of[point["method"]], steps[point["method"]])
+            for folder, point in known.items()
+        }
         for job in plan:
-            stored = kept.pop(job.folder, None)
             if _finished(job, out):
-                points.append(_point(job, out, steps[job.method]))
-            elif stored is not None:
-                points.append(_timed(stored, job.recipe, steps[job.method]))
-        # Of budgets and seeds that were not asked for this time: nothing that was measured is lost.
-        for point in kept.values():
-            recipe = recipes.parse(protocol.methods[point["method"]], source=point["method"])
-            points.append(_timed(point, recipe, steps[point["method"]]))
+                of_folder[job.folder] = _point(job, out, steps[job.method])
+        points = list(of_folder.values())
         found = {
             "protocol": protocol.name,
             "about": protocol.about,

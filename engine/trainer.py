@@ -224,11 +224,9 @@ class Trainer:
             return f"{skipped} of {steps} steps had gradients that are not finite"
         robust = row.get("val_pgd", math.inf)
         fell = robust < min(_COLLAPSE * self._best, self._best - _NOISE)
-        radii = self.step.radii
-        if radii is not None and radii[self.step.done - 1] < self.step.threat.eps:
-            # While eps grows, validation is under a stronger attack than training has met yet.
-            fell = False
-        if fell and row["adv_accuracy"] >= self._best_adversarial:
+        # While eps grows, validation is under a stronger attack than training has met yet.
+        growing = row.get("eps", self.step.threat.eps) < self.step.threat.eps
+        if fell and not growing and row["adv_accuracy"] >= self._best_adversarial:
             return (
                 f"validation PGD accuracy fell from {self._best:.1%} to {robust:.1%}: catastrophic "
                 "overfitting to the weak attack"
