@@ -270,7 +270,9 @@ def _await_answer(url: str) -> None:
     try:
         error = outcome.get(timeout=_ANSWER_SECONDS)
     except queue.Empty:
-        raise EngineError(f"{url}: no answer within {_ANSWER_SECONDS} s") from None
+        error = requests.Timeout()
+    if isinstance(error, requests.Timeout):  # whichever of the two clocks ran out first
+        raise EngineError(f"{url}: no answer within {_ANSWER_SECONDS} s")
     if error is not None:
         raise EngineError(f"{url}: {_reason(error)}")
 

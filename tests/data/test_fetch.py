@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import requests
 
 from engine import data
 from engine.data import datasets
@@ -295,6 +296,15 @@ def test_a_server_that_never_answers_costs_less_than_ten_seconds(root, monkeypat
         message = fails("cifar10", root)
     assert time.perf_counter() - start < 10
     assert "no answer within 4 s" in message
+
+
+def test_a_request_that_times_out_before_our_own_clock_is_named_alike(root, monkeypatch):
+    def head(*args, **kwargs):
+        raise requests.ConnectTimeout
+
+    monkeypatch.setattr(requests, "head", head)
+    monkeypatch.setenv("ENGINE_MIRROR", "http://127.0.0.1:1")
+    assert "no answer within 4 s" in fails("cifar10", root)
 
 
 def test_a_folder_that_cannot_be_made(root, monkeypatch, tmp_path):
