@@ -94,7 +94,7 @@ def examples() -> list[Example]:
     flat_parameter = torch.zeros(b * d)
 
     def backward():
-        return ops._local_ball_loss_backward(one, p, target, p, p, one, one, 0.0)
+        return torch.ops.engine.local_ball_loss_backward(one, p, target, p, p, one, one, 0.0)
 
     def sgd():
         # Parameter, gradient, momentum, average: one tensor serves, as nothing runs.

@@ -100,3 +100,10 @@ def table() -> list[dict[str, str]]:
                 why = reason if module is None else f"{wanted} has no {op}"
                 rows.append({"op": op, "device": device, "backend": "reference", "why": why})
     return rows
+
+
+def finish_capture() -> None:
+    """Complete what a capture of ops had to leave open; call it before the first replay."""
+    module, _ = load("triton")
+    if module is not None:
+        module.finish_capture()

@@ -157,7 +157,7 @@ def logits(dtype, rows, classes, has_ball, has_clean):
     ball, clean = p if has_ball else None, p if has_clean else None
     ops.cross_entropy_grad(p, target), ops.kl_grad(p, p)
     ops.local_ball_loss(p, target, ball, clean, label_smoothing=0.1)
-    ops._local_ball_loss_backward(e, p, target, ball, clean, e, e, 0.1)
+    torch.ops.engine.local_ball_loss_backward(e, p, target, ball, clean, e, e, 0.1)
 
 def data(dtype, rows, shape, norm, layout):
     stored, index = torch.zeros(2, *shape, dtype=torch.uint8), torch.zeros(rows, dtype=torch.int64)

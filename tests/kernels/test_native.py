@@ -11,7 +11,7 @@ import torch
 from engine import kernels
 from engine.kernels import backends
 
-from . import test_ops as shared
+from .ops import support as shared
 
 native, reason = backends.load("native")
 pytestmark = pytest.mark.skipif(native is None, reason=f"native is not available: {reason}")

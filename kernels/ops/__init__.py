@@ -1,0 +1,32 @@
+"""The ops of the hot path: one definition each, three backends (see `backends`).
+
+Every function checks its arguments, then calls a `torch.library` operator in the namespace `engine`.
+Shapes: B samples, N samples in a dataset, C channels, H x W pixels, K classes. Images are float
+tensors in [0, 1], [B, C, H, W] (or [B, ...] for data that is not images), contiguous or channels_last;
+other strides are made contiguous first. `eps`, `alpha`, `lam`, `mu` and `lr` may be Python floats; pass
+0-d tensors on the device where a value changes during training or a CUDA graph is captured.
+`rng` is an int64 [2] device tensor (seed, step); see `reference` for how it is used.
+"""
+
+from .attack import attack_step, attack_step_, uniform_start
+from .data import augment, recall, remember
+from .logits import cross_entropy_grad, kl_grad, local_ball_loss
+from .optimisers import adamw_ema_step, sgd_ema_step
+from .stem import input_grad_step, stem_input_grad, stem_weight_grad
+
+__all__ = [
+    "adamw_ema_step",
+    "attack_step",
+    "attack_step_",
+    "augment",
+    "cross_entropy_grad",
+    "input_grad_step",
+    "kl_grad",
+    "local_ball_loss",
+    "recall",
+    "remember",
+    "sgd_ema_step",
+    "stem_input_grad",
+    "stem_weight_grad",
+    "uniform_start",
+]

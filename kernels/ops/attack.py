@@ -1,0 +1,151 @@
+"""The start of an attack and its step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import same_order
+from .checks import Scalar, check_images, check_like, check_norm, check_rng, check_scalar
+from .define import define
+
+_uniform_start = define(
+    "uniform_start",
+    "(Tensor x, Tensor eps, Tensor rng, str norm, int stream) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::uniform_start")
+def _(x, eps, rng, norm, stream):
+    return torch.empty_like(x)
+
+
+def uniform_start(
+    x: Tensor, eps: Scalar, rng: Tensor, *, norm: str = "Linf", stream: int = 0
+) -> Tensor:
+    """A uniform random point of the ball of radius `eps` around `x`, clipped to [0, 1].
+
+    Args:
+        x: [B, ...] in [0, 1].
+        eps: radius in pixel units, >= 0.
+        rng: int64 [2], (seed, step). Not advanced.
+        norm: "Linf" or "L2".
+        stream: keeps draws within one step apart, in [0, 2^31).
+    Returns:
+        Shape, dtype and layout of `x`.
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    x = check_images("x", x)
+    check_norm(norm)
+    check_rng(rng, x)
+    if not (0 <= stream < 1 << 31):
+        raise ValueError(f"stream must lie in [0, 2^31), got {stream}")
+    return _uniform_start(x, check_scalar("eps", eps, x), rng, norm, stream)
+
+
+_attack_step = define(
+    "attack_step",
+    "(Tensor x, Tensor z, Tensor grad, Tensor eps, Tensor alpha, str norm) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::attack_step")
+def _(x, z, grad, eps, alpha, norm):
+    return torch.empty_like(x)
+
+
+def attack_step(
+    x: Tensor, z: Tensor, grad: Tensor, eps: Scalar, alpha: Scalar, *, norm: str = "Linf"
+) -> Tensor:
+    """One projected ascent step: from `z` along `grad`, back into the ball around `x` and into [0, 1].
+
+    Linf: clip(z + alpha sign(grad)) to [x - eps, x + eps]; L2: z + alpha grad / ||grad||, projected
+    radially (Madry et al., arXiv 1706.06083). A gradient value of NaN counts as 0; under L2 a
+    sample whose gradient is zero, infinite or NaN does not move.
+
+    Args:
+        x: [B, ...] float32, centre of the ball, in [0, 1].
+        z: like `x`, the current iterate.
+        grad: shape of `x`, any float dtype.
+        eps, alpha: radius and step size in pixel units, >= 0.
+    Returns:
+        The next iterate, shape, dtype and layout of `x`.
+    """
+    x = check_images("x", x)
+    z, grad = check_like("z", z, x, "x"), check_like("grad", grad, x, "x")
+    if z.dtype != x.dtype:
+        raise TypeError(f"z is {z.dtype}, x is {x.dtype}")
+    if not grad.is_floating_point():
+        raise TypeError(f"grad must be a float tensor, got {grad.dtype}")
+    check_norm(norm)
+    return _attack_step(
+        x, z, grad, check_scalar("eps", eps, x), check_scalar("alpha", alpha, x), norm
+    )
+
+
+_attack_step_ = define(
+    "attack_step_",
+    "(Tensor x, Tensor(a!) z, Tensor grad, Tensor eps, Tensor alpha, str norm, Tensor(b!)? network_input) -> ()",
+)
+
+
+@torch.library.register_fake("engine::attack_step_")
+def _(x, z, grad, eps, alpha, norm, network_input):
+    return None
+
+
+def _check_network_input(t: Tensor, x: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"network_input must be a tensor, got {type(t).__name__}")
+    if t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"network_input must be float16, bfloat16 or float32, got {t.dtype}")
+    if t.shape != x.shape:
+        raise ValueError(f"network_input has shape {tuple(t.shape)}, x has {tuple(x.shape)}")
+    if t.device != x.device:
+        raise ValueError(f"network_input is on {t.device}, x on {x.device}")
+    if not same_order(t, t):
+        raise ValueError(f"network_input must be contiguous or channels_last, strides {t.stride()}")
+
+
+def attack_step_(
+    x: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    eps: Scalar,
+    alpha: Scalar,
+    *,
+    norm: str = "Linf",
+    network_input: Tensor | None = None,
+) -> None:
+    """`attack_step` in place, writing the network's next input in the same pass over memory.
+
+    `z` stays float32 over all steps, whatever the network computes in: steps in 16 bits would be lost
+    to rounding.
+
+    Args:
+        x, grad, eps, alpha, norm: as for `attack_step`.
+        z: the current iterate, replaced by the next; dtype and memory order of `x`. Must share no
+            memory with `x`.
+        network_input: takes the same values, rounded to its dtype: shape of `x`, float16, bfloat16
+            or float32, contiguous or channels_last whatever `x` is. Must share no memory with the
+            other tensors.
+    """
+    x = check_images("x", x)
+    if isinstance(z, Tensor) and z.shape == x.shape and not same_order(x, z):
+        raise ValueError(f"z must lie in memory as x does, {x.stride()}: strides {z.stride()}")
+    z, grad = check_like("z", z, x, "x"), check_like("grad", grad, x, "x")
+    if z.dtype != x.dtype:
+        raise TypeError(f"z is {z.dtype}, x is {x.dtype}")
+    if z.data_ptr() == x.data_ptr() and z.numel() > 0:
+        raise ValueError("z is x itself: the step would move the centre of the ball")
+    if not grad.is_floating_point():
+        raise TypeError(f"grad must be a float tensor, got {grad.dtype}")
+    check_norm(norm)
+    if network_input is not None:
+        _check_network_input(network_input, x)
+    eps, alpha = check_scalar("eps", eps, x), check_scalar("alpha", alpha, x)
+    _attack_step_(x, z, grad, eps, alpha, norm, network_input)
+    written = [t for t in (z, network_input) if t is not None and not t.is_inference()]
+    # A backward pass that still needs the old values then fails, where it would be wrong in silence.
+    torch.autograd.graph.increment_version(written)

@@ -1,0 +1,180 @@
+"""Batches from a resident dataset, and the adversary memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    Scalar,
+    check_images,
+    check_index,
+    check_like,
+    check_norm,
+    check_rng,
+    check_scalar,
+)
+from .define import define
+
+_augment = define(
+    "augment",
+    "(Tensor images, Tensor index, Tensor rng, int pad, bool flip, int cutout, int stream, Tensor? memory, Tensor? eps, str norm) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("engine::augment")
+def _(images, index, rng, pad, flip, cutout, stream, memory, eps, norm):
+    b = index.shape[0]
+    x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
+    where = images.new_empty((b, 3), dtype=torch.int32)
+    return x, where, x.new_empty(0) if memory is None else torch.empty_like(x)
+
+
+def augment(
+    images: Tensor,
+    index: Tensor,
+    rng: Tensor,
+    *,
+    pad: int = 0,
+    flip: bool = False,
+    cutout: int = 0,
+    stream: int = 2,
+    memory: Tensor | None = None,
+    eps: Scalar | None = None,
+    norm: str = "Linf",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A training batch from a resident uint8 dataset: gather, zero-pad and crop, mirror, scale to [0, 1].
+
+    With an adversary memory, the attack's start comes with it (Linf: from the same pass over memory).
+
+    Args:
+        images: uint8 [N, C, H, W], contiguous.
+        index: int64 [B], in [0, N).
+        rng: int64 [2], (seed, step).
+        pad: crops start within `pad` pixels of the image's corner, in [0, min(H, W)).
+        flip: mirror half of the samples left to right.
+        cutout: side of a square that is set to 0, its centre anywhere in the image (DeVries & Taylor,
+            arXiv 1708.04552); in [0, 2 min(H, W)], 0: none.
+        memory: int8 [N, C, H, W], contiguous, as `recall` takes it; needs eps, the radius in pixel
+            units, >= 0.
+        norm: "Linf" or "L2", of the ball that the start lies in.
+    Returns:
+        x: float32 [B, C, H, W] in [0, 1].
+        where: int32 [B, 3], (dy, dx, mirrored) of every sample, as `recall` and `remember` take it.
+        start: float32 [B, C, H, W], `recall(memory, index, where, x, eps, norm=norm)` bit for bit;
+            None without a memory.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, got {images.dtype}")
+    if images.dim() != 4:
+        raise ValueError(f"images must be [N, C, H, W], got {tuple(images.shape)}")
+    if not images.is_contiguous():
+        raise ValueError("images must be contiguous")
+    if not (0 <= pad < min(images.shape[2:])):
+        raise ValueError(f"pad must be in [0, {min(images.shape[2:])}): {pad}")
+    if not (0 <= cutout <= 2 * min(images.shape[2:])):
+        raise ValueError(f"cutout must be in [0, {2 * min(images.shape[2:])}]: {cutout}")
+    check_rng(rng, images)
+    check_norm(norm)
+    index = check_index(index, images, "images")
+    radius = None
+    if memory is not None:
+        _check_memory_tensor(memory)
+        if memory.shape != images.shape:
+            raise ValueError(f"memory is {tuple(memory.shape)}, images {tuple(images.shape)}")
+        if memory.device != images.device:
+            raise ValueError(f"memory is on {memory.device}, images on {images.device}")
+        if eps is None:
+            raise ValueError("eps is missing: memory holds steps of eps / 127")
+        radius = check_scalar("eps", eps, images)
+    x, where, start = _augment(
+        images, index, rng, int(pad), bool(flip), int(cutout), stream, memory, radius, norm
+    )
+    return x, where, None if memory is None else start
+
+
+_recall = define(
+    "recall",
+    "(Tensor memory, Tensor index, Tensor where, Tensor x, Tensor eps, str norm) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::recall")
+def _(memory, index, where, x, eps, norm):
+    return torch.empty_like(x)
+
+
+def _check_memory_tensor(memory: Tensor) -> None:
+    if memory.dtype != torch.int8:
+        raise TypeError(f"memory must be int8, got {memory.dtype}")
+    if not (memory.dim() == 4 and memory.is_contiguous()):
+        raise ValueError("memory must be a contiguous [N, C, H, W]")
+
+
+def _check_memory(memory: Tensor, index: Tensor, where: Tensor, x: Tensor) -> Tensor:
+    _check_memory_tensor(memory)
+    if x.shape[1:] != memory.shape[1:]:
+        raise ValueError(f"x {tuple(x.shape)} does not fit the memory's images")
+    index = check_index(index, memory, "memory")
+    if len(index) != len(x):
+        raise ValueError(f"index has {len(index)} entries for {len(x)} images")
+    if not (where.dtype == torch.int32 and where.shape == (len(x), 3)):
+        raise TypeError(f"where must be int32 [{len(x)}, 3]")
+    for name, t in (("where", where), ("x", x)):
+        if t.device != memory.device:
+            raise ValueError(f"{name} is on {t.device}, memory on {memory.device}")
+    return index
+
+
+def recall(
+    memory: Tensor,
+    index: Tensor,
+    where: Tensor,
+    x: Tensor,
+    eps: Scalar,
+    *,
+    norm: str = "Linf",
+) -> Tensor:
+    """The attack's start from the adversary memory: `x` plus each sample's stored perturbation.
+
+    For batches made elsewhere; `augment` forms the start along with its own.
+
+    The perturbation takes the same crop and mirror as the image did, is zero where the crop shows
+    padding, and is projected into the ball and [0, 1].
+
+    Args:
+        memory: int8 [N, C, H, W], in steps of eps / 127.
+        index: int64 [B]; where: int32 [B, 3] as from `augment`.
+        x: float32 [B, C, H, W], the augmented batch.
+    Returns:
+        Like `x`.
+    """
+    x = check_images("x", x)
+    check_norm(norm)
+    index = _check_memory(memory, index, where, x)
+    return _recall(memory, index, where.contiguous(), x, check_scalar("eps", eps, x), norm)
+
+
+_remember = define(
+    "remember",
+    "(Tensor(a!) memory, Tensor index, Tensor where, Tensor x, Tensor z, Tensor eps) -> ()",
+)
+
+
+@torch.library.register_fake("engine::remember")
+def _(memory, index, where, x, z, eps):
+    return None
+
+
+def remember(
+    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, z: Tensor, eps: Scalar
+) -> None:
+    """Write the perturbation z - x back into `memory`, in place, through the inverse crop and mirror.
+
+    Pixels that the crop cut away keep what they had. Arguments as for `recall`; an index that occurs
+    twice keeps one of the two perturbations.
+    """
+    x = check_images("x", x)
+    z = check_like("z", z, x, "x")
+    index = _check_memory(memory, index, where, x)
+    _remember(memory, index, where.contiguous(), x, z, check_scalar("eps", eps, x))

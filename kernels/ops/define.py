@@ -1,0 +1,26 @@
+"""Operators of `torch.library`, each served by one of the backends."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backends import dispatch
+
+library = torch.library.Library("engine", "DEF")
+
+
+def define(name: str, schema: str):
+    """Define `engine::name` and serve it, on every device, by the backend that `backends` picks.
+
+    The low-level registration costs about a quarter of `torch.library.custom_op` a call.
+    """
+    position = 1 if name == "local_ball_loss_backward" else 0
+
+    def run(*args):
+        first = args[position]
+        device = (first[0] if isinstance(first, list) else first).device.type
+        return dispatch(name, device)(*args)
+
+    library.define(name + schema)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    return getattr(torch.ops.engine, name).default

@@ -1,0 +1,153 @@
+"""Losses of logits, and the gradients that an attack starts its backward pass with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import Scalar, check_like, check_logits, check_scalar, check_target
+from .define import define
+
+_cross_entropy_grad = define(
+    "cross_entropy_grad",
+    "(Tensor logits, Tensor target, float scale) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::cross_entropy_grad")
+def _(logits, target, scale):
+    return torch.empty_like(logits)
+
+
+def cross_entropy_grad(logits: Tensor, target: Tensor, *, scale: float = 1.0) -> Tensor:
+    """`scale` times the gradient of the summed cross-entropy: softmax(logits) - onehot(target).
+
+    Handing this to autograd as the output gradient starts an attack's backward pass without forming
+    a loss. The step only uses the gradient's sign or direction, so `scale` matters only for range
+    in 16 bits.
+
+    Args:
+        logits: [B, K], float; mathematics in float32 at least.
+        target: int64 [B], in [0, K).
+    Returns:
+        [B, K], dtype of `logits`.
+    """
+    logits = check_logits("logits", logits)
+    return _cross_entropy_grad(logits, check_target(target, logits), float(scale))
+
+
+_kl_grad = define(
+    "kl_grad",
+    "(Tensor p_logits, Tensor q_logits, float scale) -> Tensor",
+)
+
+
+@torch.library.register_fake("engine::kl_grad")
+def _(p_logits, q_logits, scale):
+    return torch.empty_like(q_logits)
+
+
+def kl_grad(p_logits: Tensor, q_logits: Tensor, *, scale: float = 1.0) -> Tensor:
+    """`scale` times the gradient of sum KL(softmax(p) || softmax(q)) with respect to `q_logits`.
+
+    Args:
+        p_logits, q_logits: [B, K], float; mathematics in float32 at least.
+    Returns:
+        softmax(q) - softmax(p), [B, K], dtype of `q_logits`.
+    """
+    q_logits = check_logits("q_logits", q_logits)
+    p_logits = check_like("p_logits", check_logits("p_logits", p_logits), q_logits, "q_logits")
+    return _kl_grad(p_logits, q_logits, float(scale))
+
+
+_local_ball_loss = define(
+    "local_ball_loss",
+    "(Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, float label_smoothing) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("engine::local_ball_loss")
+def _(adv, target, ball, clean, lam, mu, label_smoothing):
+    dtype = torch.float64 if adv.dtype == torch.float64 else torch.float32
+    return adv.new_empty((), dtype=dtype), adv.new_empty(6, dtype=dtype)
+
+
+_local_ball_loss_backward = define(
+    "local_ball_loss_backward",
+    "(Tensor grad_loss, Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, float label_smoothing) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("engine::local_ball_loss_backward")
+def _(grad_loss, adv, target, ball, clean, lam, mu, label_smoothing):
+    def like(t):
+        return adv.new_empty(0) if t is None else torch.empty_like(t)
+
+    return torch.empty_like(adv), like(ball), like(clean)
+
+
+def _loss_setup(ctx, inputs, output) -> None:
+    adv, target, ball, clean, lam, mu, ctx.label_smoothing = inputs
+    ctx.save_for_backward(adv, target, ball, clean, lam, mu)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _loss_backward(ctx, grad_loss, _grad_stats):
+    adv, target, ball, clean, lam, mu = ctx.saved_tensors
+    grad_adv, grad_ball, grad_clean = _local_ball_loss_backward(
+        grad_loss, adv, target, ball, clean, lam, mu, ctx.label_smoothing
+    )
+    return (
+        grad_adv,
+        None,
+        None if ball is None else grad_ball,
+        None if clean is None else grad_clean,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "engine::local_ball_loss", _loss_backward, setup_context=_loss_setup
+)
+
+
+def local_ball_loss(
+    adv: Tensor,
+    target: Tensor,
+    ball: Tensor | None = None,
+    clean: Tensor | None = None,
+    *,
+    lam: Scalar = 1.0,
+    mu: Scalar = 1.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """CE(adv, target) + lam KL(adv || ball) + mu KL(clean || adv), batch means, in one pass.
+
+    The project's own formula, written to the abstract of arXiv 2110.14030 (docs/method.md). With
+    neither `ball` nor `clean` it is plain (label-smoothed) cross-entropy. Differentiable once, in
+    all three sets of logits.
+
+    Args:
+        adv, ball, clean: logits [B, K], float; mathematics in float32 at least.
+        target: int64 [B], in [0, K).
+        lam, mu: weights >= 0.
+        label_smoothing: in [0, 1), applied to the cross-entropy only.
+    Returns:
+        loss: 0-d; 0 for an empty batch.
+        stats: [6], without gradient: mean cross-entropy, mean local KL, mean global KL, then the
+            number of correct predictions of adv, ball and clean.
+    """
+    adv = check_logits("adv", adv)
+    target = check_target(target, adv)
+    if not (0.0 <= label_smoothing < 1.0):
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    others = {"ball": ball, "clean": clean}
+    for name, t in others.items():
+        if t is not None:
+            others[name] = check_like(name, check_logits(name, t), adv, "adv")
+    lam, mu = check_scalar("lam", lam, adv), check_scalar("mu", mu, adv)
+    return _local_ball_loss(
+        adv, target, others["ball"], others["clean"], lam, mu, float(label_smoothing)
+    )
