@@ -417,6 +417,9 @@ def _headline(recipe: Recipe) -> str:
     }
     # No-break spaces keep a name and its value on one line.
     options = [f"{k}\u00a0=\u00a0{v:g}" for k, v in weights.items() if v is not None]
+    share = getattr(objective, "local_share", 1.0)
+    if share < 1:
+        options.append(f"balls for {share:g} of each batch")
     epochs = f"{recipe.optim.epochs} epoch{'s' * (recipe.optim.epochs != 1)}"
     start = " started from the adversary memory" if attack.start == "memory" else ""
     return (
@@ -520,6 +523,9 @@ def _first_fields(recipe: Recipe) -> list[tuple[str, str]]:
                     _shown(getattr(objective, name)),
                 )
             )
+    share = getattr(objective, "local_share", 1.0)
+    if share < 1:
+        fields.append(("Local balls", f"for {share:g} of each batch"))
     average = f", averaged weights ({optim.ema:g})" if optim.ema else ""
     fields += [
         ("Optimiser", f"{optim.name}, {recipe.schedule.name} to {optim.lr:g}{average}"),

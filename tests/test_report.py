@@ -213,6 +213,15 @@ def test_before_evaluation_and_without_a_checkpoint(tmp_path):
     assert (run.path / "pictures" / "curves.png").exists()
 
 
+def test_balls_for_a_part_of_the_batch_are_spoken_of(tmp_path):
+    whole = Page(report.build(make_run(tmp_path / "whole", checkpoint=False)).read_text())
+    assert "of each batch" not in whole.text
+    part = make_run(tmp_path / "part", checkpoint=False, objective__local_share="0.5")
+    text = Page(report.build(part).read_text()).text
+    assert "balls for 0.5 of each batch" in text
+    assert "Local balls for 0.5 of each batch" in text
+
+
 def test_an_empty_run_folder(tmp_path):
     run = make_run(tmp_path / "run", checkpoint=False)
     (run.path / "metrics.jsonl").unlink()
