@@ -116,9 +116,19 @@ LogitsGrad = Callable[[Tensor], Tensor]
 _RANGE = {torch.float16: 128.0}
 
 
-def towards_errors(y: Tensor) -> LogitsGrad:
+def towards_errors(y: Tensor, label_smoothing: float = 0.0) -> LogitsGrad:
     """The gradient of the cross-entropy at labels `y` int64 [B], from logits [B, K]; its scale is free."""
-    return lambda logits: kernels.cross_entropy_grad(logits, y, scale=_RANGE.get(logits.dtype, 1.0))
+
+    def grad(logits: Tensor) -> Tensor:
+        scale = _RANGE.get(logits.dtype, 1.0)
+        found = kernels.cross_entropy_grad(logits, y, scale=scale)
+        if label_smoothing:
+            # softmax - smoothed label = (softmax - label) + smoothing (label - 1 / K)
+            label = torch.zeros_like(found).scatter_(1, y[:, None], 1.0)
+            found = found + scale * label_smoothing * (label - 1 / logits.shape[1])
+        return found
+
+    return grad
 
 
 def away_from(anchor: Tensor) -> LogitsGrad:
@@ -207,7 +217,9 @@ def _ascend(
 Along = Callable[[Tensor, float | Tensor, float | Tensor], Tensor]
 
 
-def ascend_from_training(model: nn.Module, z: Tensor, y: Tensor, norm: str) -> tuple[Tensor, Along]:
+def ascend_from_training(
+    model: nn.Module, z: Tensor, y: Tensor, norm: str, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, Along]:
     """A pass to train through that serves ascent too: one forward pass and one input gradient.
 
     Returns:
@@ -215,7 +227,7 @@ def ascend_from_training(model: nn.Module, z: Tensor, y: Tensor, norm: str) -> t
     """
     logits, point, stem = _open_pass(model, z)
     with phase(ATTACK_STEP):
-        towards = towards_errors(y)(logits.detach())
+        towards = towards_errors(y, label_smoothing)(logits.detach())
     with phase(ATTACK_BACKWARD):
         # Retained: the training backward pass runs through the same graph.
         (grad,) = torch.autograd.grad(logits, point, towards, retain_graph=True)

@@ -14,12 +14,19 @@ from . import files, runner
 from .checkpoint import save_tensors
 from .errors import EngineError
 from .runs import Run
+from .threat import as_written
 
-# Where RobustBench defines the network, and the class or function that builds it.
+# Where RobustBench defines the network, and what builds it; its short names all have ten classes.
 _ARCHITECTURES = {
-    "resnet18": ("architectures/resnet.py", "ResNet18()"),
-    "preact-resnet18": ("architectures/resnet.py", "PreActResNet18()"),
-    "wide-resnet34-10": ("architectures/wide_resnet.py", "WideResNet(depth=34, widen_factor=10)"),
+    "resnet18": ("architectures/resnet.py", "ResNet(BasicBlock, [2, 2, 2, 2], num_classes={})"),
+    "preact-resnet18": (
+        "architectures/resnet.py",
+        "PreActResNet(PreActBlock, [2, 2, 2, 2], num_classes={})",
+    ),
+    "wide-resnet34-10": (
+        "architectures/wide_resnet.py",
+        "WideResNet(depth=34, widen_factor=10, num_classes={})",
+    ),
 }
 
 
@@ -67,7 +74,7 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": found.get("dataset"),
         "venue": "Unpublished",
         "architecture": found.get("architecture"),
-        "eps": _as_fraction(run.recipe.threat.eps),
+        "eps": as_written(run.recipe.threat.eps),
         "clean_acc": found.get("clean_acc"),
         "reported": found.get("reported"),
         "autoattack_acc": found.get("autoattack_acc"),
@@ -81,10 +88,12 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
     return claim
 
 
-def _as_fraction(eps: float) -> str:
-    """8/255 where it is one of those, else the number."""
-    steps = eps * 255
-    return f"{round(steps)}/255" if abs(steps - round(steps)) < 1e-6 and steps >= 1 else f"{eps:g}"
+def architecture_of(network: str, classes: int) -> tuple[str, str] | None:
+    """RobustBench's file and the call in it that builds `network`; None: it has none of that kind."""
+    if network not in _ARCHITECTURES:
+        return None
+    file, call = _ARCHITECTURES[network]
+    return file, call.format(classes)
 
 
 def _card(run: Run, found: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
@@ -100,10 +109,10 @@ def _card(run: Run, found: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
         summary=run.read_json("summary.json"),
         environment=run.read_json("environment.json"),
         masking=run.read_json("masking.json"),
-        eps=_as_fraction(recipe.threat.eps),
+        eps=as_written(recipe.threat.eps),
         k=recipe.attack.steps,
         passes=passes.total,
         parameters=sum(t.numel() for t in tensors.values() if t.is_floating_point()),
-        architecture=_ARCHITECTURES.get(recipe.model.name),
+        architecture=architecture_of(recipe.model.name, len(runner.classes(recipe))),
         normalised="mu" in tensors,
     )

@@ -32,6 +32,7 @@ from matplotlib.ticker import (
 )
 
 from . import files
+from .threat import as_written
 
 # (light, dark). Okabe and Ito's hues, which the common colour blindnesses keep apart, made darker
 # or lighter until they stand out from either background.
@@ -482,7 +483,7 @@ def draw_sweep(ax: Axes, sweep: Sweep, others: Mapping[str, float], norm: str) -
     )
     ax.axvline(sweep.trained, color=MUTED, linewidth=1, linestyle=":")
     ax.annotate(
-        f"trained at {radius(sweep.trained)}",
+        f"trained at {as_written(sweep.trained)}",
         (sweep.trained, 0.0),
         xytext=(-5, 8),
         textcoords="offset points",
@@ -508,14 +509,6 @@ def draw_sweep(ax: Axes, sweep: Sweep, others: Mapping[str, float], norm: str) -
     ax.set_xlabel(f"{norm} radius eps [pixel units]")
     ax.set_title("Robust accuracy against eps")
     ax.legend(loc="upper right")
-
-
-def radius(eps: float) -> str:
-    """8/255 for a whole number of grey levels, else the number itself."""
-    levels = eps * 255
-    if eps > 0 and abs(levels - round(levels)) < 1e-6 and round(levels) % 51:
-        return f"{round(levels)}/255"
-    return f"{eps:.4g}"
 
 
 # ---- loss surface ----------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .errors import EngineError
 from .plots import Example, Surface, Sweep, Tile
 from .recipe import Recipe
 from .runs import Run
-from .threat import ThreatModel
+from .threat import ThreatModel, as_written
 
 _STEPS = 20
 _SWEEP_EXAMPLES = 256
@@ -93,7 +93,7 @@ def _build(run: Run) -> Path:
         "first_fields": _first_fields(run.recipe),
         "all_fields": _all_fields(run.recipe),
         "environment": {k: v for k, v in environment.items() if v is not None},
-        "radius": plots.radius,
+        "radius": as_written,
     }
     page = run.path / "report.html"
     files.write_text(page, render("report", **context))
@@ -425,7 +425,7 @@ def _headline(recipe: Recipe) -> str:
     return (
         f"{recipe.model.name} on {recipe.data.name}, {epochs} of {objective.name} training "
         f"({', '.join(options)}{start}) against {recipe.threat.norm} perturbations "
-        f"of at most {plots.radius(recipe.threat.eps)}."
+        f"of at most {as_written(recipe.threat.eps)}."
     )
 
 
@@ -507,11 +507,11 @@ def _first_fields(recipe: Recipe) -> list[tuple[str, str]]:
     """What a reader asks for first."""
     attack, optim, objective = recipe.attack, recipe.optim, recipe.objective
     start = "its last adversary (memory)" if attack.start == "memory" else "a random point"
-    alpha = plots.radius(attack.step_size(recipe.threat.eps))
+    alpha = as_written(attack.step_size(recipe.threat.eps))
     fields = [
         ("Data", f"{recipe.data.name}{_augmentation(recipe)}"),
         ("Network", recipe.model.name),
-        ("Threat", f"{recipe.threat.norm}, eps {plots.radius(recipe.threat.eps)}"),
+        ("Threat", f"{recipe.threat.norm}, eps {as_written(recipe.threat.eps)}"),
         ("Attack in training", f"{attack.steps} steps of {alpha}, from {start}"),
         ("Objective", objective.name),
     ]

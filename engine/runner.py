@@ -425,6 +425,11 @@ def test_size(recipe: Recipe) -> int:
     return len(_load(recipe.data.name, "test").images)
 
 
+def classes(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the dataset's classes."""
+    return _load(recipe.data.name, "test").classes
+
+
 def test_set(recipe: Recipe) -> tuple[Tensor, Tensor]:
     """The first `evaluation.examples` test images as floats in [0, 1], on the device."""
     data = _load(recipe.data.name, "test")

@@ -24,6 +24,15 @@ def parse_number(value: object) -> object:
     return value
 
 
+def as_written(eps: float) -> str:
+    """A radius or a step as people write it: 8/255 for a whole number of grey levels, else the number itself."""
+    levels = eps * 255
+    # 51 levels are a fifth: 0.2 is 51/255 to nobody.
+    if eps > 0 and abs(levels - round(levels)) < 1e-6 and round(levels) % 51:
+        return f"{round(levels)}/255"
+    return f"{eps:g}"
+
+
 Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=False)]
 
 

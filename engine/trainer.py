@@ -128,7 +128,9 @@ class Trainer:
             # The last of equals: without a validation set that is the last epoch.
             score = row.get("val_pgd", -math.inf if self.validation else 0.0)
             if fault is None and score >= self._best and ("val_pgd" in row or not self.validation):
-                self._best, self._best_adversarial = score, row["adv_accuracy"]
+                # At the whole eps its own attack, the weaker one, would leave at least as much as validation's.
+                own = score if self._growing(row) else row["adv_accuracy"]
+                self._best, self._best_adversarial = score, own
                 result.best_epoch = epoch + 1
                 result.best = {k: v.clone() for k, v in result.model.state_dict().items()}
                 self.hooks.checkpoint("best", result.model, row)
@@ -225,8 +227,8 @@ class Trainer:
         robust = row.get("val_pgd", math.inf)
         fell = robust < min(_COLLAPSE * self._best, self._best - _NOISE)
         # While eps grows, validation is under a stronger attack than training has met yet.
-        growing = row.get("eps", self.step.threat.eps) < self.step.threat.eps
-        if fell and not growing and row["adv_accuracy"] >= self._best_adversarial:
+        overfits = row["adv_accuracy"] >= self._best_adversarial and not self._growing(row)
+        if fell and overfits:
             return (
                 f"validation PGD accuracy fell from {self._best:.1%} to {robust:.1%}: catastrophic "
                 "overfitting to the weak attack"
@@ -239,6 +241,11 @@ class Trainer:
                 steps,
             )
         return None
+
+    def _growing(self, row: dict[str, Any]) -> bool:
+        """The epoch of `row` ended at a smaller eps than the network shall withstand."""
+        whole = self.step.threat.eps
+        return row.get("eps", whole) < whole
 
     def _mend(self, fault: str, row: dict[str, Any]) -> None:
         """Roll back to the best epoch; EngineError where there is none, or gradients stay without a number."""

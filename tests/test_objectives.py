@@ -442,17 +442,24 @@ def test_n_fgsm_steps_from_noise_and_is_not_clipped(model, batch):
     _weights_agree(model, outcome, F.cross_entropy(model(expected), y))
 
 
-def test_fgsm_pgi_is_the_papers_formula(model, batch):
+@pytest.mark.parametrize("smoothing", [0.0, 4 / 9])
+def test_fgsm_pgi_is_the_papers_formula(model, batch, smoothing):
+    """Labels are smoothed along the step as in the loss."""
     x, y = batch
     threat = Linf(0.1)
     start = _project(x + 0.1 * torch.randn_like(x), x, 0.1, "Linf")
-    outcome = FGSMPGI(weight=10.0)(
+    outcome = FGSMPGI(weight=10.0, label_smoothing=smoothing)(
         model, x, y, threat, Attack(steps=1, start="memory"), start=start
     )
-    a = _plain_attack(model, x, y, start, threat, 0.1, 1)
+
+    def loss(z):
+        return F.cross_entropy(model(z), y, label_smoothing=smoothing)
+
+    point = start.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(point), point)
+    a = _project(start + 0.1 * grad.sign(), x, 0.1, "Linf")
     torch.testing.assert_close(outcome.adversary, a, atol=1e-6, rtol=1e-5)
-    tie = F.mse_loss(model(a), model(start))
-    _weights_agree(model, outcome, F.cross_entropy(model(a), y) + 10.0 * tie)
+    _weights_agree(model, outcome, loss(a) + 10.0 * F.mse_loss(model(a), model(start)))
 
 
 def test_grad_align_is_the_papers_formula(batch):
@@ -507,17 +514,19 @@ def test_llr_is_the_papers_formula(batch, threat):
     _weights_agree(model, outcome, expected)
 
 
-@pytest.mark.parametrize("step", [0, 1])
-def test_gat_is_the_papers_formula(model, batch, step):
-    """The guiding term is there in every other step."""
+@pytest.mark.parametrize(("guided", "step"), [("alternate", 0), ("alternate", 1), ("always", 0)])
+def test_gat_is_the_papers_formula(model, batch, guided, step):
+    """The guiding term is there in every other step, or in all."""
     x, y = batch
     x = 0.2 + 0.6 * x
     threat, state = Linf(0.1), engine_rng.state(3, step=step)
     start = x + 0.05 * torch.randn_like(x).sign()
-    outcome = GAT(weight=10.0)(model, x, y, threat, Attack(steps=1), start=start, state=state)
+    objective = GAT(weight=10.0, guided=guided)
+    outcome = objective(model, x, y, threat, Attack(steps=1), start=start, state=state)
     p, point = model(x).softmax(1), start.clone().requires_grad_()
     apart = (p.detach() - model(point).softmax(1)).square().sum(1)
-    cost = F.cross_entropy(model(point), y, reduction="sum") + step * 10.0 * apart.sum()
+    weight = 10.0 if guided == "always" else step * 10.0
+    cost = F.cross_entropy(model(point), y, reduction="sum") + weight * apart.sum()
     (grad,) = torch.autograd.grad(cost, point)
     a = _project(start + 0.1 * grad.sign(), x, 0.1, "Linf")
     torch.testing.assert_close(outcome.adversary, a, atol=1e-6, rtol=1e-5)
@@ -525,7 +534,8 @@ def test_gat_is_the_papers_formula(model, batch, step):
     _weights_agree(model, outcome, F.cross_entropy(model(x), y) + 10.0 * distance)
 
 
-def test_gat_starts_from_bernoulli_noise(batch):
+@pytest.mark.parametrize("noise", [0.5, 1.0])
+def test_gat_starts_from_bernoulli_noise(batch, noise):
     x, y = batch
     torch.manual_seed(0)
     x, seen = 0.3 + 0.4 * x, []
@@ -535,10 +545,10 @@ def test_gat_starts_from_bernoulli_noise(batch):
             seen.append(z.detach().clone())
             return super().forward(z)
 
-    GAT()(Spy(), x, y, Linf(0.1), Attack(steps=1))
-    noise = seen[1] - x
-    torch.testing.assert_close(noise.abs(), torch.full_like(x, 0.05))
-    assert 0.4 < float((noise > 0).float().mean()) < 0.6
+    GAT(noise=noise)(Spy(), x, y, Linf(0.1), Attack(steps=1))
+    start = seen[1] - x
+    torch.testing.assert_close(start.abs(), torch.full_like(x, 0.1 * noise))
+    assert 0.4 < float((start > 0).float().mean()) < 0.6
 
 
 # ---- properties ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from engine import recipe as recipes
 from engine.adversary import Attack
 from engine.errors import EngineError
 from engine.runs import Run
-from engine.threat import ThreatModel
+from engine.threat import ThreatModel, as_written
 
 PICTURES = ("curves", "eps", "grid", "surface")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -373,10 +373,11 @@ def test_the_style_leaves_the_users_settings_alone():
 
 
 @pytest.mark.parametrize(
-    ("eps", "shown"), [(8 / 255, "8/255"), (0.1, "0.1"), (0.5, "0.5"), (0.0, "0"), (1.0, "1")]
+    ("eps", "shown"),
+    [(8 / 255, "8/255"), (0.1, "0.1"), (0.5, "0.5"), (0.0, "0"), (1.0, "1"), (0.2, "0.2")],
 )
 def test_radii_read_as_people_write_them(eps, shown):
-    assert plots.radius(eps) == shown
+    assert as_written(eps) == shown
 
 
 def test_points_shown_lie_in_their_balls_and_move_the_prediction():

@@ -324,6 +324,19 @@ def test_a_fall_while_the_radius_grows_is_no_collapse(monkeypatch):
         assert trainer.run().rolled_back == rolled_back
 
 
+def test_a_collapse_after_the_radius_has_grown_is_seen(monkeypatch):
+    """What training's own attack left at a smaller eps is no measure for what it leaves at the whole one."""
+    # Over 6.4 of 16 steps: the best epoch is of the time before.
+    trainer = build(PGD(), eps_warmup=0.4)
+    scores, own = iter([0.4, 0.05, 0.3, 0.3]), iter([0.7, 0.65, 0.6, 0.6])
+    monkeypatch.setattr(
+        trainer,
+        "_validate",
+        lambda: {"val_clean": 0.9, "val_pgd": next(scores), "adv_accuracy": next(own)},
+    )
+    assert trainer.run().rolled_back == [2]
+
+
 def test_a_network_that_does_not_begin_to_learn_is_spoken_of_once(caplog):
     def constant(kept):
         trainer = build(PGD())

@@ -5,7 +5,8 @@ regulariser that holds the logits at both ends of the step together (their equat
 
     CE(f(a), y)  +  lambda mean (f(a) - f(start))^2
 
-The start's pass is trained through, as in their code. Their FGSM-MEP steps along a momentum of each
+The start's pass is trained through, and labels are smoothed in the step's gradient as in the loss, as in their
+code (which gives the true class 0.6: a smoothing of 0.444 with ten classes). Their FGSM-MEP steps along a momentum of each
 sample's gradients for the next start, which would take a second memory: left out. 7 F.
 """
 
@@ -33,7 +34,10 @@ class FGSMPGI(Objective):
         float, Field(ge=0, allow_inf_nan=False, description="lambda, weight of the tie")
     ] = 10.0
     label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="label smoothing of the cross-entropy [0..1)")
+        float,
+        Field(
+            ge=0, lt=1, description="label smoothing of the cross-entropy and of the step [0..1)"
+        ),
     ] = 0.0
 
     def passes(self, attack: Attack) -> Passes:
@@ -54,7 +58,9 @@ class FGSMPGI(Objective):
                 start = kernels.uniform_start(
                     x, threat.eps, state, norm=threat.norm, stream=rng.START
                 )
-        at_start, along = ascend_from_training(model, start, y, threat.norm)
+        at_start, along = ascend_from_training(
+            model, start, y, threat.norm, label_smoothing=self.label_smoothing
+        )
         alpha = threat.eps if attack.alpha is None else attack.alpha
         adversary = along(x, threat.eps, alpha)
         at_end = trained_pass(model, adversary)
