@@ -158,7 +158,8 @@ def autoattack(
     Args:
         model: in evaluation mode, [0, 1] images to logits.
         x: float32 [N, C, H, W] in [0, 1]; y: int64 [N].
-        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first two.
+        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first two, where
+            APGD-CE has the package's five restarts (standard: one).
     Returns:
         bool [N], True where robust; robust accuracy after each attack; the package's own warnings.
     Raises:
