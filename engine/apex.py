@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .errors import EngineError
 
@@ -35,6 +39,32 @@ def load() -> Any:
     except Exception:
         raise EngineError(f"apex was built without its CUDA extension; {BUILD}") from None
     return optimisers
+
+
+def build(name: str, params: Sequence[Tensor], lr: Tensor, **options: Any) -> torch.optim.Optimizer:
+    """An optimiser of apex's with its state made beforehand: a checkpoint and a graph need it from the start.
+
+    Args:
+        name: "apex-sgd", "apex-adam" or "apex-lamb".
+        lr: 0-d on the device; Adam reads it at every step. The others take theirs, and LAMB the number of
+            steps before this one, from `param_groups`: put them there before each step.
+        options: the constructor's.
+    """
+    optimisers = load()
+    if name == "apex-sgd":
+        theirs = optimisers.FusedSGD(params, lr=0.0, **options)
+    elif name == "apex-adam":
+        theirs = optimisers.FusedAdam(params, lr=0.0, capturable=True, **options)
+        for group in theirs.param_groups:
+            # The constructor takes a copy of a rate that is a tensor.
+            group["lr"] = lr
+            group["step"] = torch.zeros(1, dtype=torch.int32, device=lr.device)
+    else:
+        theirs = optimisers.FusedLAMB(params, lr=0.0, **options)
+    moments = ("momentum_buffer",) if name == "apex-sgd" else ("exp_avg", "exp_avg_sq")
+    for p in params:
+        theirs.state[p] = {moment: torch.zeros_like(p) for moment in moments}
+    return theirs
 
 
 def status() -> str:

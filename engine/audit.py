@@ -10,8 +10,10 @@ in the list.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +62,9 @@ class Tape(TorchDispatchMode):
         self._made: set[int] = set()
 
     # ---- the recorder's face -----------------------------------------------------------------
+
+    def context(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def warm_up(self, run: Run) -> None:
         run()

@@ -8,7 +8,9 @@ caller restores its state; tables that a kernel wants from the host are filled i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -24,6 +26,7 @@ WARM_UP = 11
 class Recorder(Protocol):
     """What turns a function of fixed tensors into a replay of what it did to them."""
 
+    def context(self) -> AbstractContextManager[None]: ...
     def warm_up(self, run: Run) -> None: ...
     def record(self, run: Run) -> Run: ...
     def close(self) -> None: ...
@@ -49,14 +52,24 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()
         self.graphs: list[torch.cuda.CUDAGraph] = []
 
-    def warm_up(self, run: Run) -> None:
-        """Run eagerly, `WARM_UP` times, on the stream that will capture."""
+    @contextlib.contextmanager
+    def context(self) -> Iterator[None]:
+        """What the block enqueues goes to the stream that will capture, in order with what is around it.
+
+        DistributedDataParallel must be made in here: it keeps autograd's accumulation nodes, and with them
+        the stream of its making.
+        """
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
+            yield
+        current.wait_stream(self.stream)
+
+    def warm_up(self, run: Run) -> None:
+        """Run eagerly, `WARM_UP` times, on the stream that will capture."""
+        with self.context():
             for _ in range(WARM_UP):
                 run()
-        current.wait_stream(self.stream)
 
     def record(self, run: Run) -> Run:
         """Capture `run` without executing it; what comes back replays it.
@@ -65,22 +78,19 @@ class CudaGraphs:
             RuntimeError: whatever CUDA has against an operation of `run`.
         """
         torch.cuda.synchronize(self.device)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
-            graph = self._capture(run, "global")
-        except RuntimeError as error:
-            # Another thread, a loader's, made a call that a global capture forbids to everyone.
-            if "unsafe" not in str(error) and "StreamCapture" not in str(error):
-                raise
-            graph = self._capture(run, "thread_local")
+            # A global capture would forbid its own calls to a loader's threads, and fail theirs.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                run()
+        finally:
+            # Where a broken capture cannot be ended either, torch stays on the capturing stream.
+            torch.cuda.set_stream(current)
         kernels.finish_capture()
         self.graphs.append(graph)
         return graph.replay
-
-    def _capture(self, run: Run, mode: str) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode=mode):
-            run()
-        return graph
 
     def close(self) -> None:
         """Free the graphs and their memory. Replays made here must not run afterwards."""

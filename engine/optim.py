@@ -137,6 +137,9 @@ class Optimiser:
                 for key, value in self._theirs.state[p].items():
                     if isinstance(value, Tensor):
                         found[f"{key}.{i}"] = value
+            for i, group in enumerate(self._theirs.param_groups):
+                if isinstance(group.get("step"), Tensor):
+                    found[f"step.{i}"] = group["step"]
         if self._averages:
             found |= {f"average.{name}": t for name, t in self.average.named_parameters()}
             found |= {f"average.{name}": t for name, t in self.average.named_buffers()}
@@ -188,15 +191,10 @@ class Optimiser:
                     "exp_avg_sq": torch.zeros_like(p),
                 }
         else:
-            optimisers = apex.load()
+            apex.load()
             if not on_gpu:
                 raise EngineError(f"optim.name = {name} needs a CUDA device: take sgd or adamw")
-            if name == "apex-adam":
-                theirs = optimisers.FusedAdam(self.params, lr=self.lr, capturable=True, **adam)
-            elif name == "apex-sgd":
-                theirs = optimisers.FusedSGD(self.params, lr=self.rates[0], **sgd)
-            else:
-                theirs = optimisers.FusedLAMB(self.params, lr=self.rates[0], **adam)
+            theirs = apex.build(name, self.params, self.lr, **(sgd if name == "apex-sgd" else adam))
         return theirs
 
     def _others(self, scale: LossScale | None) -> None:
@@ -210,7 +208,7 @@ class Optimiser:
             )
         if self.uncapturable:
             for group in self._theirs.param_groups:
-                group["lr"] = self.rates[self.steps]
+                group |= {"lr": self.rates[self.steps], "step": self.steps}
         self._theirs.step()
         if self._averages:
             towards = self._towards

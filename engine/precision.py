@@ -42,19 +42,31 @@ def passes(precision: str, device: torch.device) -> Iterator[None]:
     A weight is cast once a block: the casts live in autocast's cache, which the block's end empties. So
     a captured graph holds its casts, never one made before.
     """
-    if precision in _AUTOCAST:
-        with torch.autocast(device.type, _AUTOCAST[precision]):
+    with arithmetic(precision, device):
+        if precision in _AUTOCAST:
+            with torch.autocast(device.type, _AUTOCAST[precision]):
+                yield
+        else:
             yield
-    elif device.type == "cuda":
-        convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-        before = convolutions.allow_tf32, products.allow_tf32
-        convolutions.allow_tf32 = products.allow_tf32 = precision == "tf32"
-        try:
-            yield
-        finally:
-            convolutions.allow_tf32, products.allow_tf32 = before
-    else:
+
+
+@contextlib.contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """float32 products in the block, those of backward passes too, are exact (fp32) or rounded (tf32).
+
+    By itself PyTorch rounds in convolutions and not in matrix products. Autocast would not do for backward
+    passes, which take the types of their forward passes; these two flags hold for whatever runs.
+    """
+    if device.type != "cuda" or precision in _AUTOCAST:
         yield
+        return
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 class LossScale:

@@ -8,6 +8,7 @@ in a CUDA graph and launched with one call a step.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from .models.compiled import compiled
 from .objectives import Objective, Outcome
 from .optim import Optimiser
 from .phases import BOOKKEEPING, DATA, OPTIMISER, TRAIN_BACKWARD, phase
-from .precision import LossScale, passes, resolve
+from .precision import LossScale, arithmetic, passes, resolve
 from .threat import ThreatModel
 
 log = logging.getLogger(__name__)
@@ -76,9 +77,16 @@ class Step:
         recorder: Recorder | None = None,
     ) -> None:
         objective.check(attack)
+        self.why_eager: str | None = None
+        self._recorder = recorder
+        self._replay: Callable[[], None] | None = None
+        self._static: Batch | None = None
+        if recorder is not None and optimiser.uncapturable:
+            self._stay_eager(optimiser.uncapturable)
         self.network = compiled(model) if compile else model
         # Among several processes the gradients of its loss are averaged.
-        self._compute = distributed.averaged(self.network, objective)
+        with self._recorder.context() if self._recorder else contextlib.nullcontext():
+            self._compute = distributed.averaged(self.network, objective)
         self.model, self.objective, self.threat, self.attack = model, objective, threat, attack
         self.optimiser, self.memory, self.take = optimiser, memory, take
         self.device = torch.device(device)
@@ -99,21 +107,19 @@ class Step:
             if memory is not None:
                 memory.threat = self.training
         self.done = 0
-        self.why_eager: str | None = None
         # The number of steps that were skipped, then a sum for each of `_terms`.
         self._terms: tuple[str, ...] = ()
         self._sums = torch.zeros(_MOST_TERMS + 1, device=device)
         self.images = self.batches = 0
-        self._recorder = recorder
-        self._replay: Callable[[], None] | None = None
-        self._static: Batch | None = None
-        if recorder is not None and optimiser.uncapturable:
-            self._stay_eager(optimiser.uncapturable)
 
     # ---- the step --------------------------------------------------------------------------------
 
     def run(self, batch: Batch) -> None:
         """The whole step, on the device."""
+        with arithmetic(self.precision, self.device):
+            self._run(batch)
+
+    def _run(self, batch: Batch) -> None:
         x, y = batch.x, batch.y
         with passes(self.precision, self.device):
             start = batch.start
@@ -296,7 +302,11 @@ class Step:
             self._restore(before)
             self._replay = recorder.record(step)
         except RuntimeError as error:
-            self._stay_eager(f"the capture failed: {str(error).splitlines()[0]}")
+            # What went wrong first; ending a capture that is broken fails as well, and says less.
+            first: BaseException = error
+            while isinstance(first.__context__, RuntimeError):
+                first = first.__context__
+            self._stay_eager(f"the capture failed: {(str(first).splitlines() or [repr(first)])[0]}")
         self._restore(before)
         self.optimiser.steps = steps
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import types
 
@@ -22,6 +24,7 @@ from engine import (
     LocalBall,
     Schedule,
     audit,
+    distributed,
     evaluation,
 )
 from engine import recipe as recipes
@@ -348,7 +351,11 @@ def test_compiled_passes_train_the_same_network():
 def test_a_capture_that_fails_is_announced_and_the_step_goes_on(caplog):
     class Broken(Tape):
         def record(self, run):
-            raise RuntimeError("operation not permitted\nwhen the stream is capturing")
+            try:
+                raise RuntimeError("operation not permitted\nwhen the stream is capturing")
+            finally:
+                # As torch.cuda.graph does at the end of a capture that is broken.
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     torch.manual_seed(0)
     model = Tiny()
@@ -366,6 +373,27 @@ def test_a_capture_that_fails_is_announced_and_the_step_goes_on(caplog):
 def test_no_cuda_no_graph():
     assert unavailable(torch.device("cpu")) == "CUDA graphs need a CUDA device, this is cpu"
     assert unavailable(torch.device("cuda")) is None
+
+
+def test_what_averages_gradients_is_made_where_the_capture_will_be(monkeypatch):
+    """DistributedDataParallel keeps autograd's accumulation nodes, which know the stream they were made on."""
+    inside, made = [], []
+
+    class Watched(Tape):
+        @contextlib.contextmanager
+        def context(self):
+            inside.append(True)
+            yield
+            inside.pop()
+
+    def averaged(network, compute):
+        made.append(bool(inside))
+        return functools.partial(compute, network)
+
+    monkeypatch.setattr(distributed, "averaged", averaged)
+    make(Tiny(), recorder=Watched())
+    make(Tiny())
+    assert made == [True, False]
 
 
 def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
@@ -398,15 +426,13 @@ def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
 
     def graph(it, *, pool, stream, capture_error_mode):
         assert pool == "pool"
-        if capture_error_mode in refused:
-            raise RuntimeError("CUDA error: operation would make the legacy stream unsafe")
         return On(f"{capture_error_mode} capture on {stream.name}")
 
-    refused: list[str] = []
     side, current = Stream("side"), Stream("current")
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda s: On(s.name))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: told.append(f"back on {s.name}"))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
@@ -420,15 +446,18 @@ def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
             *("into side", *["run"] * WARM_UP, "out of side"),
             "current waits for side",
             "synchronize",
-            *("into global capture on side", "run", "out of global capture on side"),
+            # A global capture would fail a loader's threads.
+            *("into thread_local capture on side", "run", "out of thread_local capture on side"),
+            "back on current",
             "replay",
         ]
         told.clear()
-        refused.append("global")
-        graphs.record(lambda: told.append("run"))
-        assert told[1] == "into thread_local capture on side"
+        with pytest.raises(ZeroDivisionError):
+            graphs.record(lambda: 1 / 0)
+        # torch.cuda.graph may leave the process on the capturing stream then.
+        assert told[-1] == "back on current"
         told.clear()
-    assert told == ["synchronize", "reset", "reset"]
+    assert told == ["synchronize", "reset"]
 
 
 # ---- what the tape catches -------------------------------------------------------------------
@@ -614,6 +643,43 @@ def test_precision_by_device():
     assert resolve("bf16", cpu) == "bf16"
     with pytest.raises(EngineError, match="tf32 needs an NVIDIA GPU"):
         resolve("tf32", cpu)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_float32_products_are_rounded_in_all_of_a_step_or_nowhere(monkeypatch, precision):
+    """In the attack's backward pass, the loss's, and the optimiser; and afterwards as before."""
+    seen = []
+
+    class Spy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(flags())
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(flags())
+            return grad
+
+    class Watched(Tiny):
+        def body(self, h):
+            return super().body(Spy.apply(h))
+
+    def flags():
+        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    torch.manual_seed(0)
+    before, step = flags(), make(Watched())
+    # The flags may be set without a GPU; the rest of the step stays where it is.
+    step.precision, step.device = precision, torch.device("cuda")
+    monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
+    train(step, steps=1)
+    rounded = precision == "tf32"
+    wanted = before if precision == "bf16" else (rounded, rounded)
+    assert set(seen) == {wanted}
+    # Two steps of the attack and the training pass, forwards and backwards.
+    assert len(seen) >= 4
+    assert flags() == before
 
 
 # ---- batch normalisation and dropout ---------------------------------------------------------
