@@ -1,6 +1,7 @@
 """Which backend runs, on which device, and outputs that start as NaN."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,21 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from engine.kernels import backends
+
+
+def runs_on_the_device(path: Path, params: dict) -> bool:
+    """Whether a test in here launches Triton's kernels; where there is a GPU, they run on it."""
+    return params.get("backend") == "triton" or path.name == "test_triton.py"
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        return
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if Path(__file__).parent in item.path.parents and runs_on_the_device(item.path, params):
+            item.add_marker(pytest.mark.gpu)
+
 
 _EMPTY, _EMPTY_LIKE, _NEW_EMPTY = torch.empty, torch.empty_like, torch.Tensor.new_empty
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -460,6 +461,23 @@ def test_thirty_steps_give_the_reference_losses(one_thread, fast):
 # ---- on a device -----------------------------------------------------------------------------
 
 
+def test_where_there_is_a_gpu_all_tests_of_triton_are_marked_so(tmp_path):
+    """`make test-gpu` runs what is marked; collected here on a machine that thinks it has one."""
+    (tmp_path / "pretend.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
+    words = ["-p", "pretend", "--collect-only", "-m", "gpu", str(Path(__file__).parent)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    found = done.stdout
+    assert "test_attack_step_l2[triton" in found
+    assert "test_thirty_steps_give_the_reference_losses" in found
+    assert "test_attack_step_l2[native" not in found
+    assert "test_attack_step_l2[reference" not in found
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device to capture a graph")
 def test_a_captured_step_draws_fresh_numbers_and_equals_eager():
@@ -478,6 +496,7 @@ def test_a_captured_step_draws_fresh_numbers_and_equals_eager():
         return z
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
     torch.cuda.current_stream().wait_stream(stream)
