@@ -74,8 +74,6 @@ def join() -> World:
     if size > 1 and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(local)
-            # A watchdog's calls would end up in a capture (PyTorch's notes on CUDA graphs with DDP).
-            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
     return World(rank, size, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
