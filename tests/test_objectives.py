@@ -28,7 +28,7 @@ from engine import (
 )
 from engine import rng as engine_rng
 from engine.models import Network
-from engine.objectives import Passes
+from engine.objectives import Passes, grad_align
 
 from .conftest import Foreign, Tiny
 
@@ -481,6 +481,24 @@ def test_grad_align_is_the_papers_formula(batch):
     cosine = (g * h).sum(1) / (g.norm(dim=1) * h.norm(dim=1))
     _weights_agree(model, outcome, F.cross_entropy(model(a), y) + 0.7 * (1 - cosine).mean())
     torch.testing.assert_close(outcome.adversary, a)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-12, 1e-20, 1e-28])
+def test_grad_align_of_gradients_whose_squares_vanish(size):
+    """The cosine and its derivative, against float64; a row without a gradient counts as 0 and has none."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = (size * torch.randn(6, 784, generator=draw) for _ in range(2))
+    a[5], b[4] = 0, 0
+    point, exact = b.clone().requires_grad_(), b[:4].double().requires_grad_()
+    found = grad_align._cosine(a, point)
+    found.sum().backward()
+    wanted = F.cosine_similarity(a[:4].double(), exact, dim=1, eps=0)
+    wanted.sum().backward()
+    torch.testing.assert_close(found[:4].double(), wanted.detach(), atol=1e-6, rtol=1e-6)
+    scale = exact.grad.abs().max()
+    assert (point.grad[:4].double() - exact.grad).abs().max() < 1e-6 * scale
+    assert found[4:].tolist() == [0, 0]
+    assert not point.grad[4:].any()
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)

@@ -24,6 +24,9 @@ from ..phases import ATTACK_BACKWARD, ATTACK_START, ATTACK_STEP, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
+# A gradient whose largest entry is below this is none.
+_NOTHING = 1e-30
+
 
 @dataclass(frozen=True)
 class GradAlign(Objective):
@@ -75,5 +78,13 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Of each pair of rows; 0, and no gradient, where one vanishes."""
-    squares = a.square().sum(1) * b.square().sum(1)
-    return (a * b).sum(1) * (squares + 1e-30).rsqrt()
+    sizes = [t.detach().abs().amax(1, keepdim=True) for t in (a, b)]
+    there = (sizes[0] > _NOTHING) & (sizes[1] > _NOTHING)
+    # The cosine does not change with a row's size; the squares of a row as it is may vanish, and then the
+    # derivative is 0 times infinity.
+    a, b = (
+        torch.where(there, t / n.clamp_min(_NOTHING), 1.0)
+        for t, n in zip((a, b), sizes, strict=True)
+    )
+    cosine = (a * b).sum(1) * (a.square().sum(1) * b.square().sum(1)).rsqrt()
+    return cosine * there[:, 0]
