@@ -2,8 +2,8 @@
 
 Loading a file executes it. The scripts are written for CUDA, and import packages that the functions
 called here do not use. So `Tensor.cuda` is the identity while a file loads and while its function
-runs, as the benchmark's tensors lie on the CPU; and while it loads, torchvision and apex are empty
-stand-ins: what does use them fails. Afterwards the process is as it was.
+runs, where there is no GPU and the benchmark's tensors lie on the CPU; and while it loads, torchvision
+and apex are empty stand-ins: what does use them fails. Afterwards the process is as it was.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine import runner
 from engine.errors import EngineError
 
 from . import rivals
@@ -78,7 +79,8 @@ def load(name: str, root: Path, channels: int) -> Clone:
     """
     if not root.is_dir():
         raise EngineError(f"--clone {name}: there is no folder {root}")
-    how = "on the CPU with Tensor.cuda as the identity and empty stand-ins for torchvision and apex"
+    how = "on the GPU with" if _on_a_gpu() else "on the CPU with Tensor.cuda as the identity and"
+    how += " empty stand-ins for torchvision and apex"
     if name == "trades":
         trades_loss = _function(name, root, "trades.py", "trades_loss")
         note = f"TRADES (clone) is its own trades_loss, {how}"
@@ -143,10 +145,11 @@ def _around_attack(attack: Callable[..., Tensor]) -> Loop:
 
 def _by_channel(attack_pgd: _Function) -> Callable[..., Tensor]:
     # It works on normalised images, within limits that are its file's; ours are in [0, 1].
-    vars(attack_pgd.module).update(lower_limit=torch.tensor(0.0), upper_limit=torch.tensor(1.0))
+    low, high = torch.tensor([0.0, 1.0], device=runner.device())
+    vars(attack_pgd.module).update(lower_limit=low, upper_limit=high)
 
     def attack(net: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, k: int) -> Tensor:
-        ones = torch.ones(x.shape[1], 1, 1)
+        ones = torch.ones(x.shape[1], 1, 1, device=x.device)
         return attack_pgd(net, x, y, eps * ones, alpha * ones, k, 1)
 
     return attack
@@ -157,7 +160,7 @@ def _by_channel(attack_pgd: _Function) -> Callable[..., Tensor]:
 
 @dataclass(frozen=True)
 class _Function:
-    """A function of a clone, called as on a machine whose only device is the CPU."""
+    """A function of a clone, called where the benchmark's tensors lie."""
 
     clone: str
     path: Path
@@ -165,7 +168,7 @@ class _Function:
     name: str
 
     def __call__(self, *values: Any, **named: Any) -> Any:
-        with _errors(self.clone, f"{self.name} of {self.path} failed"), _on_the_cpu():
+        with _errors(self.clone, f"{self.name} of {self.path} failed"), _here():
             return getattr(self.module, self.name)(*values, **named)
 
 
@@ -179,7 +182,7 @@ def _function(clone: str, root: Path, file: str, name: str) -> _Function:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with _errors(clone, f"{path} cannot be loaded"), _on_the_cpu(), _imports(path.parent):
+    with _errors(clone, f"{path} cannot be loaded"), _here(), _imports(path.parent):
         spec.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise EngineError(f"--clone {clone}: {path} has no function {name}")
@@ -196,8 +199,14 @@ def _errors(clone: str, what: str) -> Iterator[None]:
         raise EngineError(f"--clone {clone}: {what}: {type(error).__name__}: {first}") from error
 
 
-def _on_the_cpu() -> contextlib.AbstractContextManager[Any]:
-    return _replaced(Tensor, "cuda", lambda tensor, *_, **__: tensor)
+def _on_a_gpu() -> bool:
+    return runner.device().type == "cuda"
+
+
+def _here() -> contextlib.AbstractContextManager[Any]:
+    """`Tensor.cuda` goes to the benchmark's device, as it does by itself where that is a GPU."""
+    where = runner.device()
+    return _replaced(Tensor, "cuda", lambda tensor, *_, **__: tensor.to(where), not _on_a_gpu())
 
 
 def _replaced(

@@ -34,6 +34,7 @@ class Timing:
 def side_by_side(
     calls: Mapping[str, Callable[[], object]],
     *,
+    device: torch.device | str = "cpu",
     seconds: float = 1.0,
     sample_ms: float = 0.5,
     samples: int = 200,
@@ -43,10 +44,12 @@ def side_by_side(
     Each sample repeats its call until `sample_ms` have passed, as found while warming up.
 
     Args:
-        calls: name to callable without arguments; CPU work, or work that synchronises itself.
+        calls: name to callable without arguments.
+        device: where they work; a GPU is waited for after every call. Left out: they wait themselves.
         seconds: budget for all of them together, warm-up excluded.
         samples: no more than this many of each, and never fewer than 5.
     """
+    calls = {name: waiting(call, device) for name, call in calls.items()}
     repeats = {}
     for name, call in calls.items():
         call()
@@ -64,6 +67,18 @@ def side_by_side(
         for name, call in calls.items():
             times[name].append(timed(call, repeats[name]) / repeats[name])
     return {name: quantiles(values) for name, values in times.items()}
+
+
+def waiting(call: Callable[[], object], device: torch.device | str) -> Callable[[], object]:
+    """`call`, over when the device is done: by itself a GPU's work is only launched."""
+    if torch.device(device).type != "cuda":
+        return call
+
+    def whole() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return whole
 
 
 def timed(call: Callable[[], object], repeats: int = 1) -> float:

@@ -1,8 +1,9 @@
-"""Every C++ op against eager PyTorch and against torch.compile of the same formula, side by side.
+"""Every op against eager PyTorch and against torch.compile of the same formula, side by side, on one device.
 
 The opponents are what one would write by hand: torch's own random numbers where the op draws some, the
 library's convolution backward for `input_grad_step`, and the plain formula of `kernels.reference`
-elsewhere. The op is called as the engine calls it, checks and dispatch included.
+elsewhere. The op is called as the engine calls it, checks and dispatch included; on a GPU every call also
+launches and is waited for, which a captured step does not do.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine import kernels
+from engine import kernels, precision, runner
 from engine.kernels import backends, reference
 
 from . import measure
@@ -86,15 +87,16 @@ def _eager_input_grad_step(
 
 
 def _eager_augment(images: Tensor, index: Tensor, pad: int) -> Tensor:
-    b, (_, c, h, w) = len(index), images.shape
+    b, (_, c, h, w), where = len(index), images.shape, index.device
     padded = torch.nn.functional.pad(images[index], [pad] * 4)
-    dy = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=index.device)
-    dx = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=index.device)
-    flip = torch.rand(b, 1, 1) < 0.5
-    rows, columns = torch.arange(h)[None, :, None] + dy, torch.arange(w)[None, None, :]
+    dy = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=where)
+    dx = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=where)
+    flip = torch.rand(b, 1, 1, device=where) < 0.5
+    rows = torch.arange(h, device=where)[None, :, None] + dy
+    columns = torch.arange(w, device=where)[None, None, :]
     columns = torch.where(flip, w - 1 - columns, columns) + dx
-    sample = torch.arange(b)[:, None, None, None]
-    channel = torch.arange(c)[None, :, None, None]
+    sample = torch.arange(b, device=where)[:, None, None, None]
+    channel = torch.arange(c, device=where)[None, :, None, None]
     return padded[sample, channel, rows[:, None], columns[:, None]].float() / 255.0
 
 
@@ -449,6 +451,12 @@ SMALL_CNN += [(64,), (200, 1024), (200,), (200, 200), (200,), (10, 200), (10,)]
 FAST_AT = [(16, 1, 4, 4), (16,), (32, 16, 4, 4), (32,), (100, 1568), (100,), (10, 100), (10,)]
 
 
+def cases_on(where: torch.device, quick: bool) -> list[Case]:
+    """Every case, its tensors on the device."""
+    with where:
+        return _cases(quick)
+
+
 def _cases(quick: bool) -> list[Case]:
     cases = [*_pixel_cases(MNIST), *_pixel_cases(CIFAR), *_logit_cases(256, 10)]
     cases.append(_stem_case("Fast-AT", MNIST, 16, 4, 2, 1))
@@ -474,26 +482,27 @@ def _cases(quick: bool) -> list[Case]:
 
 
 def run(quick: bool) -> list[dict[str, object]]:
-    """Check and time every case on the CPU.
+    """Check and time every case on the device that `engine train` would take.
 
     Args:
         quick: fewer shapes and samples, and torch.compile at the batch of 256 alone; under 60 s.
     Returns:
-        One row per case and backend ("native", "eager", "compile"): op, shape, backend, p20_ms,
+        One row per case and backend (the op's own, "eager", "compile"): op, shape, backend, p20_ms,
         p50_ms, p80_ms, gbps, share_of_copy (against a copy of as many bytes in the same run),
         speedup_vs_eager, speedup_vs_compile, and note. Ratios are None, and note says why, where the
         op disagreed with the reference in this very run or the opponent is missing.
     """
-    module, reason = backends.load("native")
-    served = "native" if module is not None else "reference"
+    where = runner.device()
+    served = {row["op"]: row for row in backends.table() if row["device"] == where.type}
     load, cores = measure.load(), os.cpu_count() or 1
     # Threads that wait for one another are the first to suffer: such ratios can be off a hundredfold.
     busy = f"machine busy (load {load} on {cores} cores): distrust" if load > cores + 0.5 else None
     # A first compilation takes some seconds; the next run finds it in Inductor's cache.
     stop_compiling = time.monotonic() + (30.0 if quick else math.inf)
     rows = []
-    with torch.no_grad():
-        for case in _cases(quick):
+    # By itself PyTorch would round in the library's convolutions on a GPU.
+    with torch.no_grad(), precision.arithmetic("fp32", where):
+        for case in cases_on(where, quick):
             small = "128x3" not in case.shape and "2048" not in case.shape
             if quick and not small:
                 why_not = "not compiled in the quick run"
@@ -502,17 +511,25 @@ def run(quick: bool) -> list[dict[str, object]]:
             else:
                 why_not = None
             notes = [busy] if busy else []
-            if served != "native":
-                notes.append(f"no native kernels: {reason}")
-            rows += _measure(case, served, notes, why_not, seconds=0.25 if quick else 2.0)
+            server = served[case.name.split()[0]]
+            if server["backend"] == "reference":
+                notes.append(f"served by plain PyTorch: {server['why']}")
+            seconds = 0.25 if quick else 2.0
+            rows += _measure(case, where, server["backend"], notes, why_not, seconds)
     return rows
 
 
 def _measure(
-    case: Case, served: str, notes: list[str], why_not: str | None, seconds: float
+    case: Case,
+    where: torch.device,
+    served: str,
+    notes: list[str],
+    why_not: str | None,
+    seconds: float,
 ) -> list[dict[str, object]]:
     try:
-        case.check()
+        with where:
+            case.check()
         correct = True
     except AssertionError as error:
         correct = False
@@ -520,7 +537,7 @@ def _measure(
     calls: dict[str, Callable[[], object]] = {
         "op": case.op,
         "eager": lambda: case.eager(*case.args),
-        "copy": measure.copier(case.bytes),
+        "copy": measure.copier(case.bytes, where),
     }
     if why_not is None:
         try:
@@ -531,7 +548,7 @@ def _measure(
             why_not = f"torch.compile failed: {type(error).__name__}"
     if why_not:
         notes.append(why_not)
-    times = measure.side_by_side(calls, seconds=seconds)
+    times = measure.side_by_side(calls, device=where, seconds=seconds)
 
     def ratio(of: str, to: str) -> float | None:
         known = correct and of in times and to in times

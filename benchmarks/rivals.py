@@ -88,7 +88,7 @@ def trades(model: nn.Module, eps: float, alpha: float, k: int, beta: float = 6.0
 
     def step(x: Tensor, y: Tensor, start: Tensor | None = None) -> None:
         model.eval()
-        adversary = x + 0.001 * torch.randn(x.shape) if start is None else start
+        adversary = x + 0.001 * torch.randn_like(x) if start is None else start
         for _ in range(k):
             adversary = adversary.detach().requires_grad_()
             loss = divergence(F.log_softmax(model(adversary), dim=1), F.softmax(model(x), dim=1))
@@ -128,8 +128,9 @@ def foolbox_pgd(model: nn.Module, eps: float, alpha: float, k: int) -> Step:
 
     attack = foolbox.attacks.LinfPGD(abs_stepsize=alpha, steps=k, random_start=True)
     opt = sgd(model)
-    # It warns of a network in training mode, and would move one to a GPU that it finds.
-    attacked = foolbox.PyTorchModel(model.eval(), bounds=(0.0, 1.0), device="cpu")
+    # It warns of a network in training mode, and would move one to the first GPU that it finds.
+    where = next(model.parameters()).device
+    attacked = foolbox.PyTorchModel(model.eval(), bounds=(0.0, 1.0), device=where)
 
     def step(x: Tensor, y: Tensor) -> None:
         model.eval()
@@ -156,6 +157,8 @@ def toolbox(
         input_shape=shape[1:],
         nb_classes=classes,
         clip_values=(0.0, 1.0),
+        # Its "gpu" is the current one, where there is any.
+        device_type="cpu" if next(model.parameters()).device.type == "cpu" else "gpu",
     )
     trainer = AdversarialTrainerMadryPGD(
         classifier,
@@ -168,10 +171,9 @@ def toolbox(
     )
 
     def step(x: Tensor, y: Tensor) -> None:
-        # It takes arrays, and one epoch over one batch is one step. Its progress bars are for people.
+        # It takes arrays, of the host, and one epoch over one batch is one step. Its progress bars are for people.
+        images, labels = x.cpu().numpy(), np.eye(classes, dtype=np.float32)[y.cpu().numpy()]
         with contextlib.redirect_stderr(io.StringIO()):
-            trainer.fit(
-                x.numpy(), np.eye(classes, dtype=np.float32)[y.numpy()], validation_data=None
-            )
+            trainer.fit(images, labels, validation_data=None)
 
     return step

@@ -134,7 +134,7 @@ def step_of(point: Point, where: torch.device, world: World = _ALONE) -> tuple[S
     overrides = {"objective.name": point.method, "attack.steps": str(point.k)}
     recipe = recipes.load(RECIPE, overrides)
     if where.type == "meta":
-        recipe = replace(recipe, step=replace(recipe.step, precision="fp32", capture="off"))
+        recipe = runner.without_gpu(recipe, where)
     shape = (1, point.size, point.size)
     torch.manual_seed(0)
     with where:

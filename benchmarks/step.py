@@ -2,7 +2,8 @@
 
 Everything on one network is timed in one run, in turn. `bare` is exactly the forward passes, input
 gradients and weight gradients that an objective declares, by plain autograd on the same network in the
-same layout, and nothing else: no attack, no loss, no optimiser.
+same layout, and nothing else: no attack, no loss, no optimiser. All of it is in float32 and on the device
+that `engine train` would take.
 """
 
 from __future__ import annotations
@@ -16,9 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import PGD, TRADES, AdversaryMemory, Attack, LocalBall, Schedule, models
+from engine import (
+    PGD,
+    TRADES,
+    AdversaryMemory,
+    Attack,
+    LocalBall,
+    Schedule,
+    models,
+    precision,
+    runner,
+)
 from engine.capture import CudaGraphs, unavailable
-from engine.data.loaders import ResidentLoader
+from engine.data.loaders import Batch, ResidentLoader
 from engine.objectives import Objective, Passes
 from engine.optim import Optimiser
 from engine.step import Step
@@ -92,10 +103,11 @@ def settings(quick: bool) -> list[Setting]:
 
 
 def network(setting: Setting, *, ours: bool = True) -> nn.Module:
-    """A fresh network; ours are channels_last, as recipes build them, the rivals' as networks come."""
+    """A fresh network on the device; ours are channels_last, as recipes build them, the rivals' as networks come."""
     torch.manual_seed(0)
     _, channels, size, _ = setting.shape
     built = models.build(setting.network, in_channels=channels, image_size=size, classes=10)
+    built = built.to(runner.device())
     return built.to(memory_format=torch.channels_last) if ours else rivals.plain(built)  # type: ignore[call-overload]
 
 
@@ -103,12 +115,26 @@ def our_step(
     setting: Setting, method: Method, *, compile: bool = False, captured: bool = False
 ) -> Callable[[], None]:
     """A whole step of ours, batch included: loader, attack, loss, optimiser, average, memory."""
-    batch = setting.shape[0]
+    step, loader = built_step(setting, method, compile=compile, captured=captured)
+
+    def call() -> None:
+        if step.done % len(loader) == 0:
+            loader.begin(step.done // len(loader))
+        step()
+
+    return call
+
+
+def built_step(
+    setting: Setting, method: Method, *, compile: bool = False, captured: bool = False
+) -> tuple[Step, ResidentLoader]:
+    """A step that makes its own batches, as in training, and the loader it makes them with."""
     data, labels = _data(setting)
-    images = (data * 255).to(torch.uint8)
+    images, where = (data * 255).to(torch.uint8), data.device
     memory = None
     if method.attack.start == "memory":
-        memory = AdversaryMemory(len(images), images.shape[1:], Linf(EPS))
+        memory = AdversaryMemory(len(images), images.shape[1:], Linf(EPS), device=where)
+    loader = ResidentLoader(images, labels, setting.shape[0], device=where, memory=memory)
     model = network(setting)
     model.train()
     steps = 1_000  # the schedule's: more than `side_by_side` takes samples
@@ -125,17 +151,12 @@ def our_step(
             ema=0.999,
         ),
         memory=memory,
+        take=loader.take,
+        device=where,
         compile=compile,
-        recorder=CudaGraphs(torch.device("cuda")) if captured else None,
+        recorder=CudaGraphs(where) if captured else None,
     )
-    loader = ResidentLoader(images, labels, batch, memory=memory)
-
-    def batches():
-        while True:
-            yield from loader.epoch(0)
-
-    stream = batches()
-    return lambda: step(next(stream))
+    return step, loader
 
 
 def bare_passes(model: nn.Module, x: Tensor, passes: Passes) -> Callable[[], None]:
@@ -169,9 +190,9 @@ def bare_passes(model: nn.Module, x: Tensor, passes: Passes) -> Callable[[], Non
 
 def _data(setting: Setting) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1)
-    n = 4 * setting.shape[0]
+    n, where = 4 * setting.shape[0], runner.device()
     x = torch.rand((n, *setting.shape[1:]), generator=draw)
-    return x, torch.randint(0, 10, (n,), generator=draw)
+    return x.to(where), torch.randint(0, 10, (n,), generator=draw).to(where)
 
 
 _SAME_UPDATE = 0.05
@@ -189,7 +210,7 @@ def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
     x, y = (t[:64] for t in _data(setting))
     draw = torch.Generator().manual_seed(2)
     noise = 0.05 * torch.rand(x.shape, generator=draw)
-    start = (x + noise).clamp(0.0, 1.0)
+    start = (x + noise.to(x.device)).clamp(0.0, 1.0)
     theirs, ours = network(setting, ours=False), network(setting)
     y = torch.zeros_like(y)
     for net in (theirs, ours):
@@ -206,9 +227,8 @@ def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
         optimiser=Optimiser(
             ours, lr=[rivals.LR], momentum=rivals.MOMENTUM, weight_decay=rivals.WEIGHT_DECAY
         ),
+        device=x.device,
     )
-    from engine.data.loaders import Batch
-
     step(Batch(x, y, start=start))
     # The sign of a gradient near zero may turn by rounding, and some pixels then differ.
     one, other = (
@@ -244,7 +264,9 @@ def run(quick: bool, cloned: Mapping[str, Path] | None = None) -> list[dict[str,
         EngineError: for a folder that is no such clone, before anything is timed; when its code fails.
     """
     found = [(setting, _cloned(setting, cloned or {})) for setting in settings(quick)]
-    return [row for setting, own in found for row in _measure(setting, own)]
+    # By itself PyTorch would round in the rivals' convolutions on a GPU.
+    with precision.arithmetic("fp32", runner.device()):
+        return [row for setting, own in found for row in _measure(setting, own)]
 
 
 def _cloned(setting: Setting, folders: Mapping[str, Path]) -> list[tuple[clones.Clone, Method]]:
@@ -257,6 +279,7 @@ def _cloned(setting: Setting, folders: Mapping[str, Path]) -> list[tuple[clones.
 
 
 def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> list[dict[str, Any]]:
+    where = runner.device()
     x, y = (t[: setting.shape[0]] for t in _data(setting))
     calls: dict[str, Callable[[], object]] = {}
     for method in setting.methods:
@@ -264,7 +287,7 @@ def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> lis
         calls[f"ours {key}"] = our_step(setting, method)
         passes = method.objective.passes(method.attack)
         calls[f"bare {key}"] = bare_passes(rivals.plain(network(setting)), x, passes)
-        if unavailable(torch.device("cuda" if torch.cuda.is_available() else "cpu")) is None:
+        if unavailable(where) is None:
             calls[f"captured {key}"] = our_step(setting, method, captured=True)
     if setting.packages:
         calls[f"compiled {_key(PGD10)}"] = our_step(setting, PGD10, compile=True)
@@ -284,7 +307,7 @@ def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> lis
             notes.append(
                 f"{clone.label} disagrees with our step, or draws its start in ways not known here: no ratio"
             )
-    times = measure.side_by_side(calls, seconds=setting.seconds, sample_ms=0.0)
+    times = measure.side_by_side(calls, device=where, seconds=setting.seconds, sample_ms=0.0)
     rows = []
     for method in setting.methods:
         key = _key(method)

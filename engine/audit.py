@@ -156,6 +156,8 @@ class Audit:
         ops: operators that launch work (views and allocations left out), by phase.
         attack_step_ops: such operators in one attack step, network passes left out; loss_ops and
             optimiser_ops: in the loss, forward and backward, and in the optimiser with the average.
+        stand_in: the optimiser that was recorded in place of the recipe's, apex's, which has no CPU to run
+            on; None: the recipe's own.
     """
 
     recipe: str
@@ -164,6 +166,7 @@ class Audit:
     attack_step_ops: float
     loss_ops: int
     optimiser_ops: int
+    stand_in: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -173,8 +176,11 @@ class Audit:
 def audit(recipe: Recipe) -> Audit:
     """Record the recipe's step on a tape, replay it, and hold it against the same step run eagerly.
 
-    Random images of the dataset's shape, a small batch: what is dispatched depends on neither.
+    Random images of the dataset's shape, a small batch: what is dispatched depends on neither. All on the
+    CPU, so with stand-ins for what only a GPU has (`runner.without_gpu`).
     """
+    asked = recipe.optim.name
+    recipe = runner.without_gpu(recipe, torch.device("cpu"))
     plain, _ = _train(recipe, None)
     tape = Tape()
     taped, complaints = _train(recipe, tape)
@@ -185,6 +191,12 @@ def audit(recipe: Recipe) -> Audit:
     for name in ours:
         if not _same(ours[name], theirs[name]):
             complaints.append(f"{name} differs between replay and eager step after {_STEPS} steps")
+    stand_in = None if recipe.optim.name == asked else recipe.optim.name
+    if stand_in:
+        # Whether apex's can be captured its name says.
+        taped.optimiser.name = asked
+        if taped.optimiser.uncapturable:
+            complaints.append(taped.optimiser.uncapturable)
     work = [entry for entry in tape.entries if entry.replayed]
     ops = Counter(entry.phase for entry in work)
     own = [str(entry.op) for entry in work if entry.op.namespace == "engine"]
@@ -197,6 +209,7 @@ def audit(recipe: Recipe) -> Audit:
         ops[phases.ATTACK_STEP] / max(climbs, 1),
         ops[phases.LOSS] + losses,
         ops[phases.OPTIMISER],
+        stand_in,
     )
 
 

@@ -223,6 +223,9 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
     images = min(about.train - recipe.data.validation, recipe.data.train_examples or about.train)
     steps = images // recipe.optim.batch_size
     passes = recipe.objective.passes(recipe.attack)
+    said = assumptions(device, precision)
+    if step.optimiser.name != recipe.optim.name:
+        said.append(f"optim.name = {recipe.optim.name} at the price of {step.optimiser.name}")
     pixels = images * about.shape[0] * about.shape[1] * about.shape[2]
     activations = sum(op.saved for op in ops if op.phase == phases.TRAIN_FORWARD)
     moments = 2 if recipe.optim.name.endswith(("adamw", "adam", "lamb")) else 1
@@ -251,7 +254,7 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
         },
         1e3 * pgd10.seconds,
         cost.seconds / pgd10.seconds,
-        assumptions(device, precision),
+        said,
         measured(recipe),
     )
 
@@ -332,8 +335,8 @@ def _step(recipe: Recipe, where: torch.device, steps: int) -> Step:
         model = runner.build_model(recipe, None, len(about.classes), images.shape[1:])
     memory = runner.memory_for(recipe, images, where)
     if where.type == "meta":
-        # Priced in float32, where every operator has a meta kernel; `_price` knows the precision.
-        recipe = replace(recipe, step=replace(recipe.step, precision="fp32", capture="off"))
+        # Priced in float32; `_price` knows the precision.
+        recipe = runner.without_gpu(recipe, where)
     step = runner.build_step(recipe, model, steps=steps, memory=memory)
     step.train()
     return step

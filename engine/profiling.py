@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from markupsafe import Markup
+from torch.autograd import DeviceType
 
 from . import audit, files, phases, plan, plots, precision, report, runner
 from .benchmarks import measure
@@ -97,11 +98,13 @@ class Profile:
         covered: what the named phases cover [0..1].
         ops_per_step: operators dispatched, views and allocations left out; by the audit.
         host_syncs: reads of a device value within a step; by the audit.
-        cpu_ms, device_ms: of a step in torch.profiler; device_ms is None without a GPU.
-        top_ops: op, calls a step, ms a step of its own, share of all operators, gb_per_s (its inputs
-            taken as float32, once: a lower bound; None for gathers), share_of_copy (against a large copy
-            on this machine), gflop_per_s and share_of_peak (None for what is neither convolution nor
-            matrix product).
+        stand_in: the optimiser that the audit counted in place of apex's; None: the recipe's own.
+        cpu_ms, device_ms: of a step in torch.profiler, waiting for the device not counted; device_ms is
+            None without a GPU.
+        top_ops: op, calls a step, ms a step of its own (on a GPU: in the kernels it launched), share of
+            cpu_ms (of device_ms), gb_per_s (its inputs taken as float32, once: a lower bound; None for
+            gathers), share_of_copy (against a large copy on this machine), gflop_per_s and share_of_peak
+            (None for what is neither convolution nor matrix product).
     """
 
     recipe: str
@@ -118,6 +121,7 @@ class Profile:
     covered: float
     ops_per_step: int
     host_syncs: int
+    stand_in: str | None
     cpu_ms: float
     device_ms: float | None
     top_ops: list[dict[str, Any]]
@@ -137,6 +141,8 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     out.mkdir(parents=True, exist_ok=True)
+    # What needs no measurement first: where it fails, none was made for nothing.
+    found, gflop = audit.audit(recipe), plan.flops(recipe) / 1e9
     call = runner.step_of(recipe)
     for _ in range(_WARM_UP):
         call()
@@ -163,9 +169,7 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
     for row in top:
         row["share_of_copy"] = row["gb_per_s"] and row["gb_per_s"] / copied
         row["share_of_peak"] = row["gflop_per_s"] and row["gflop_per_s"] / peak
-    gflop = plan.flops(recipe) / 1e9
     rate = 1e3 * gflop / timing.p50
-    found = audit.audit(recipe)
     picture = out / "phases.png"
     result = Profile(
         recipe=recipe.name,
@@ -182,6 +186,7 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
         covered=covered,
         ops_per_step=sum(found.ops.values()),
         host_syncs=sum("on the host" in line for line in found.complaints),
+        stand_in=found.stand_in,
         cpu_ms=cpu_ms,
         device_ms=device_ms,
         top_ops=top,
@@ -224,16 +229,7 @@ def _operators(
     session.export_chrome_trace(str(trace))
     kind = "self_device_time_total" if cuda else "self_cpu_time_total"
     flops = _flops(call, session.events(), kind)
-    rows: dict[str, dict[str, float]] = {}
-    cpu = device = 0.0
-    for event in session.key_averages(group_by_input_shape=True):
-        cpu += event.self_cpu_time_total
-        device += getattr(event, "self_device_time_total", 0.0)
-        row = rows.setdefault(event.key, {"calls": 0, "us": 0.0, "bytes": 0.0})
-        numbers = [shape for shape in event.input_shapes or () if _is_shape(shape)]
-        row["calls"] += event.count
-        row["us"] += getattr(event, kind)
-        row["bytes"] += event.count * sum(4 * torch.Size(shape).numel() for shape in numbers)
+    cpu, device, rows = tally(session.key_averages(group_by_input_shape=True), kind)
     total = device if cuda else cpu
     top = sorted(rows.items(), key=lambda item: -item[1]["us"])[:12]
     found = [
@@ -248,6 +244,37 @@ def _operators(
         for name, row in top
     ]
     return cpu / 1e3 / steps, device / 1e3 / steps if cuda else None, found
+
+
+def tally(events: Iterable[Any], kind: str) -> tuple[float, float, dict[str, dict[str, float]]]:
+    """Microseconds of the CPU and of the device in a profiler's averages; calls, us and bytes of every operator.
+
+    With a GPU the averages hold each kernel twice: under the operator that launched it, as its device time,
+    and as a row of its own. The device's time is that of the latter (as in torch's table), which are no
+    operators.
+
+    Args:
+        kind: the attribute that says an operator's own time.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    cpu = device = 0.0
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            # The ranges around kernels, such as an optimiser's, lie there as well.
+            device += 0.0 if event.is_user_annotation else event.self_device_time_total
+            continue
+        if event.is_legacy:
+            # Without CUPTI there are no rows of kernels.
+            device += event.self_device_time_total
+        if not event.key.endswith("Synchronize"):  # cudaDeviceSynchronize and its like only wait
+            cpu += event.self_cpu_time_total
+        row = rows.setdefault(event.key, {"calls": 0, "us": 0.0, "bytes": 0.0})
+        numbers = [shape for shape in event.input_shapes or () if _is_shape(shape)]
+        row["calls"] += event.count
+        row["us"] += getattr(event, kind)
+        row["bytes"] += event.count * sum(4 * torch.Size(shape).numel() for shape in numbers)
+    # On a GPU most only call others.
+    return cpu, device, {name: row for name, row in rows.items() if row["us"] > 0}
 
 
 def _flops(call: Callable[[], object], events: Sequence[Any], kind: str) -> Counter[str]:

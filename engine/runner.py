@@ -22,7 +22,7 @@ from .data.loaders import Batch, Loader, ResidentLoader
 from .distributed import World
 from .errors import EngineError
 from .memory import AdversaryMemory
-from .optim import Optimiser
+from .optim import Optimiser, OptimiserName
 from .progress import EvaluationBar, TrainingBar, bar
 from .recipe import Recipe
 from .runs import Run
@@ -33,6 +33,15 @@ from .trainer import Hooks, Result, Trainer
 _ALONE = World()
 # Enough for differences of five points, and affordable.
 _MASKING_EXAMPLES = 500
+
+# By the name of an optimiser that is not ours the one of ours with as many moments.
+_OURS: dict[OptimiserName, OptimiserName] = {
+    "torch-sgd": "sgd",
+    "torch-adamw": "adamw",
+    "apex-sgd": "sgd",
+    "apex-adam": "adamw",
+    "apex-lamb": "adamw",
+}
 
 # One dataset serves the check, the training, the evaluation and the report of a process.
 _load = lru_cache(maxsize=4)(datasets.load)
@@ -180,6 +189,24 @@ def build_step(
         device=where,
         compile=recipe.step.compile,
         recorder=recorder,
+    )
+
+
+def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
+    """The recipe with stand-ins for what `where`, the CPU or the meta device, lacks.
+
+    On the CPU: no CUDA graph, fp32 for tf32, ours for apex's optimisers. The meta device has shapes and no
+    numbers: there ours for torch's, which read some, and float32 throughout, as every operator has it there.
+    """
+    step, name = recipe.step, recipe.optim.name
+    meta = where.type == "meta"
+    if meta or name.startswith("apex"):
+        name = _OURS.get(name, name)
+    exact = "fp32" if meta or step.precision == "tf32" else step.precision
+    return replace(
+        recipe,
+        step=replace(step, capture="off", precision=exact),
+        optim=replace(recipe.optim, name=name),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import EngineError, cli
+from engine import EngineError, cli, runner
 from engine.benchmarks import clones, step
 
 TINY = step.Setting("tiny-cnn", (8, 1, 8, 8), [step.PGD10, step.TRADES10], False, False, 0.1)
@@ -159,7 +159,7 @@ def test_a_clone_trains_from_a_start_of_its_own(folders, name, channels):
     setting = step.Setting("tiny-cnn", (8, channels, 8, 8), [], False, False, 0.0)
     net = step.network(setting, ours=False)
     before = net.fc2.weight.detach().clone()
-    x = torch.rand(setting.shape)
+    x = torch.rand(setting.shape, device=runner.device())
     with torch.no_grad():
         y = net(x).argmax(1)
     clones.load(name, folders[name], channels).loop(net, 0.01, 0.005, 2)(x, y)
@@ -169,15 +169,34 @@ def test_a_clone_trains_from_a_start_of_its_own(folders, name, channels):
 def test_rows_compare_with_clones_and_say_how_they_ran(folders, monkeypatch):
     """The stub fails where everything is wrong: had it met that, the authors' would have left off."""
     monkeypatch.setattr(step, "settings", lambda quick: [TINY])
+    monkeypatch.setattr(step, "unavailable", lambda device: "not in this test")
     pgd, trades = step.run(quick=True, cloned=folders)
     assert set(pgd["speedup_vs"]) == {"fast_adversarial (clone)"}
     assert set(trades["speedup_vs"]) == {"TRADES (clone)"}
-    for word in ("attack_pgd of MNIST/evaluate_mnist.py", "Tensor.cuda", "torchvision", "apex"):
+    how = "on the GPU" if clones._on_a_gpu() else "Tensor.cuda"
+    for word in ("attack_pgd of MNIST/evaluate_mnist.py", how, "torchvision", "apex"):
         assert word in pgd["note"]
+
+
+def test_a_clone_runs_where_the_benchmark_does(folders, monkeypatch):
+    """What it sends to the GPU goes there: a device that has shapes and no numbers stands in."""
+    monkeypatch.setattr(runner, "device", lambda: torch.device("meta"))
+    net = step.network(TINY, ours=False)
+    x, y = (t[:8] for t in step._data(TINY))
+    clones.load("trades", folders["trades"], 1).loop(net, 0.01, 0.005, 2)(x, y)
+    # Had anything been left on the CPU it would have met x, and failed.
+    assert all(p.grad.is_meta for p in net.parameters())
+    monkeypatch.setattr(runner, "device", lambda: torch.device("cuda"))
+    cuda = torch.Tensor.cuda
+    clone = clones.load("trades", folders["trades"], 1)
+    assert "on the GPU with empty stand-ins" in clone.note
+    with clones._here():
+        assert torch.Tensor.cuda is cuda
 
 
 def test_a_clone_that_disagrees_gets_no_ratio(folders, monkeypatch):
     monkeypatch.setattr(step, "settings", lambda quick: [TINY])
+    monkeypatch.setattr(step, "unavailable", lambda device: "not in this test")
     rewrite(folders["trades"] / "trades.py", "0.001 * torch.randn", "0.1 * torch.randn")
     pgd, trades = step.run(quick=True, cloned=folders)
     assert trades["speedup_vs"] == {}
@@ -196,7 +215,7 @@ def test_nothing_is_left_behind_by_code_that_fails(folders):
     before = process()
     clone = clones.load("fast_adversarial", folders["fast_adversarial"], 1)
     net = step.network(TINY, ours=False)
-    x = torch.rand(TINY.shape)
+    x = torch.rand(TINY.shape, device=runner.device())
     with torch.no_grad():
         wrong = net(x).argmin(1)
     with pytest.raises(EngineError) as failed:

@@ -1,18 +1,139 @@
 """The step benchmark: rivals that do the same thing, rows that say what was measured."""
 
 import contextlib
+import itertools
 import json
+import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from engine import PGD, cli
+from engine import PGD, cli, runner
+from engine.audit import Tape
 from engine.benchmarks import measure, rivals, step, tables
 from engine.objectives import Passes
 
 TINY = step.Setting(
     "tiny-cnn", (8, 1, 8, 8), [step.METHODS[1], step.PGD10, step.TRADES10], False, True, 0.2
 )
+
+
+class Places(TorchDispatchMode):
+    """Where the tensors lie that are touched within the block; numbers left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        self.found |= {t.device.type for t in tensors if t.dim()}
+        return out
+
+
+def test_all_that_is_timed_is_on_the_device_and_waited_for(monkeypatch):
+    """A device that has shapes and no numbers stands in for a GPU: what is left on the CPU meets it and fails."""
+    where, timed = torch.device("meta"), {}
+
+    def side_by_side(calls, *, device, **_):
+        assert device == where
+        for name, call in calls.items():
+            if "k=10" in name:
+                continue  # as with two steps
+            places = Places()
+            # The loop of Fast-AT ends its step by reading its loss, which here is no number.
+            reads = pytest.raises(RuntimeError, match="item")
+            may = reads if name == "fast_adversarial-style" else contextlib.nullcontext()
+            if "k=2" in name:
+                call()  # the first shuffles on the host, and captures
+            with may, places:
+                call()
+            timed[name] = places.found
+        return {name: measure.quantiles([1e-3]) for name in calls}
+
+    graphs = []
+    for name in ("fast_adversarial", "trades"):
+        loop = getattr(rivals, name)
+        monkeypatch.setattr(rivals, name, lambda *a, loop=loop: loop(*a[:3], 1))
+    monkeypatch.setattr(runner, "device", lambda: where)
+    monkeypatch.setattr(measure, "side_by_side", side_by_side)
+    monkeypatch.setattr(step, "agrees", lambda *_: True)
+    monkeypatch.setattr(step, "unavailable", lambda device: None if device == where else "no")
+    monkeypatch.setattr(step, "CudaGraphs", lambda device: graphs.append(device) or Tape())
+    step._measure(TINY, [])
+    ours = [f"{mode} local-ball, ce, memory k=2" for mode in ("ours", "bare", "captured")]
+    assert timed == {name: {"meta"} for name in (*ours, "fast_adversarial-style", "TRADES-style")}
+    assert graphs == [where] * len(TINY.methods)
+
+
+def test_a_captured_step_replays_what_it_recorded(monkeypatch):
+    """And makes its own batches, epoch after epoch, as in training."""
+    tapes = []
+
+    def graphs(device):
+        assert device == runner.device()
+        tapes.append(Tape())
+        return tapes[-1]
+
+    monkeypatch.setattr(step, "CudaGraphs", graphs)
+    built, loader = step.built_step(TINY, step.METHODS[1], captured=True)
+    (tape,) = tapes
+    tape.known = lambda: [*built.tensors().values(), *loader.tensors()]
+    monkeypatch.setattr(step, "built_step", lambda *_, **__: (built, loader))
+    call = step.our_step(TINY, step.METHODS[1], captured=True)
+    weights = [built.model.fc2.weight.detach().clone()]
+    for _ in range(2 * len(loader) + 1):
+        call()
+        weights.append(built.model.fc2.weight.detach().clone())
+    assert built.why_eager is None
+    assert tape.complaints == []
+    assert any(entry.op.namespace == "engine" for entry in tape.entries)
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(weights))
+
+
+def test_a_call_is_over_when_the_gpu_is_done(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: done.append("waited"))
+    measure.side_by_side(
+        {"one": lambda: done.append("called")}, device="cuda", seconds=0.0, sample_ms=0.0
+    )
+    assert done == ["called", "waited"] * (len(done) // 2)
+    assert len(done) >= 2 * 6
+    done.clear()
+    measure.side_by_side({"one": lambda: done.append("called")}, seconds=0.0, sample_ms=0.0)
+    assert set(done) == {"called"}
+
+
+def test_all_calculate_alike(monkeypatch):
+    """By itself PyTorch rounds in convolutions on a GPU, the rivals' that is: our steps say what they want."""
+    convolutions, found = torch.backends.cudnn, []
+    monkeypatch.setattr(runner, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(convolutions, "allow_tf32", True)
+    monkeypatch.setattr(step, "_measure", lambda *_: found.append(convolutions.allow_tf32) or [])
+    monkeypatch.setattr(step, "settings", lambda quick: [TINY])
+    step.run(quick=True)
+    assert found == [False]
+    assert convolutions.allow_tf32
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cpu", "cpu"), ("meta", "gpu")])
+def test_packages_work_where_the_network_is(monkeypatch, device, asked):
+    names = ("foolbox", "art", "art.defences", "art.defences.trainer", "art.estimators")
+    fakes = {name: MagicMock() for name in (*names, "art.estimators.classification")}
+    for name, module in fakes.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(runner, "device", lambda: torch.device(device))
+    nets = [step.network(TINY, ours=False) for _ in range(2)]
+    rivals.foolbox_pgd(nets[0], 0.1, 0.02, 2)
+    rivals.toolbox(nets[1], 0.1, 0.02, 2, TINY.shape, 10)
+    foolbox = fakes["foolbox"].PyTorchModel.call_args.kwargs
+    toolbox = fakes["art.estimators.classification"].PyTorchClassifier.call_args.kwargs
+    assert foolbox["device"] == torch.device(device)
+    assert toolbox["device_type"] == asked
 
 
 @pytest.mark.parametrize(
@@ -46,7 +167,8 @@ def test_rivals_train_a_network_without_our_ops():
     setting = step.Setting("fast-at-mnist", (4, 1, 28, 28), [], False, False, 0.0)
     called = []
     for ours in (True, False):
-        net = step.network(setting, ours=ours)
+        # On the CPU, where our stems have ops.
+        net = step.network(setting, ours=ours).cpu()
         x = torch.rand(setting.shape, requires_grad=True)
         with torch.profiler.profile() as session:
             net(x).sum().backward()
@@ -92,6 +214,7 @@ def test_bare_passes_are_the_passes_declared():
 
 def test_rows_say_what_was_measured(monkeypatch):
     monkeypatch.setattr(step, "settings", lambda quick: [TINY])
+    monkeypatch.setattr(step, "unavailable", lambda device: "not in this test")
     rows = step.run(quick=True)
     assert [(row["objective"], row["k"]) for row in rows] == [
         ("local-ball, ce, memory", 2),
@@ -113,6 +236,7 @@ def test_rows_say_what_was_measured(monkeypatch):
 def test_a_rival_that_disagrees_gets_no_ratio(monkeypatch):
     monkeypatch.setattr(step, "settings", lambda quick: [TINY])
     monkeypatch.setattr(step, "agrees", lambda loop, method: method is step.TRADES10)
+    monkeypatch.setattr(step, "unavailable", lambda device: "not in this test")
     rows = step.run(quick=True)
     assert rows[1]["speedup_vs"] == {}
     assert rows[0]["note"] == "fast_adversarial-style disagrees with our step: no ratio"
@@ -135,8 +259,8 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 
 def test_packages_train_where_they_are_installed():
-    x, y = torch.rand(8, 1, 8, 8), torch.randint(0, 10, (8,))
     setting = step.Setting("tiny-cnn", (8, 1, 8, 8), [], True, False, 0.1)
+    x, y = (t[:8] for t in step._data(setting))
     ran = 0
     for make in (
         lambda net: rivals.torchattacks_pgd(net, 0.1, 0.02, 2),
@@ -162,6 +286,7 @@ def test_ratios_pair_what_was_timed_together():
 def test_command_line(monkeypatch, capsys):
     small = step.Setting("tiny-cnn", (8, 1, 8, 8), [step.METHODS[3]], False, False, 0.1)
     monkeypatch.setattr(step, "settings", lambda quick: [small])
+    monkeypatch.setattr(step, "unavailable", lambda device: "not in this test")
     assert cli.run(["bench", "step", "--quick", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["objective"] == "pgd, memory"

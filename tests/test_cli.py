@@ -222,6 +222,35 @@ def test_doctor_shows_a_backend_for_every_op(capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--step.capture", "on"], []),
+        (["--step.precision", "tf32"], []),
+        (["--optim.name", "apex-adam"], ["recorded with adamw in place of apex's"]),
+        (
+            ["--optim.name", "apex-sgd"],
+            ["recorded with sgd", "apex-sgd takes its learning rate from the host"],
+        ),
+        (
+            ["--optim.name", "apex-lamb"],
+            ["recorded with adamw", "apex-lamb takes its learning rate from the host"],
+        ),
+    ],
+    ids=" ".join,
+)
+def test_doctor_audits_recipes_for_gpus_without_one(words, said, capsys):
+    status = cli.run(["doctor", "--capture", "quickstart", *words])
+    out = capsys.readouterr().out
+    never = any("host" in line for line in said)
+    assert status == never
+    assert ("the step cannot be captured" if never else "the step can be captured") in out
+    for line in said:
+        assert line in out
+    if not said:
+        assert "in place of" not in out
+
+
+@pytest.mark.parametrize(
     ("name", "network", "loader"),
     [
         ("cifar10", "preact-resnet18", "auto"),

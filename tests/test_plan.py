@@ -97,6 +97,28 @@ def test_memory_is_of_the_set_and_the_weights(cifar):
     assert parts["dataset"] == parts["adversary memory"] == pytest.approx(49_000 * 3072 / 1e9)
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("torch-sgd", "sgd"),
+        ("torch-adamw", "adamw"),
+        ("apex-sgd", "sgd"),
+        ("apex-adam", "adamw"),
+        ("apex-lamb", "adamw"),
+    ],
+)
+def test_an_optimiser_of_others_is_priced_as_ours_and_the_plan_says_so(name, ours, monkeypatch):
+    """On paper none of theirs runs: torch's read a number, apex's want a GPU."""
+    monkeypatch.setattr(plan, "measured", lambda recipe: None)
+    foreign, own = (
+        plan.plan(load("quickstart", optim__name=each), "h100") for each in (name, ours)
+    )
+    assert foreign.step_ms == own.step_ms
+    assert foreign.memory_gb == own.memory_gb
+    assert foreign.assumptions == [*own.assumptions, f"optim.name = {name} at the price of {ours}"]
+    assert plan.flops(load("quickstart", optim__name=name)) == own.flops
+
+
 def test_command_line(capsys):
     assert cli.run(["plan", "fashion-mnist", "--gpu", "a100", "--json", "--attack.steps", "1"]) == 0
     found = json.loads(capsys.readouterr().out)

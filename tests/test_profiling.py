@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
-from engine import cli, phases, plan, profiling
+from engine import EngineError, cli, phases, plan, profiling
 from engine import recipe as recipes
 
 from .test_report import Page
@@ -101,6 +103,84 @@ def test_flops_belong_to_the_operator_that_takes_the_time():
         "aten::mkldnn_convolution": 2 * (2 * 5 * 6 * 6) * 27,
         "aten::mm": 2 * 4 * 6 * 7,
     }
+
+
+def averages(device):
+    """Of a step of torch's, as its profiler has it: two operators and what they launched, a range, a wait."""
+    events = []
+
+    def add(name, begin, end, kind=DeviceType.CPU, **more):
+        more = {"use_device": device, "input_shapes": [], "stack": [], **more}
+        made = FunctionEvent(len(events), name, 1, begin, end, device_type=kind, **more)
+        events.append(made)
+        return made
+
+    add("aten::linear", 0, 20, input_shapes=[[4, 6], [7, 6]])
+    product = add("aten::mm", 2, 18, input_shapes=[[4, 6], [6, 7]])
+    addition = add("aten::add", 20, 26, input_shapes=[[4, 7], [4, 7]])
+    if device:
+        add("cudaDeviceSynchronize", 30, 90)
+        for name, begin, end, launched in (
+            ("gemm", 10, 70, product), ("elementwise", 70, 80, addition)
+        ):  # fmt: skip
+            add(name, begin, end, DeviceType.CUDA)
+            launched.append_kernel(name, 0, end - begin)
+        add("Optimizer.step#SGD.step", 10, 80, DeviceType.CUDA, is_user_annotation=True)
+    found = EventList(events, use_device=device)
+    found._build_tree()
+    return found.key_averages(group_by_input_shapes=True)
+
+
+def test_a_kernels_time_counts_once():
+    """The profiler has it twice, by operator and by kernel; its own table is what says how much there was."""
+    events = averages("cuda")
+    cpu, device, rows = profiling.tally(events, "self_device_time_total")
+    assert device == 70.0
+    assert "Self CUDA time total: 70.000us" in events.table()
+    assert cpu == 26.0
+    assert rows == {
+        "aten::mm": {"calls": 1, "us": 60.0, "bytes": 4 * (24 + 42)},
+        "aten::add": {"calls": 1, "us": 10.0, "bytes": 4 * (28 + 28)},
+    }
+
+
+def test_without_a_gpu_an_operators_time_is_the_cpus():
+    cpu, device, rows = profiling.tally(averages(None), "self_cpu_time_total")
+    assert (cpu, device) == (26.0, 0.0)
+    assert {name: row["us"] for name, row in rows.items()} == {
+        "aten::linear": 4.0,
+        "aten::mm": 16.0,
+        "aten::add": 6.0,
+    }
+
+
+def test_a_recipe_for_gpus_is_profiled(tmp_path, monkeypatch, capsys):
+    """Its audit and its arithmetic are found out elsewhere: on the CPU, and on paper."""
+    changes = {"step.capture": "on", "step.precision": "tf32", "optim.name": "apex-adam"}
+    plain = recipes.load("quickstart")
+    step_of, resolve = profiling.runner.step_of, profiling.precision.resolve
+    monkeypatch.setattr(profiling.runner, "step_of", lambda _: step_of(plain))
+    monkeypatch.setattr(profiling.precision, "resolve", lambda _, device: resolve("fp32", device))
+    monkeypatch.setattr(profiling.measure, "peak_gflops", lambda *_: 100.0)
+    words = [word for name, value in changes.items() for word in (f"--{name}", value)]
+    assert cli.run(["profile", "quickstart", *words, "--out", str(tmp_path), "--steps", "1"]) == 0
+    assert "counted with adamw in place of apex's" in capsys.readouterr().out
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert found["gflop"] == plan.flops(plain) / 1e9
+    assert found["ops_per_step"] > 20
+    assert found["stand_in"] == "adamw"
+
+
+def test_what_cannot_be_profiled_is_found_before_anything_is_measured(tmp_path, monkeypatch):
+    def fails(_):
+        raise EngineError("no")
+
+    monkeypatch.setattr(profiling.runner, "step_of", lambda _: pytest.fail("measured"))
+    for part, name in ((profiling.audit, "audit"), (profiling.plan, "flops")):
+        with monkeypatch.context() as patch:
+            patch.setattr(part, name, fails)
+            with pytest.raises(EngineError, match="no"):
+                profiling.profile(recipes.load("quickstart"), tmp_path)
 
 
 def test_the_page_has_the_profile_and_fetches_nothing(profiled):

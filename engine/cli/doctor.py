@@ -70,6 +70,10 @@ def _audit(name: str, overrides: dict[str, str], as_json: bool) -> int:
         if found.ok
         else f"{found.recipe}: the step cannot be captured in a CUDA graph"
     )
+    if found.stand_in:
+        print(
+            f"  recorded with {found.stand_in} in place of apex's optimiser, which has no CPU form"
+        )
     for complaint in found.complaints:
         print(f"  {complaint}")
     print("operators a step, views and allocations left out:")

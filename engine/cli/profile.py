@@ -59,7 +59,8 @@ def _profile(arguments: argparse.Namespace, rest: list[str]) -> int:
         f"{found.images_per_second:,.0f} images a second",
         "arithmetic": f"{found.gflop:.3g} GFLOP a step, {found.gflop_per_s:.3g} GFLOP/s: {found.share_of_peak:.0%} of "
         f"the {found.peak_gflop_per_s:.3g} that a large matrix product reaches here",
-        "operators": f"{found.ops_per_step} a step, {found.host_syncs} reads of the device by the host",
+        "operators": f"{found.ops_per_step} a step, {found.host_syncs} reads of the device by the host"
+        + (f"; counted with {found.stand_in} in place of apex's" if found.stand_in else ""),
         "time": f"CPU {found.cpu_ms:.3g} ms in operators, device {device}",
         "memory": "unknown"
         if found.peak_memory_mb is None
