@@ -91,6 +91,9 @@ def examples() -> list[Example]:
     images = torch.zeros(b, c, h, w, dtype=torch.uint8)
     memory, where = images.to(torch.int8), torch.zeros(b, 3, dtype=torch.int32)
     stem_grad, weight = torch.zeros(b, o, h, w), torch.zeros(o, c, 3, 3)
+    # What a channels_last network hands over under bf16: weight in its order too, images as the loader has them.
+    half_stem_grad = stem_grad.bfloat16().contiguous(memory_format=torch.channels_last)
+    weight_last = weight.contiguous(memory_format=torch.channels_last)
     flat_parameter = torch.zeros(b * d)
 
     def backward():
@@ -109,12 +112,13 @@ def examples() -> list[Example]:
             state, state, state, state, state, lr=one, count=one, found_inf=one, weight_decay=[5e-4], ema_decay=one
         )  # fmt: skip
 
-    def stem(norm):
+    def stem(norm, grad, weight):
         return ops.input_grad_step(
-            x, x, stem_grad, weight, stride=1, padding=1, eps=one, alpha=one, norm=norm
+            x, x, grad, weight, stride=1, padding=1, eps=one, alpha=one, norm=norm
         )
 
     stem_bytes = 4 * stem_grad.numel() / pixels
+    half_bytes = stem_bytes / 2
     crop_bytes = (8 + 12) / d
     return [
         Example("linf_start", "uniform_start", lambda: ops.uniform_start(x, one, rng), pixels, 8, flat=True),
@@ -128,8 +132,10 @@ def examples() -> list[Example]:
         Example("l2_step_bf16_input", "attack_step_", lambda: ops.attack_step_(x, z, x, one, one, norm="L2", network_input=half), pixels, 18),
         Example("cross_entropy_grad", "cross_entropy_grad", lambda: ops.cross_entropy_grad(p, target), logits, 8 + 8 / k),
         Example("kl_grad", "kl_grad", lambda: ops.kl_grad(p, p), logits, 12),
-        Example("linf_input_grad", "input_grad_step", lambda: stem("Linf"), pixels, 12 + stem_bytes, counted=False),
-        Example("l2_input_grad", "input_grad_step", lambda: stem("L2"), pixels, 4 + stem_bytes, counted=False),
+        Example("linf_input_grad", "input_grad_step", lambda: stem("Linf", stem_grad, weight), pixels, 12 + stem_bytes, counted=False),
+        Example("l2_input_grad", "input_grad_step", lambda: stem("L2", stem_grad, weight), pixels, 4 + stem_bytes, counted=False),
+        Example("linf_input_grad_bf16_channels_last", "input_grad_step", lambda: stem("Linf", half_stem_grad, weight_last), pixels, 12 + half_bytes, counted=False),
+        Example("l2_input_grad_bf16_channels_last", "input_grad_step", lambda: stem("L2", half_stem_grad, weight_last), pixels, 4 + half_bytes, counted=False),
         Example("loss", "local_ball_loss", lambda: ops.local_ball_loss(p, target, p, p), logits, 12 + 8 / k),
         Example("loss_partial", "local_ball_loss", lambda: ops.local_ball_loss(many_p, many_target, many_p, many_p), many * k, 12 + 8 / k),
         Example("loss_finish", "local_ball_loss", lambda: ops.local_ball_loss(many_p, many_target, many_p, many_p), many * k, 0, position=1),

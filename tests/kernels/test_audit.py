@@ -85,6 +85,34 @@ print(json.dumps(audit.rows()))
     assert {f"{row['kernel']} {row['arch']}": hold(row) for row in rows if hold(row)} == {}
 
 
+def test_a_channels_last_gradient_is_read_wide():
+    """Training's case under bf16: 16 bits from each of 32 lines would be most of an attack step's time."""
+    found = run_compiling("""
+import json
+from engine.kernels import audit
+last = [e for e in audit.examples() if e.op == "input_grad_step" and "channels_last" in e.kernel]
+audit.examples = lambda: last
+loads = {}
+for arch in audit.ARCHS:
+    for e in last:
+        with audit.recording(arch) as launches:
+            e.launch()
+        opcodes = audit.disassemble(launches[0].cubin)["opcodes"]
+        loads[f"{e.kernel} {arch}"] = audit.accesses(opcodes, "LDG")
+print(json.dumps([loads, audit.rows()]))
+""")
+    loads, rows = found
+    assert len(loads) == 2 * len(audit.ARCHS)
+    for name, widths in loads.items():
+        # Eight products of one load: two pixels' gradients, and 6 for the weights of three channels.
+        assert widths.count(128) == 8, name
+        # Linf reads x, z, eps and alpha as well, one pixel a lane.
+        assert set(widths) == ({128} if name.startswith("l2") else {128, 32}), name
+    assert {f"{row['kernel']} {row['arch']}": hold(row) for row in rows if hold(row)} == {}
+    # Four blocks of four warps a multiprocessor, or too few loads are on their way.
+    assert all(row["occupancy"] >= 0.25 for row in rows)
+
+
 def test_a_broken_promise_shows():
     """A ragged size makes accesses narrow, a register limit makes spills, a gap in the minimum is seen."""
     ragged, starved, wasteful = run_compiling("""
@@ -125,7 +153,7 @@ for example in audit.examples():
 print(json.dumps(counts))
 """)
     # The gradient before the L2 step needs a pass of its own; so do the sums of a large batch.
-    two = {"l2_input_grad", "loss_partial", "loss_finish"}
+    two = {"l2_input_grad", "l2_input_grad_bf16_channels_last", "loss_partial", "loss_finish"}
     assert {kernel for kernel, count in counts.items() if count == 2} == two
     assert all(count == 1 for kernel, count in counts.items() if kernel not in two)
 
@@ -167,9 +195,9 @@ def data(dtype, rows, shape, norm, layout):
     ops.recall(stored.to(torch.int8), index, where, x, e, norm=norm)
     ops.remember(stored.to(torch.int8), index, where, x, x, e)
 
-def stem(dtype, grad, c, o, k, stride, norm):
+def stem(dtype, grad, c, o, k, stride, norm, layout):
     x, weight, side = torch.zeros(1, c, 9, 8, dtype=dtype), torch.zeros(o, c, k, k), lambda n: (n - k) // stride + 1
-    g = torch.zeros(1, o, side(9), side(8), dtype=grad)
+    g = torch.zeros(1, o, side(9), side(8), dtype=grad).contiguous(memory_format=layout)
     ops.input_grad_step(x, x, g, weight, stride=stride, padding=0, eps=e, alpha=e, norm=norm)
 
 def optimiser(dtype, grad, sizes, average, nesterov):
@@ -179,14 +207,14 @@ def optimiser(dtype, grad, sizes, average, nesterov):
     ops.adamw_ema_step(p, [t.to(grad) for t in p], p, p, p if average else [], lr=e, count=e, found_inf=e,
                        weight_decay=[0.1] * len(p), ema_decay=0.5)
 
-product, norms = itertools.product, ("Linf", "L2")
+product, norms, layouts = itertools.product, ("Linf", "L2"), (torch.contiguous_format, torch.channels_last)
 record = audit.recording("sm_90")
 record.__enter__()
 for case in product((f32, f64), (f16, bf16), [(1, 1), (2, 1, 4, 4), (2, 3, 4, 4)], norms): attempt(images, *case)
 for case in product((f32, f64, f16, bf16), [(1, 1), (1, 10), (3000, 3)]): attempt(logits, case[0], *case[1], True, True)
 for case in product((False, True), (False, True)): attempt(logits, f32, 5, 1000, *case)
-for case in product((f32, f64), (1, 5), [(1, 1, 1), (3, 4, 4)], norms, [torch.contiguous_format, torch.channels_last]): attempt(data, *case)
-for case in product((f32, f64), (f32, bf16), [(1, 1, 1, 1), (3, 8, 3, 2), (4, 2, 2, 3)], norms): attempt(stem, *case[:2], *case[2], case[3])
+for case in product((f32, f64), (1, 5), [(1, 1, 1), (3, 4, 4)], norms, layouts): attempt(data, *case)
+for case in product((f32, f64), (f32, bf16), [(1, 1, 1, 1), (3, 8, 3, 2), (4, 2, 2, 3), (1, 20, 8, 1)], norms, layouts): attempt(stem, *case[:2], *case[2], *case[3:])
 for case in product((f32, f64), (f32, bf16), [(1,), (3, 4096)], (False, True), (False, True)): attempt(optimiser, *case)
 print(json.dumps(failures))
 """

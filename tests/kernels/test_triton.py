@@ -201,11 +201,35 @@ def test_logits_over_many_programs(narrow, poison, rows, classes):
         torch.testing.assert_close(out, wanted, atol=2e-6, rtol=5e-6)
 
 
-def test_stem_over_many_programs(narrow, poison):
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_stem_over_many_programs(narrow, poison, norm):
     x, z = draw(2, 4, 9, 7), draw(2, 4, 9, 7, seed=1)
     weight, grad = draw(5, 4, 3, 3, seed=2) - 0.5, draw(2, 5, 5, 4, seed=3) - 0.5
-    for norm in ("Linf", "L2"):
-        compare("input_grad_step", x, z, grad, weight, stride=2, padding=1, eps=0.3, alpha=0.1, norm=norm)  # fmt: skip
+    compare("input_grad_step", x, z, grad, weight, stride=2, padding=1, eps=0.3, alpha=0.1, norm=norm)  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize(("out", "stride", "last"), [(20, 2, False), (16, 1, True), (3, 1, False)])
+def test_a_channels_last_stem_over_many_programs(narrow, poison, norm, out, stride, last):
+    """Two pixels a program, and output channels that fill one block, one and a part, or none."""
+    x, z = draw(2, 4, 5, 3), draw(2, 4, 5, 3, seed=1)
+    side = [(n - 1) // stride + 1 for n in (5, 3)]
+    weight, grad = draw(out, 4, 3, 3, seed=2) - 0.5, (draw(2, out, *side, seed=3) - 0.5).half()
+    order = torch.channels_last if last else torch.contiguous_format
+    x, z, weight = (t.contiguous(memory_format=order) for t in (x, z, weight))
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    compare("input_grad_step", x, z, grad, weight, stride=stride, padding=1, eps=0.3, alpha=0.1, norm=norm)  # fmt: skip
+
+
+@pytest.mark.parametrize("innermost", [False, True])
+def test_a_gradient_of_more_than_two_billion_elements(innermost):
+    """The third sample lies where 32 bits do not reach; the memory between them is never touched."""
+    apart, (o, h, w) = 1 << 30, (4, 2, 3)
+    strides = (1, w * o, o) if innermost else (h * w, w, 1)
+    memory = torch.empty(2 * apart + o * h * w, dtype=torch.float16, device=DEVICE)
+    grad = memory.as_strided((3, o, h, w), (apart, *strides)).copy_(draw(3, o, h, w) - 0.5)
+    x, weight = draw(3, 1, h, w, seed=1), draw(o, 1, 1, 1, seed=2) - 0.5
+    compare("input_grad_step", x, x, grad, weight, stride=1, padding=0, eps=0.3, alpha=0.1)
 
 
 # ---- optimiser -------------------------------------------------------------------------------
@@ -219,7 +243,7 @@ def optimiser_state(shapes, seed=0):
 
 
 def run_sgd(run, state, steps=2, **options):
-    p, g, m, e = ([t.clone() for t in tensors] for tensors in state)
+    g, (p, m, e) = state[1], ([t.clone() for t in state[i]] for i in (0, 2, 3))
     for _ in range(steps):
         run(
             "sgd_ema_step", p, g, m, e, lr=0.1, found_inf=torch.zeros((), **SCALAR),
@@ -238,6 +262,46 @@ SHAPES = [(7,), (40, 3), (2, 3, 3, 3), (1,), (65,)]
 
 def test_many_tensors_over_many_programs(narrow):
     assert_same_step(optimiser_state(SHAPES))
+
+
+def run_adamw(run, state):
+    g, (p, m, e) = state[1], ([t.clone() for t in state[i]] for i in (0, 2, 3))
+    v = [t.square() for t in m]
+    run(
+        "adamw_ema_step", p, g, m, v, e, lr=0.1, count=torch.ones((), **SCALAR),
+        found_inf=torch.zeros((), **SCALAR), weight_decay=[0.1] * len(p), ema_decay=0.9,
+    )  # fmt: skip
+    return p + m + v + e
+
+
+def test_one_gradient_off_16_bytes_costs_the_others_nothing(narrow, monkeypatch):
+    """As a view of a bucket has it whose first parameter is a bias of ten."""
+    state = optimiser_state(SHAPES)
+    g = state[1]
+    bucket = torch.zeros(1 + g[1].numel(), device=DEVICE)
+    g[1] = bucket[1:].view_as(g[1]).copy_(g[1])
+    assert [t.data_ptr() % 16 for t in g] == [0, 4, 0, 0, 0]
+    wanted = run_sgd(on_reference, state, steps=1), run_adamw(on_reference, state)
+    launches = []
+
+    class Recorded:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(table, *args, **options):
+                launches.append((options["ALIGNED"], table[:, 1].tolist()))
+                self.kernel[grid](table, *args, **options)
+
+            return launch
+
+    for name in ("sgd_ema_kernel", "adamw_ema_kernel"):
+        monkeypatch.setattr(sgd, name, Recorded(getattr(sgd, name)))
+    out = run_sgd(on_triton, state, steps=1), run_adamw(on_triton, state)
+    torch.testing.assert_close(out, wanted, atol=1e-6, rtol=1e-6)
+    addresses = [t.data_ptr() for t in g]
+    expected = [(True, [addresses[i] for i in (0, 2, 3, 4)]), (False, [addresses[1]])]
+    assert launches == 2 * expected
 
 
 def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch):

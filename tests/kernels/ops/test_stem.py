@@ -37,21 +37,50 @@ def test_input_grad_step_l2(backend, device, interpreted, stem, layout):
     check_stem(stem_inputs(stem, 1 if interpreted else 5, device, layout), norm="L2", rounding=8)
 
 
+# Output channels: fewer than a block of the kernels, one, one and a part, two and a part.
+HALF_STEMS = [
+    STEMS[3],
+    (1, 16, 4, 4, 2, 1, 8, 9),
+    (3, 20, 3, 3, 1, 1, 6, 5),
+    (4, 35, 2, 3, 2, 2, 6, 5),
+]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_input_grad_step_takes_half_precision_gradients(backend, device, interpreted, dtype):
+@pytest.mark.parametrize("stem", HALF_STEMS, ids=str)
+def test_input_grad_step_takes_half_precision_gradients(
+    backend, device, interpreted, stem, dtype, layout
+):
     skip_bfloat16(interpreted, dtype)
-    check_stem(stem_inputs(STEMS[3], 2, device, dtype=dtype, whole=True), exact_signs=True)
+    args = stem_inputs(stem, 2, device, layout, dtype, whole=True)
+    check_stem(args, exact_signs=True)
+    check_stem(stem_inputs(stem, 2, device, layout, dtype), norm="L2", rounding=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_input_grad_step_of_a_part_of_a_networks_channels(backend, device, dtype):
+    """Next to each other in memory, but not at a multiple of 16 bytes, and pixels further apart."""
+    *args, weight, stride, padding = stem_inputs(HALF_STEMS[2], 2, device, dtype=dtype, whole=True)
+    x, z, gy = args
+    wide = gy.new_full((2, 64, *gy.shape[2:]), math.nan)
+    part = lay_out(wide, "channels_last")[:, 3:23].copy_(gy)
+    assert part.stride(1) == 1
+    out = check_stem((x, z, part, weight, stride, padding), exact_signs=True)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_input_grad_step_survives_bad_gradients(backend, device, norm):
-    args = stem_inputs(STEMS[4], 3, device)
+def test_input_grad_step_survives_bad_gradients(backend, device, norm, layout):
+    args = stem_inputs(STEMS[4], 3, device, layout)
     args[2][1, 1, 2, 2] = math.nan
     assert torch.isfinite(check_stem(args, norm=norm)).all()
 
 
-def test_input_grad_step_of_an_empty_batch(backend, device):
-    assert check_stem(stem_inputs(STEMS[0], 0, device)).shape == (0, 1, 28, 28)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_input_grad_step_of_an_empty_batch(backend, device, layout):
+    assert check_stem(stem_inputs(STEMS[0], 0, device, layout)).shape == (0, 1, 28, 28)
 
 
 @pytest.mark.parametrize("stem", STEMS[:5], ids=str)
