@@ -10,6 +10,7 @@ cosine. Differentiating the other one costs a double backward pass: about 9 F.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import torch
@@ -23,9 +24,6 @@ from ..adversary import Attack
 from ..phases import ATTACK_BACKWARD, ATTACK_START, ATTACK_STEP, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
-
-# A gradient whose largest entry is below this is none.
-_NOTHING = 1e-30
 
 
 @dataclass(frozen=True)
@@ -78,13 +76,14 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Of each pair of rows; 0, and no gradient, where one vanishes."""
-    sizes = [t.detach().abs().amax(1, keepdim=True) for t in (a, b)]
-    there = (sizes[0] > _NOTHING) & (sizes[1] > _NOTHING)
-    # The cosine does not change with a row's size; the squares of a row as it is may vanish, and then the
+    # A row's size does not change the cosine; but the squares of a row as it is may vanish, and then the
     # derivative is 0 times infinity.
-    a, b = (
-        torch.where(there, t / n.clamp_min(_NOTHING), 1.0)
-        for t, n in zip((a, b), sizes, strict=True)
-    )
-    cosine = (a * b).sum(1) * (a.square().sum(1) * b.square().sum(1)).rsqrt()
-    return cosine * there[:, 0]
+    a, b = (t * _inverse_size(t) for t in (a, b))
+    squares = a.square().sum(1) * b.square().sum(1)
+    return (a * b).sum(1) * (squares + 1e-20).rsqrt()
+
+
+def _inverse_size(rows: Tensor) -> Tensor:
+    """1 / max |entry| of each row, held constant; 0 where a row is none."""
+    size = torch.linalg.vector_norm(rows.detach(), math.inf, dim=1, keepdim=True)
+    return size.reciprocal().nan_to_num(posinf=0.0)
