@@ -5,6 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := $(wildcard kernels/csrc/*/* kernels/csrc/*)
+# An editable install knows the packages that were there when it was made.
+PACKAGES := $(wildcard engine/__init__.py engine/*/__init__.py engine/*/*/__init__.py kernels/*/__init__.py)
 # Where there is a GPU-less machine and a choice, PyTorch's CPU wheels are far smaller:
 #   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
@@ -16,7 +18,7 @@ help: ## show the commands
 
 all: .venv/ready ## set up .venv with the engine and everything it needs
 
-.venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE)
+.venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(NATIVE) $(PACKAGES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'engine: Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
