@@ -417,9 +417,8 @@ def _headline(recipe: Recipe) -> str:
     }
     # No-break spaces keep a name and its value on one line.
     options = [f"{k}\u00a0=\u00a0{v:g}" for k, v in weights.items() if v is not None]
-    share = getattr(objective, "local_share", 1.0)
-    if share < 1:
-        options.append(f"balls for {share:g} of each batch")
+    if share := _balls_share(objective):
+        options.append(f"balls {share}")
     epochs = f"{recipe.optim.epochs} epoch{'s' * (recipe.optim.epochs != 1)}"
     start = " started from the adversary memory" if attack.start == "memory" else ""
     return (
@@ -427,6 +426,12 @@ def _headline(recipe: Recipe) -> str:
         f"({', '.join(options)}{start}) against {recipe.threat.norm} perturbations "
         f"of at most {as_written(recipe.threat.eps)}."
     )
+
+
+def _balls_share(objective: Any) -> str:
+    """What part of a batch gets local balls; "" for all of it or where there are none."""
+    share = getattr(objective, "local_share", 1.0)
+    return f"for {share:g} of each batch" if share < 1 else ""
 
 
 def _numbers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -523,9 +528,8 @@ def _first_fields(recipe: Recipe) -> list[tuple[str, str]]:
                     _shown(getattr(objective, name)),
                 )
             )
-    share = getattr(objective, "local_share", 1.0)
-    if share < 1:
-        fields.append(("Local balls", f"for {share:g} of each batch"))
+    if share := _balls_share(objective):
+        fields.append(("Local balls", share))
     average = f", averaged weights ({optim.ema:g})" if optim.ema else ""
     fields += [
         ("Optimiser", f"{optim.name}, {recipe.schedule.name} to {optim.lr:g}{average}"),

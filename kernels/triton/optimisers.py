@@ -150,7 +150,7 @@ def _run(
     Under DistributedDataParallel a gradient is a view that begins wherever the one before it ended: after
     a bias of ten classes all of its bucket is off 16 bytes. The rest keeps its 128-bit accesses.
     """
-    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[_Member]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[_Member, tuple[int, ...]]]] = {}
     for member in members:
         p, g = member.p, member.g
         if not _fits(member) or g.dtype not in _TL:
@@ -158,13 +158,16 @@ def _run(
             continue
         if g.stride() != p.stride():
             member = member._replace(g=torch.empty_like(p, dtype=g.dtype).copy_(g))
-        groups.setdefault((p.dtype, g.dtype, _aligned(member)), []).append(member)
+        row = _row(member)
+        aligned = all(address % 16 == 0 for address in row[:-1])
+        groups.setdefault((p.dtype, g.dtype, aligned), []).append((member, row))
     with on_device(members[0].p):
         for (p_type, g_type, aligned), group in groups.items():
-            tile = flat_tile(max(member.p.numel() for member in group))
-            table = _table(group, tile["BLOCK"])
+            together, rows = zip(*group, strict=True)
+            tile = flat_tile(max(member.p.numel() for member in together))
+            table = _table(together, rows, tile["BLOCK"])
             types = {"PARAM": _TL[p_type], "GRAD": _TL[g_type]}
-            average = group[0].e is not None
+            average = together[0].e is not None
             launch(table, {**types, "AVERAGE": average, "ALIGNED": aligned, **tile})
 
 
@@ -180,28 +183,19 @@ def _fits(member: _Member) -> bool:
     return same and dense and p.dtype in (torch.float32, torch.float64)
 
 
-def _aligned(member: _Member) -> bool:
-    """Whether a parameter and what belongs to it begin at multiples of 16 bytes."""
-    tensors = (member.p, member.g, *member.moments, *_list(member.e))
-    return all(t.data_ptr() % 16 == 0 for t in tensors)
+def _row(member: _Member) -> tuple[int, ...]:
+    """Its row in a table: addresses, and the element count."""
+    moments = (t.data_ptr() for t in member.moments)
+    average = 0 if member.e is None else member.e.data_ptr()
+    return member.p.data_ptr(), member.g.data_ptr(), *moments, average, member.p.numel()
 
 
-def _table(members: list[_Member], block: int) -> _Table:
+def _table(members: tuple[_Member, ...], rows: tuple[tuple[int, ...], ...], block: int) -> _Table:
     """The table for these tensors.
 
     Building one copies from the host, which a graph capture does not allow. There the kernel gets room
     for a table, and `finish_capture` writes it: a graph reads its table when it is replayed.
     """
-    rows = tuple(
-        (
-            m.p.data_ptr(),
-            m.g.data_ptr(),
-            *(t.data_ptr() for t in m.moments),
-            0 if m.e is None else m.e.data_ptr(),
-            m.p.numel(),
-        )
-        for m in members
-    )
     decay = tuple(m.decay for m in members)
     device = members[0].p.device
     key = (device, rows, decay)

@@ -324,7 +324,7 @@ def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch)
 
         type = "cuda"
 
-    def pretending(members, block):
+    def pretending(members, rows, block):
         real = torch.empty_like
         monkeypatch.setattr(torch, "empty_like", lambda t, device=None, **k: real(t, **k).fill_(-1))
         first = members[0]
@@ -333,7 +333,7 @@ def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch)
             device = Cuda()
             data_ptr, numel = first.p.data_ptr, first.p.numel
 
-        found = table([first._replace(p=P()), *members[1:]], block)
+        found = table([first._replace(p=P()), *members[1:]], rows, block)
         monkeypatch.setattr(torch, "empty_like", real)
         return found
 
