@@ -43,6 +43,7 @@ class Protocol:
         methods: recipe trees by the method's name.
         epochs, minutes: budgets: passes over the training set, replays counted, or training minutes by the
             measured step.
+        chosen: the methods that are trained in this sitting; results of the others stay as they are stored.
         score: "test": clean, PGD and AutoAttack accuracy on the test images; "validation": clean and PGD
             accuracy on the held-out ones, for choosing settings without a look at the test set.
     """
@@ -53,6 +54,7 @@ class Protocol:
     seeds: int = 3
     epochs: tuple[int, ...] = ()
     minutes: tuple[float, ...] = ()
+    chosen: frozenset[str] = frozenset()
     score: Literal["test", "validation"] = "test"
 
 
@@ -84,6 +86,7 @@ def read(
     names: Sequence[str],
     overrides: Mapping[str, str],
     *,
+    methods: Sequence[str] = (),
     seeds: int | None = None,
     epochs: Sequence[int] = (),
     minutes: Sequence[float] = (),
@@ -93,34 +96,40 @@ def read(
     Args:
         names: one protocol file, or recipes by name or path.
         overrides: applied to every method, on top.
+        methods: those to train now; default all.
         seeds, epochs, minutes: in place of the protocol's own.
     Raises:
-        EngineError: a file or recipe that is not there or not valid; no seed; a budget that is none.
+        EngineError: a file or recipe that is not there or not valid; a method it does not have; no seed; a
+            budget that is none.
     """
     protocol = _from_file(Path(names[0])) if len(names) == 1 and _is_protocol(names[0]) else None
     if protocol is None:
         trees = [recipes.tree(name) for name in names]
-        methods = {str(tree["name"]): tree for tree in trees}
-        if len(methods) < len(names):
+        by_name = {str(tree["name"]): tree for tree in trees}
+        if len(by_name) < len(names):
             raise EngineError("engine compare: two of the recipes have one name")
-        protocol = Protocol("compare", "", methods)
-    methods = {name: recipes.overridden(tree, overrides) for name, tree in protocol.methods.items()}
-    chosen = Protocol(
+        protocol = Protocol("compare", "", by_name)
+    for name in methods:
+        if name not in protocol.methods:
+            near = recipes.nearest(name, list(protocol.methods))
+            raise EngineError(f"--methods {name}: {protocol.name} has no such method{near}")
+    wanted = Protocol(
         protocol.name,
         protocol.about,
-        methods,
+        {name: recipes.overridden(tree, overrides) for name, tree in protocol.methods.items()},
         seeds=protocol.seeds if seeds is None else seeds,
         epochs=tuple(epochs) or (() if minutes else protocol.epochs),
         minutes=tuple(minutes) or (() if epochs else protocol.minutes),
+        chosen=frozenset(methods or protocol.methods),
         score=protocol.score,
     )
-    if chosen.seeds < 1:
-        raise EngineError(f"--seeds must be at least 1, got {chosen.seeds}")
-    if chosen.epochs and chosen.minutes:
+    if wanted.seeds < 1:
+        raise EngineError(f"--seeds must be at least 1, got {wanted.seeds}")
+    if wanted.epochs and wanted.minutes:
         raise EngineError("budgets are epochs or minutes, not both")
-    if not all(0 < budget < math.inf for budget in (*chosen.epochs, *chosen.minutes)):
+    if not all(0 < budget < math.inf for budget in (*wanted.epochs, *wanted.minutes)):
         raise EngineError("a budget of epochs or minutes must be above 0")
-    return chosen
+    return wanted
 
 
 def _is_protocol(name: str) -> bool:
@@ -196,6 +205,8 @@ def jobs(protocol: Protocol, step_ms: Mapping[str, float]) -> list[Job]:
     found = []
     for seed in range(protocol.seeds):
         for name, tree in protocol.methods.items():
+            if name not in protocol.chosen:
+                continue
             recipe = recipes.parse({**tree, "seed": seed}, source=name)
             budgets = [recipe.optim.epochs]
             if protocol.epochs:
@@ -236,7 +247,7 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
     waiting = [job for job in plan if not _finished(job, out) and job.folder not in known]
 
     def summed_up() -> dict[str, Any]:
-        # Stored ones of budgets and seeds that were not asked for this time too: nothing measured is lost.
+        # Stored ones of methods, budgets and seeds that were not asked for this time too: nothing measured is lost.
         of_folder = {
             folder: _timed(point, recipe_of[point["method"]], steps[point["method"]])
             for folder, point in known.items()
@@ -285,13 +296,24 @@ def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
             and recipes.parse(tomllib.loads(text))
             == recipes.parse({**protocol.methods[name], "seed": 0}, source=name)
         }
-        return {
+        known = {
             _folder(point["method"], point["epochs"], point["seed"]): point
             for point in kept["points"]
             if point["method"] in same and kept.get("score") == protocol.score
         }
+        others = len(kept["points"]) - len(known)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{path} is damaged ({error!r}): move it away") from None
+    if others:
+        aside = path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.json")
+        shutil.copy(path, aside)
+        stderr.print(
+            f"{others} results in {path} are of methods that are not in {protocol.name}, or not as it has "
+            f"them: they are left out, and kept in {aside}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return known
 
 
 def _finished(job: Job, out: Path) -> bool:

@@ -168,9 +168,22 @@ def test_results_of_an_earlier_sitting_stand_for_their_runs(made, tmp_path, monk
         capsys.readouterr()
         assert cli.run([*words, *fewer]) == 0
         assert [row["seeds"] for row in json.loads(capsys.readouterr().out)] == [2, 2]
+    # One method's third seed alone: the other's results stay.
     started.clear()
+    capsys.readouterr()
+    assert cli.run([*words, "--seeds", "3", "--methods", "ball"]) == 0
+    assert started == ["ball-e1-s2"]
+    captured = capsys.readouterr()
+    assert [row["seeds"] for row in json.loads(captured.out)] == [2, 2]
+    assert "left out" not in captured.err
+    started.clear()
+    stored = (tmp_path / "compare.json").read_text()
     assert cli.run([*words, "--attack.alpha", "0.07"]) == 0
     assert started == [f"{m}-e1-s{s}" for s in (0, 1) for m in ("weak", "ball")]
+    # What is of other recipes is no longer shown, and not lost either.
+    (aside,) = tmp_path.glob("compare.2*.json")
+    assert aside.read_text() == stored
+    assert f"4 results in {tmp_path / 'compare.json'}" in capsys.readouterr().err
 
 
 def test_a_run_cut_short_goes_on(made, tmp_path, monkeypatch):
@@ -239,6 +252,11 @@ def test_pareto_front_has_what_nothing_beats():
 
     rows = compare.summarise([point("slow", 9, 0.6), point("fast", 1, 0.5), point("bad", 5, 0.4)])
     assert {r["method"] for r in rows if r["pareto"]} == {"slow", "fast"}
+
+
+def test_a_method_that_a_protocol_does_not_have_is_named(tmp_path):
+    with pytest.raises(EngineError, match=r"--methods bal: small has no such method.*ball"):
+        protocol(tmp_path, methods=["bal"])
 
 
 def test_two_recipes_of_one_name_are_refused():

@@ -22,6 +22,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "recipes", nargs="*", metavar="RECIPE", help="recipes, or one protocol file with methods"
     )
+    parser.add_argument("--methods", help="train these of the protocol's alone: pgd-10,memory-1")
     parser.add_argument("--seeds", type=int, help="seeds 0..N-1 of every method [count]")
     parser.add_argument("--epochs", help="budgets: 5,15,45 [passes over the training set]")
     parser.add_argument("--minutes", help="budgets: 1,2.5 [training minutes]")
@@ -52,6 +53,7 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
         protocol = compare.read(
             arguments.recipes,
             parse_overrides(rest),
+            methods=_list("--methods", arguments.methods, str),
             seeds=arguments.seeds,
             epochs=_list("--epochs", arguments.epochs, int),
             minutes=_list("--minutes", arguments.minutes, float),
