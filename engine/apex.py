@@ -41,6 +41,17 @@ def load() -> Any:
     return optimisers
 
 
+def check(name: str, device: torch.device) -> None:
+    """That the optimiser `name` can be had on `device`.
+
+    Raises:
+        EngineError: without a CUDA device, or as `load` does.
+    """
+    if device.type != "cuda":
+        raise EngineError(f"optim.name = {name} needs a CUDA device: take sgd or adamw")
+    load()
+
+
 def build(name: str, params: Sequence[Tensor], lr: Tensor, **options: Any) -> torch.optim.Optimizer:
     """An optimiser of apex's with its state made beforehand: a checkpoint and a graph need it from the start.
 

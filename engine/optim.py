@@ -37,7 +37,7 @@ class Optimiser:
     Attributes:
         average: the averaged model, or the model itself without averaging; what is evaluated.
     Raises:
-        EngineError: where apex is asked for and is not there.
+        EngineError: apex's without a CUDA device, or where apex is not there.
     """
 
     def __init__(
@@ -191,9 +191,7 @@ class Optimiser:
                     "exp_avg_sq": torch.zeros_like(p),
                 }
         else:
-            apex.load()
-            if not on_gpu:
-                raise EngineError(f"optim.name = {name} needs a CUDA device: take sgd or adamw")
+            apex.check(name, self.params[0].device)
             theirs = apex.build(name, self.params, self.lr, **(sgd if name == "apex-sgd" else adam))
         return theirs
 
@@ -201,11 +199,6 @@ class Optimiser:
         assert self._theirs is not None
         if not self.name.startswith("apex"):
             self._theirs.found_inf = None if scale is None else scale.found_inf  # type: ignore[attr-defined]
-        elif scale is not None and scale.dynamic:
-            raise EngineError(
-                f"optim.name = {self.name} cannot skip a step whose float16 gradients overflow: "
-                "take step.precision = bf16, or optim.name = sgd or adamw"
-            )
         if self.uncapturable:
             for group in self._theirs.param_groups:
                 group |= {"lr": self.rates[self.steps], "step": self.steps}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, evaluation, masking, models, phases
-from .capture import CudaGraphs, Recorder, unavailable
+from . import apex, capture, distributed, evaluation, masking, models, phases, precision
+from .capture import Recorder
 from .checkpoint import Checkpoints
 from .data import datasets, loaders
 from .data.loaders import Batch, Loader, ResidentLoader
@@ -118,8 +118,9 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         processes: that will share each batch.
     Raises:
         EngineError: for data that is absent or damaged, a network that does not fit it, a batch
-            larger than the training set, more test images than there are.
+            larger than the training set, more test images than there are, and as `build_step` does.
     """
+    _check_device(recipe, device())
     parts = split(recipe)
     images, _ = parts.train
     build_model(recipe, images, len(parts.classes), images.shape[1:])
@@ -139,6 +140,14 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
         test_set(recipe)
+
+
+def _check_device(recipe: Recipe, where: torch.device) -> None:
+    precision.resolve(recipe.step.precision, where)
+    if recipe.step.capture == "on" and (missing := capture.unavailable(where)):
+        raise EngineError(f"step.capture = on: {missing}")
+    if recipe.optim.name.startswith("apex"):
+        apex.check(recipe.optim.name, where)
 
 
 def build_step(
@@ -162,11 +171,9 @@ def build_step(
         EngineError: for a precision, an optimiser or a capture that this device does not have.
     """
     optim, where = recipe.optim, next(model.parameters()).device
-    if recorder is None and recipe.step.capture != "off":
-        missing = unavailable(where)
-        if missing and recipe.step.capture == "on":
-            raise EngineError(f"step.capture = on: {missing}")
-        recorder = None if missing else CudaGraphs(where)
+    _check_device(recipe, where)
+    if recorder is None and recipe.step.capture != "off" and not capture.unavailable(where):
+        recorder = capture.CudaGraphs(where)
     return Step(
         model,
         objective=recipe.objective,

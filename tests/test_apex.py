@@ -6,9 +6,8 @@ import types
 import pytest
 import torch
 
-from engine import EngineError, apex
+from engine import EngineError, apex, recipe
 from engine.optim import Optimiser
-from engine.precision import LossScale
 
 from .conftest import Foreign
 
@@ -89,7 +88,7 @@ def test_the_real_apex_is_found_and_needs_a_gpu(fake):
         Optimiser(Foreign(), lr=[0.1], name="apex-sgd")
 
 
-def test_apex_takes_this_steps_rate_from_the_host_and_refuses_a_loss_scale():
+def test_apex_takes_this_steps_rate_from_the_host():
     model = Foreign()
     optimiser = Optimiser(model, lr=[0.5, 0.25], name="torch-sgd")
     optimiser.name, optimiser._theirs = "apex-sgd", Sgd(model.parameters(), lr=9.0)
@@ -101,8 +100,15 @@ def test_apex_takes_this_steps_rate_from_the_host_and_refuses_a_loss_scale():
         optimiser.step(torch.tensor([step]))
     for p, was in zip(model.parameters(), before, strict=True):
         torch.testing.assert_close(p.detach(), was - 0.75)
-    with pytest.raises(EngineError, match=r"take step\.precision = bf16"):
-        optimiser._others(LossScale(torch.device("cpu"), dynamic=True))
+
+
+@pytest.mark.parametrize("name", ["apex-sgd", "apex-adam", "apex-lamb"])
+def test_apex_with_float16_is_refused_before_anything_begins(name):
+    tree = recipe.tree("quickstart")
+    half = recipe.merged(tree, {"optim": {"name": name}, "step": {"precision": "fp16"}})
+    with pytest.raises(EngineError, match=rf"{name} cannot skip .* take step\.precision = bf16"):
+        recipe.parse(half)
+    recipe.parse(recipe.merged(half, {"step": {"precision": "bf16"}}))
 
 
 @pytest.mark.parametrize("name", ["apex-sgd", "apex-adam", "apex-lamb"])

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from engine import EngineError, cli
@@ -133,6 +134,7 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="these have it")
 MISTAKES = [
     (["train"], "which recipe"),
     (["train", "quickstrat"], "did you mean quickstart"),
@@ -155,6 +157,14 @@ MISTAKES = [
     (["data", "fetch", "imagenet"], "imagenet"),
     (["frain"], "invalid choice"),
     (["doctor", "--no-such"], "--no-such"),
+    *(
+        pytest.param(["train", "quickstart", *words], said, marks=without_gpu)
+        for words, said in [
+            (["--step.capture", "on"], "CUDA graphs need a CUDA device"),
+            (["--step.precision", "tf32"], "tf32 needs an NVIDIA GPU"),
+            (["--optim.name", "apex-sgd"], "apex-sgd needs a CUDA device"),
+        ]
+    ),
 ]
 
 

@@ -164,6 +164,7 @@ def test_a_recipe_for_gpus_is_profiled(tmp_path, monkeypatch, capsys):
     changes = {"step.capture": "on", "step.precision": "tf32", "optim.name": "apex-adam"}
     plain = recipes.load("quickstart")
     step_of, resolve = profiling.runner.step_of, profiling.precision.resolve
+    monkeypatch.setattr(profiling.runner, "_check_device", lambda *_: None)
     monkeypatch.setattr(profiling.runner, "step_of", lambda _: step_of(plain))
     monkeypatch.setattr(profiling.precision, "resolve", lambda _, device: resolve("fp32", device))
     monkeypatch.setattr(profiling.measure, "peak_gflops", lambda *_: 100.0)
