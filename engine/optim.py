@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from . import apex, kernels
 from .capture import WARM_UP
-from .errors import EngineError
 from .phases import BOOKKEEPING, phase
 from .precision import LossScale
 
