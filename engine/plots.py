@@ -223,7 +223,7 @@ def draw_curves(
         return float(entry["passes_per_step"] * steps) if passes else float(entry["seconds"])
 
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    front, means = [], {}
+    front, means, runs = [], {}, {}
     for number, method in enumerate(methods):
         colour = _SERIES[number % len(_SERIES)]
         marker = _MARKERS[number // len(_SERIES) % len(_MARKERS)]
@@ -236,6 +236,7 @@ def draw_curves(
             heights = [robust(p, "") or 0.0 for p in mine]
             ax.plot(places, heights, marker, color=colour, alpha=0.35, markersize=3.5)
             curve.append((sum(places) / len(places), sum(heights) / len(heights)))
+            runs[method] = heights
             if row["pareto"]:
                 front.append(curve[-1])
         means[method] = curve[-1]
@@ -251,15 +252,18 @@ def draw_curves(
     ax.set_xlabel("steps x passes a step" if passes else "training time [s]")
     ax.set_title("Robust accuracy against " + ("passes" if passes else "training time"))
     if len(rows) == len(methods) > len(_SERIES):
-        _name_points(ax, means)
+        _name_points(ax, means, runs)
     elif not passes:
         ax.legend()
 
 
-def _name_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+def _name_points(
+    ax: Axes, points: Mapping[str, tuple[float, float]], runs: Mapping[str, Sequence[float]]
+) -> None:
     """Each name beside its point: a key to so many would be a riddle. Names that would touch move apart.
 
-    What lies far below all others would press them together: it is named in a corner, and left out.
+    What lies far below all others, method or single run, would press them together: it is named in a corner,
+    and left out.
     """
     low, high = np.quantile([y for _, y in points.values()], (0.25, 0.75))
     floor = low - 1.5 * (high - low)
@@ -269,7 +273,10 @@ def _name_points(ax: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     ax.set_ylim(min(heights) - margin, max(heights) + margin)
     ax.margins(x=0.16)
     ax.get_xlim()  # the limits are found when they are asked for
-    if below := [f"{name} {y:.1%}" for name, (_, y) in points.items() if y < floor]:
+    below = [f"{name} {y:.1%}" for name, (_, y) in points.items() if y < floor]
+    bottom = ax.get_ylim()[0]
+    below += [f"a run of {n} {y:.1%}" for n in shown for y in runs[n] if y < bottom]
+    if below:
         ax.text(
             0.02,
             0.02,

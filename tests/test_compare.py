@@ -282,7 +282,7 @@ def test_many_methods_at_one_budget_are_named_at_their_points():
     """A key to twenty colours is a riddle; a few methods as curves keep theirs, and the front."""
     from engine import plots
 
-    def drawn(methods, budgets):
+    def drawn(methods, budgets, *, fallen=None):
         points = [
             {
                 **dict.fromkeys(("dataset", "network", "norm", "eps", "objective")),
@@ -294,12 +294,13 @@ def test_many_methods_at_one_budget_are_named_at_their_points():
                 "steps": 10,
                 "method": f"m{m}",
                 "epochs": e,
-                "seed": 0,
-                "autoattack": 0.4 + 0.01 * m,
+                "seed": seed,
+                "autoattack": 0.1 if (m, seed) == (fallen, 1) else 0.4 + 0.01 * m,
                 "seconds": 10.0 * e + m,
             }
             for m in range(methods)
             for e in budgets
+            for seed in range(5)
         ]
         with plots.style():
             _, (ax,) = plots.panels(1, width=6.0, height=4.6)
@@ -309,6 +310,9 @@ def test_many_methods_at_one_budget_are_named_at_their_points():
     many = drawn(12, [1])
     assert {text.get_text() for text in many.texts} == {f"m{m}" for m in range(12)}
     assert many.get_legend() is None
+    # A run that collapsed is out of the picture and not hushed up; its method stays.
+    corner = [t.get_text() for t in drawn(12, [1], fallen=7).texts if "m7 " in t.get_text()]
+    assert corner == ["below: a run of m7 10.0%"]
     few = drawn(3, [1, 2])
     assert not few.texts
     keyed = [text.get_text() for text in few.get_legend().get_texts()]
