@@ -52,6 +52,19 @@ def check(name: str, device: torch.device) -> None:
     load()
 
 
+def check_precision(optimiser: str, precision: str) -> None:
+    """apex's cannot skip a step, which float16's loss scale asks for.
+
+    Raises:
+        EngineError: for one of apex's with "fp16".
+    """
+    if optimiser.startswith("apex") and precision == "fp16":
+        raise EngineError(
+            f"optim.name = {optimiser} cannot skip a step whose float16 gradients overflow: "
+            "take step.precision = bf16, or optim.name = sgd or adamw"
+        )
+
+
 def build(name: str, params: Sequence[Tensor], lr: Tensor, **options: Any) -> torch.optim.Optimizer:
     """An optimiser of apex's with its state made beforehand: a checkpoint and a graph need it from the start.
 

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticUndefined
 
-from . import files
+from . import apex, files
 from .adversary import Attack
 from .data.loaders import LoaderName
 from .data.own import absolute
@@ -235,11 +235,7 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
                 f"threat.eps = {recipe.threat.eps:g} is more than a pixel's whole range [0, 1]: "
                 f'{recipe.threat.eps:g}/255 is written "{recipe.threat.eps:g}/255"'
             )
-        if recipe.optim.name.startswith("apex") and recipe.step.precision == "fp16":
-            raise EngineError(
-                f"optim.name = {recipe.optim.name} cannot skip a step whose float16 gradients overflow: "
-                "take step.precision = bf16, or optim.name = sgd or adamw"
-            )
+        apex.check_precision(recipe.optim.name, recipe.step.precision)
     except ValidationError as error:
         raise EngineError(f"{source}: {_one_line(error)}") from None
     except EngineError as error:

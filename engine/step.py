@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import distributed, rng
+from . import apex, distributed, rng
 from .adversary import Attack
 from .capture import WARM_UP, Recorder
 from .data.loaders import Batch
@@ -91,6 +91,7 @@ class Step:
         self.optimiser, self.memory, self.take = optimiser, memory, take
         self.device = torch.device(device)
         self.precision = resolve(precision, self.device)
+        apex.check_precision(optimiser.name, self.precision)
         self.scale = LossScale(self.device, dynamic=self.precision == "fp16")
         self.state = rng.state(rng.of_rank(seed, rank), device)
         dropout.follow(model, self.state)

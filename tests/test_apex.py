@@ -6,8 +6,9 @@ import types
 import pytest
 import torch
 
-from engine import EngineError, apex, recipe
+from engine import PGD, Attack, EngineError, Linf, apex, recipe
 from engine.optim import Optimiser
+from engine.step import Step
 
 from .conftest import Foreign
 
@@ -109,6 +110,19 @@ def test_apex_with_float16_is_refused_before_anything_begins(name):
     with pytest.raises(EngineError, match=rf"{name} cannot skip .* take step\.precision = bf16"):
         recipe.parse(half)
     recipe.parse(recipe.merged(half, {"step": {"precision": "bf16"}}))
+    # From Python there is no recipe.
+    model = Foreign()
+    optimiser = Optimiser(model, lr=[0.1], name="torch-sgd")
+    optimiser.name = name
+    with pytest.raises(EngineError, match=rf"{name} cannot skip"):
+        Step(
+            model,
+            objective=PGD(),
+            threat=Linf(0.1),
+            attack=Attack(),
+            optimiser=optimiser,
+            precision="fp16",
+        )
 
 
 @pytest.mark.parametrize("name", ["apex-sgd", "apex-adam", "apex-lamb"])

@@ -3,7 +3,7 @@
 Their section 5: CE(f(x), y) + lambda ||p(x) - p(a)||^2, a one step of size eps from Bernoulli noise,
 along the gradient of CE(z) + lambda ||p(x) - p(z)||^2. On CIFAR-10 their code has lambda 10, noise of eps / 2
 and the second term in every other iteration; on MNIST 15, noise of eps, and both terms in all. It raises lambda
-late in the run (by 4 at 85 %, by 3 at half of it), which is left out here. The clean pass serves attack and
+late in the run (fourfold at 85 %, threefold at half of it), which is left out here. The clean pass serves attack and
 loss: 8 F, where their code makes it twice.
 """
 

@@ -2,7 +2,7 @@
 
 Strong noise first, then the step, and no projection back to the ball: that is what keeps one step from
 collapsing. Their section 4: x + eta + alpha sign(grad CE(x + eta)), eta uniform in [-k eps, k eps], k = 2,
-alpha = eps, clipped to [0, 1] only. 2 steps + 3 F.
+alpha = eps, clipped to [0, 1] only. 2k + 3 F.
 """
 
 from __future__ import annotations
