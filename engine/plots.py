@@ -240,7 +240,10 @@ def draw_curves(
             if row["pareto"]:
                 front.append(curve[-1])
         means[method] = curve[-1]
-        ax.plot(*zip(*sorted(curve), strict=True), marker=marker, color=colour, label=method)
+        # Where the colours come round again the marker alone would be easy to miss.
+        dashes = "-" if number < len(_SERIES) else "--"
+        means_line = zip(*sorted(curve), strict=True)
+        ax.plot(*means_line, marker=marker, color=colour, linestyle=dashes, label=method)
     if not passes:
         # Of training time: what is ahead there need not be in passes.
         ax.step(*zip(*sorted(front), strict=True), where="post", **_FRONT)
