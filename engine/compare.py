@@ -20,7 +20,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,15 +113,13 @@ def read(
         if name not in protocol.methods:
             near = recipes.nearest(name, list(protocol.methods))
             raise EngineError(f"--methods {name}: {protocol.name} has no such method{near}")
-    wanted = Protocol(
-        protocol.name,
-        protocol.about,
-        {name: recipes.overridden(tree, overrides) for name, tree in protocol.methods.items()},
+    wanted = replace(
+        protocol,
+        methods={n: recipes.overridden(tree, overrides) for n, tree in protocol.methods.items()},
         seeds=protocol.seeds if seeds is None else seeds,
         epochs=tuple(epochs) or (() if minutes else protocol.epochs),
         minutes=tuple(minutes) or (() if epochs else protocol.minutes),
         chosen=frozenset(methods or protocol.methods),
-        score=protocol.score,
     )
     if wanted.seeds < 1:
         raise EngineError(f"--seeds must be at least 1, got {wanted.seeds}")
