@@ -10,17 +10,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels, rng
-from .adversary import ascend, towards_errors
+from .adversary import LogitsGrad, ascend, towards_errors, towards_runner_up
 from .errors import EngineError
 from .threat import ThreatModel
 
 Progress = Callable[[str, int, int], None]
+PgdLoss = Literal["cross-entropy", "margin"]
+_GRADIENTS: dict[PgdLoss, Callable[[Tensor], LogitsGrad]] = {
+    "cross-entropy": towards_errors,
+    "margin": towards_runner_up,
+}
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -75,11 +80,12 @@ def pgd(
     *,
     steps: int = 50,
     restarts: int = 10,
+    loss: PgdLoss = "cross-entropy",
     seed: int = 0,
     batch_size: int = 500,
     progress: Progress = silent,
 ) -> Tensor:
-    """PGD on the cross-entropy with restarts; an image that falls at any iterate of any restart counts as broken.
+    """PGD with restarts; an image that falls at any iterate of any restart counts as broken.
 
     Step size eps / 4 (2.5 eps / steps below ten steps). Broken images leave the batch, so the
     cost follows the robust accuracy.
@@ -87,9 +93,12 @@ def pgd(
     Args:
         model: in evaluation mode, [0, 1] images to logits.
         x: float32 [N, ...] in [0, 1]; y: int64 [N].
+        loss: what the steps climb: the cross-entropy, or the margin, which is the best wrong logit
+            minus the label's.
     Returns:
         bool [N], True where the prediction was right throughout.
     """
+    gradient = _GRADIENTS[loss]
     alpha = threat.eps * max(0.25, 2.5 / steps)
     robust = predictions(model, x, batch_size=batch_size) == y
     for restart in range(restarts):
@@ -97,7 +106,7 @@ def pgd(
         progress("pgd", restart, restarts)
         for number, indices in enumerate(alive.split(batch_size)):
             state = rng.state(seed, x.device, step=restart * 1_000_003 + number)
-            robust[_break(model, x, y, indices, threat, alpha, steps, state)] = False
+            robust[_break(model, x, y, indices, threat, gradient, alpha, steps, state)] = False
     progress("pgd", restarts, restarts)
     return robust
 
@@ -108,6 +117,7 @@ def _break(
     y: Tensor,
     indices: Tensor,
     threat: ThreatModel,
+    gradient: Callable[[Tensor], LogitsGrad],
     alpha: float,
     steps: int,
     state: Tensor,
@@ -122,7 +132,7 @@ def _break(
                 model,
                 centre,
                 z,
-                towards_errors(labels),
+                gradient(labels),
                 eps=threat.eps,
                 alpha=alpha,
                 norm=threat.norm,

@@ -88,9 +88,9 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
     return claim
 
 
-def architecture_of(network: str, classes: int) -> tuple[str, str] | None:
-    """RobustBench's file and the call in it that builds `network`; None: it has none of that kind."""
-    if network not in _ARCHITECTURES:
+def architecture_of(network: str, classes: int, width: int | None = None) -> tuple[str, str] | None:
+    """Return RobustBench's file and the call in it that builds `network`, or None where it has none of that kind."""
+    if network not in _ARCHITECTURES or width not in (None, 64):
         return None
     file, call = _ARCHITECTURES[network]
     return file, call.format(classes)
@@ -113,6 +113,8 @@ def _card(run: Run, found: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
         k=recipe.attack.steps,
         passes=passes.total,
         parameters=sum(t.numel() for t in tensors.values() if t.is_floating_point()),
-        architecture=architecture_of(recipe.model.name, len(runner.classes(recipe))),
+        architecture=architecture_of(
+            recipe.model.name, len(runner.classes(recipe)), recipe.model.width
+        ),
         normalised="mu" in tensors,
     )

@@ -23,6 +23,7 @@ from .adversary import Attack
 from .data.loaders import LoaderName
 from .data.own import absolute
 from .errors import EngineError
+from .evaluation import PgdLoss
 from .objectives import AnyObjective, LocalBall
 from .optim import OptimiserName
 from .precision import Precision
@@ -67,6 +68,13 @@ class Data:
 @dataclass(frozen=True)
 class Model:
     name: Annotated[str, Field(description="network: see `engine doctor`")] = "tiny-cnn"
+    width: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="ResNet-18s: channels of the first stage; left out: 64, the literature's [count]",
+        ),
+    ] = None
     normalise: Annotated[
         bool,
         Field(description="subtract the dataset's mean and divide by its deviation, in the model"),
@@ -134,6 +142,13 @@ class StepOptions:
 @dataclass(frozen=True)
 class Validation:
     steps: Annotated[int, Field(ge=1, description="PGD steps on the validation split [count]")] = 10
+    loss: Annotated[
+        PgdLoss,
+        Field(
+            description="what those steps climb: the cross-entropy, or the margin between the best "
+            "wrong logit and the label's, which is the more honest at a large radius"
+        ),
+    ] = "cross-entropy"
     every: Annotated[int, Field(ge=1, description="epochs between validations [count]")] = 1
 
 

@@ -104,6 +104,7 @@ def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torc
         in_channels=shape[0],
         image_size=shape[-1],
         classes=classes,
+        width=recipe.model.width,
         mean=mean,
         std=std,
     )
@@ -275,6 +276,7 @@ def build_trainer(
         epochs=recipe.optim.epochs,
         validation=as_floats(*_part(split(recipe).validation, world), step.device),
         validation_steps=recipe.validation.steps,
+        validation_loss=recipe.validation.loss,
         validate_every=recipe.validation.every,
         seed=recipe.seed,
         hooks=hooks,
@@ -494,8 +496,13 @@ def evaluate_run(run: Run, checkpoint: str = "best") -> evaluation.Report:
             seed=recipe.seed,
             progress=EvaluationBar(progress),
         )
+    model_options = recipe.model
+    width = "" if model_options.width is None else f", width {model_options.width}"
     fields = evaluation.robustbench_fields(
-        report, name=recipe.name, architecture=recipe.model.name, dataset=recipe.data.name
+        report,
+        name=recipe.name,
+        architecture=model_options.name + width,
+        dataset=recipe.data.name,
     )
     run.write_json("evaluation.json", {**fields, "checkpoint": checkpoint})
     return report

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from pyautoattack import AutoAttack
+from torch import nn
 
 import engine
 from engine import L2, EngineError, Linf
+from engine.adversary import towards_runner_up
 from engine.evaluation import evaluation_mode, pgd, predictions, robustbench_fields
 
 from .conftest import Foreign, Tiny, blobs
@@ -68,6 +70,39 @@ def test_pgd_finds_what_a_plain_loop_finds(trained):
     # Random starts differ: near-ties may go either way, the totals may not.
     assert abs(int(ours.sum()) - int(plain.sum())) <= 3
     assert ours.sum() <= (predictions(model, x) == y).sum()
+
+
+def test_the_margin_is_attacked_where_the_cross_entropy_has_no_gradient(trained):
+    """Logits a million times as large change no answer; float32's cross-entropy is flat there, the margin is not."""
+    model, x, y = trained
+    steep = nn.Sequential(model, _Times(1e6)).eval()
+    options = {"steps": 20, "restarts": 1}
+    clean = int((predictions(model, x) == y).sum())
+    assert int(pgd(steep, x, y, Linf(0.3), **options).sum()) == clean
+    honest = pgd(model, x, y, Linf(0.3), loss="margin", **options)
+    assert torch.equal(pgd(steep, x, y, Linf(0.3), loss="margin", **options), honest)
+    assert int(honest.sum()) < clean
+
+
+def test_the_margins_gradient_is_autograds():
+    torch.manual_seed(0)
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 1, 2, 3, 4, 0])
+    margin = 0.0
+    for row, label in zip(logits, y.tolist(), strict=True):
+        wrong = torch.cat([row[:label], row[label + 1 :]])
+        margin = margin + wrong.max() - row[label]
+    (expected,) = torch.autograd.grad(margin, logits)
+    assert torch.equal(towards_runner_up(y)(logits.detach()), expected)
+
+
+class _Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits):
+        return logits * self.factor
 
 
 def test_small_batches_change_nothing(trained):

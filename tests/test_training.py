@@ -10,7 +10,19 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import engine
-from engine import L2, PGD, AdversaryMemory, Attack, EngineError, Linf, LocalBall, Schedule
+from engine import (
+    L2,
+    PGD,
+    AdversaryMemory,
+    Attack,
+    EngineError,
+    Linf,
+    LocalBall,
+    Schedule,
+    evaluation,
+    runner,
+)
+from engine import recipe as recipes
 from engine.audit import Tape
 from engine.data.loaders import ResidentLoader, TensorLoader
 from engine.optim import Optimiser
@@ -353,6 +365,23 @@ def test_best_epoch_is_chosen_on_validation_and_both_are_kept():
     assert [e for name, e in saved if name == "last"] == [1, 2, 3, 4]
     assert [e for name, e in saved if name == "best"][-1] == result.best_epoch
     assert [row["epoch"] for row in result.rows] == [1, 2, 3, 4]
+
+
+def test_validation_climbs_the_loss_that_the_recipe_names():
+    found = {}
+    for loss in ("cross-entropy", "margin"):
+        changes = {"validation.loss": loss, "optim.epochs": "1", "threat.eps": "0.2"}
+        recipe = recipes.load("quickstart", {**changes, "attack.start": "random"})
+        step, loader = runner.prepare(recipe, 1)
+        trainer = runner.build_trainer(recipe, step, loader, engine.Hooks())
+        (row,) = trainer.run().rows
+        x, y = trainer.validation
+        options = {"steps": recipe.validation.steps, "restarts": 1, "seed": recipe.seed}
+        with evaluation.evaluation_mode(step.optimiser.average) as model:
+            robust = evaluation.pgd(model, x, y, recipe.threat, loss=loss, **options)
+        found[loss] = row["val_pgd"]
+        assert row["val_pgd"] == pytest.approx(float(robust.double().mean()))
+    assert found["cross-entropy"] != found["margin"]
 
 
 def test_a_dataloader_and_a_foreign_module():
