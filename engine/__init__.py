@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Clean,
         GradAlign,
         LocalBall,
+        NuAT,
         Objective,
         Outcome,
     )
@@ -53,6 +54,7 @@ _HOMES = {
     "L2": "threat",
     "Linf": "threat",
     "LocalBall": "objectives",
+    "NuAT": "objectives",
     "Objective": "objectives",
     "Outcome": "objectives",
     "Result": "trainer",
@@ -80,6 +82,7 @@ __all__ = [
     "Hooks",
     "Linf",
     "LocalBall",
+    "NuAT",
     "Objective",
     "Outcome",
     "Result",

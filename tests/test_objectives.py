@@ -25,10 +25,11 @@ from engine import (
     GradAlign,
     Linf,
     LocalBall,
+    NuAT,
 )
 from engine import rng as engine_rng
 from engine.models import Network
-from engine.objectives import Passes, grad_align
+from engine.objectives import Passes, grad_align, nuat
 
 from .conftest import Foreign, Tiny
 
@@ -87,6 +88,7 @@ CHEAP = [
     TRADES(),
     MART(),
     GAT(),
+    NuAT(),
     NFGSM(),
     FGSMPGI(),
     Clean(),
@@ -550,6 +552,40 @@ def test_gat_is_the_papers_formula(model, batch, guided, step):
     torch.testing.assert_close(outcome.adversary, a, atol=1e-6, rtol=1e-5)
     distance = (p - model(a).softmax(1)).square().sum(1).mean()
     _weights_agree(model, outcome, F.cross_entropy(model(x), y) + 10.0 * distance)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_nuat_is_the_papers_formula(model, batch, step):
+    """The nuclear norm by PyTorch's decomposition and its autograd; it guides every other step."""
+    x, y = batch
+    x = 0.2 + 0.6 * x
+    threat, state = Linf(0.1), engine_rng.state(3, step=step)
+    start = x + 0.05 * torch.randn_like(x).sign()
+    outcome = NuAT(weight=4.5)(model, x, y, threat, Attack(steps=1), start=start, state=state)
+
+    point = start.clone().requires_grad_()
+    at_point = model(point)
+    nuclear = torch.linalg.matrix_norm(model(x).detach() - at_point, "nuc") / len(x)
+    cost = F.cross_entropy(at_point, y) + step * 4.5 * nuclear
+    (grad,) = torch.autograd.grad(cost, point)
+    a = _project(start + 0.1 * grad.sign(), x, 0.1, "Linf")
+    torch.testing.assert_close(outcome.adversary, a, atol=1e-6, rtol=1e-5)
+    nuclear = torch.linalg.matrix_norm(model(x) - model(a), "nuc") / len(x)
+    _weights_agree(model, outcome, F.cross_entropy(model(x), y) + 4.5 * nuclear)
+
+
+@pytest.mark.parametrize("shape", [(128, 10), (6, 10), (32, 100)])
+def test_the_unitary_factor_is_the_decompositions(shape):
+    """Of matrices whose singular values lie three powers of ten apart; of zeros it is zero."""
+    torch.manual_seed(0)
+    rank = min(shape)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = (u * torch.logspace(0, -3, rank)) @ v
+    found = nuat.unitary_factor(matrix)
+    torch.testing.assert_close(found, u @ v, atol=1e-3, rtol=0)
+    wanted = torch.linalg.matrix_norm(matrix, "nuc")
+    torch.testing.assert_close((found * matrix).sum(), wanted, atol=0, rtol=1e-4)
+    assert not nuat.unitary_factor(torch.zeros(shape)).any()
 
 
 @pytest.mark.parametrize("noise", [0.5, 1.0])

@@ -13,11 +13,12 @@ from .llr import LLR
 from .local_ball import LocalBall
 from .mart import MART
 from .n_fgsm import NFGSM
+from .nuat import NuAT
 from .pgd import PGD
 from .trades import TRADES
 
 AnyObjective = Annotated[
-    LocalBall | PGD | TRADES | MART | NFGSM | FGSMPGI | GradAlign | LLR | GAT | Clean,
+    LocalBall | PGD | TRADES | MART | NFGSM | FGSMPGI | GradAlign | LLR | GAT | NuAT | Clean,
     Field(discriminator="name"),
 ]
 
@@ -33,6 +34,7 @@ __all__ = [
     "Clean",
     "GradAlign",
     "LocalBall",
+    "NuAT",
     "Objective",
     "Outcome",
     "Passes",

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .. import kernels, rng
 from ..adversary import Attack, ascend_after_training
 from ..errors import EngineError
-from ..phases import TRAIN_FORWARD, phase
-from ..rng import state as rng_state
+from ..phases import ATTACK_START, TRAIN_FORWARD, phase
 from ..threat import ThreatModel
 
 
@@ -54,6 +54,14 @@ def trained_pass(model: nn.Module, x: Tensor) -> Tensor:
     """A forward pass that the loss will be differentiated through: images to logits [B, K]."""
     with phase(TRAIN_FORWARD):
         return model(x)
+
+
+def bernoulli_start(x: Tensor, size: float | Tensor, state: Tensor) -> Tensor:
+    """Return `x` plus or minus `size` [pixel units] in every pixel, like `x`, clipped to [0, 1]."""
+    with phase(ATTACK_START):
+        middle = torch.full_like(x, 0.5)
+        drawn = kernels.uniform_start(middle, 0.25, state, norm="Linf", stream=rng.START)
+        return (x + size * (drawn - middle).sign()).clamp(0, 1)
 
 
 def attacked_pass(
@@ -156,7 +164,7 @@ _states: dict[torch.device, Tensor] = {}
 
 def _shared_state(device: torch.device) -> Tensor:
     if device not in _states or int(_states[device][0]) != _seed():
-        _states[device] = rng_state(_seed(), device)
+        _states[device] = rng.state(_seed(), device)
     return _states[device]
 
 

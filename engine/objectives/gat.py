@@ -11,16 +11,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from .. import kernels, rng
+from .. import kernels
 from ..adversary import Attack, LogitsGrad, climb
-from ..phases import ATTACK_START, LOSS, phase
+from ..phases import LOSS, phase
 from ..threat import ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+from .base import (
+    Objective,
+    Outcome,
+    Passes,
+    attack_passes,
+    bernoulli_start,
+    trained_pass,
+    trained_passes,
+)
 
 
 @dataclass(frozen=True)
@@ -55,10 +62,7 @@ class GAT(Objective):
         clean = trained_pass(model, x)
         p = clean.float().softmax(1)
         if start is None:
-            with phase(ATTACK_START):
-                middle = torch.full_like(x, 0.5)
-                drawn = kernels.uniform_start(middle, 0.25, state, norm="Linf", stream=rng.START)
-                start = (x + self.noise * threat.eps * (drawn - middle).sign()).clamp(0, 1)
+            start = bernoulli_start(x, self.noise * threat.eps, state)
         # Alternating: odd steps only; the counter lies on the device.
         guided = self.weight * (state[1] % 2) if self.guided == "alternate" else self.weight
         adversary, _ = climb(
