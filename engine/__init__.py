@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .objectives import (
         FGSMPGI,
         GAT,
+        LIET,
         LLR,
         MART,
         NFGSM,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "FGSMPGI": "objectives",
     "GAT": "objectives",
+    "LIET": "objectives",
     "LLR": "objectives",
     "MART": "objectives",
     "NFGSM": "objectives",
@@ -69,6 +71,7 @@ __all__ = [
     "FGSMPGI",
     "GAT",
     "L2",
+    "LIET",
     "LLR",
     "MART",
     "NFGSM",

@@ -14,6 +14,7 @@ from engine import (
     FGSMPGI,
     GAT,
     L2,
+    LIET,
     LLR,
     MART,
     NFGSM,
@@ -586,6 +587,63 @@ def test_the_unitary_factor_is_the_decompositions(shape):
     wanted = torch.linalg.matrix_norm(matrix, "nuc")
     torch.testing.assert_close((found * matrix).sum(), wanted, atol=0, rtol=1e-4)
     assert not nuat.unitary_factor(torch.zeros(shape)).any()
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_liet_is_the_papers_formula(model, batch, projected):
+    """From a given start: the step, and the divergence from both ends to their mean."""
+    x, y = batch
+    threat, start = Linf(0.1), (x + 0.09 * torch.randn_like(x).sign()).clamp(0, 1)
+    objective = LIET(weight=7.0, label_smoothing=0.4, projected=projected)
+    outcome = objective(model, x, y, threat, Attack(steps=1), start=start)
+
+    point = start.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(point), y, label_smoothing=0.4), point)
+    a = start + 0.1 * grad.sign()
+    a = _project(a, x, 0.1, "Linf") if projected else a.clamp(0, 1)
+    torch.testing.assert_close(outcome.adversary, a, atol=1e-6, rtol=1e-5)
+    p, q = model(start).softmax(1), model(a).softmax(1)
+    m = ((p + q) / 2).log()
+    apart = F.kl_div(m, p, reduction="batchmean") + F.kl_div(m, q, reduction="batchmean")
+    loss = F.cross_entropy(model(a), y, label_smoothing=0.4) + 7.0 * apart / 2
+    _weights_agree(model, outcome, loss)
+
+
+def test_liet_starts_from_what_a_grey_image_says_of_the_label(model, batch):
+    """With nothing erased it is x + I_y or x - I_y by the step's coin; with all erased it is noise."""
+    x, y = batch
+    x, threat = 0.3 + 0.4 * x, Linf(0.1)
+    grey = torch.full((4, *x.shape[1:]), 0.5, requires_grad=True)
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(grey), torch.arange(4)), grey)
+    written = 0.1 * grad.sign()[y]
+    signs = set()
+    for step in range(8):
+        state = engine_rng.state(0, step=step)
+        delta = LIET(erased=(0.0, 0.0), label_smoothing=0.0)._start(model, x, y, threat, state) - x
+        sign = float((delta * written).sum().sign())
+        torch.testing.assert_close(delta, sign * written, atol=1e-6, rtol=0)
+        signs.add(sign)
+        half = LIET(erased=(0.5, 0.5))._start(model, x, y, threat, state) - x
+        kept = (half.abs() - 0.1).abs() < 1e-6
+        assert 0.4 < float(kept.float().mean()) < 0.6
+        noise = LIET(erased=(1.0, 1.0), noise=2.0)._start(model, x, y, threat, state) - x
+        assert 0.19 < float(noise.abs().max()) <= 0.2 + 1e-6
+        assert abs(float(noise.mean())) < 0.02
+    assert signs == {1.0, -1.0}
+
+
+def test_liet_costs_what_fgsm_pgi_costs_and_the_grey_images(batch):
+    x, y = batch
+    model, attack = CountingStem(), Attack(steps=1)
+    LIET()(model, x, y, Linf(0.1), attack).loss.backward()
+    declared = LIET().passes(attack)
+    assert declared == FGSMPGI().passes(attack)
+    # Four classes, and one image to find out that there are four.
+    assert model.counts["forward"] == declared.forward * len(x) + 5
+    assert model.counts["input_grad"] == declared.input_grad * len(x) + 4
+    assert model.counts["weight_grad"] == declared.weight_grad * len(x)
+    with pytest.raises(EngineError, match="start must be random"):
+        LIET().check(Attack(steps=1, start="memory"))
 
 
 @pytest.mark.parametrize("noise", [0.5, 1.0])

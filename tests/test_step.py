@@ -522,7 +522,7 @@ def test_every_recipe_can_be_captured(name):
     found = audit.audit(recipe)
     assert found.complaints == []
     # The whole of it outside the network: what the kernels are for. These rivals' losses have none.
-    plain = recipe.objective.name in ("mart", "gat", "llr", "grad-align", "fgsm-pgi")
+    plain = recipe.objective.name in ("mart", "gat", "liet", "llr", "grad-align", "fgsm-pgi")
     # NuAT's nuclear norm takes 22 iterations of two products.
     iterated = 60 if recipe.objective.name == "nuat" else 0
     assert found.attack_step_ops <= (iterated or (20 if plain else 2))

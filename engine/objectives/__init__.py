@@ -9,6 +9,7 @@ from .clean import Clean
 from .fgsm_pgi import FGSMPGI
 from .gat import GAT
 from .grad_align import GradAlign
+from .liet import LIET
 from .llr import LLR
 from .local_ball import LocalBall
 from .mart import MART
@@ -18,13 +19,14 @@ from .pgd import PGD
 from .trades import TRADES
 
 AnyObjective = Annotated[
-    LocalBall | PGD | TRADES | MART | NFGSM | FGSMPGI | GradAlign | LLR | GAT | NuAT | Clean,
+    LocalBall | PGD | TRADES | MART | NFGSM | FGSMPGI | GradAlign | LLR | GAT | NuAT | LIET | Clean,
     Field(discriminator="name"),
 ]
 
 __all__ = [
     "FGSMPGI",
     "GAT",
+    "LIET",
     "LLR",
     "MART",
     "NFGSM",
