@@ -206,6 +206,25 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def validation(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of `engine.benchmarks.validation` rows."""
+    attacks = {
+        "ce_10": "PGD-10, cross-entropy",
+        "ce_50": "PGD-50, cross-entropy",
+        "margin_10": "PGD-10, margin",
+        "margin_50": "PGD-50, margin",
+        "apgd": "APGD",
+    }
+    lines = [
+        f"| method | epoch | clean % | {' % | '.join(attacks.values())} % |",
+        "|---|---|---|" + "---|" * len(attacks),
+    ]
+    for row in rows:
+        cells = [row["method"], row["epoch"], *(_percent(row[key]) for key in ("clean", *attacks))]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def plans(recipes: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
     """A Markdown table of `engine plan` for CIFAR-10 on every GPU it knows: predictions."""
     from engine import plan, recipe
@@ -302,13 +321,23 @@ def stored() -> dict[str, tuple[str, str]]:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         if path.stem == "audit":
             found[path.stem] = ("docs/kernels.md", audit(rows))
+        elif path.stem == "validation":
+            found[path.stem] = ("docs/results-mnist.md", validation(rows))
         elif path.stem in makers:
             found[path.stem] = ("docs/performance.md", makers[path.stem](rows))
         else:
-            found[path.stem] = ("docs/results.md", comparison(rows))
+            found[path.stem] = (_page_of(rows), comparison(rows))
         if path.stem == HEADLINE:
             found["headline"] = ("README.md", headline(rows))
     return found
+
+
+def _page_of(rows: list[dict[str, Any]]) -> str:
+    """Return the page that shows a comparison: each data set has one, Fashion-MNIST the first."""
+    dataset = rows[0]["dataset"]
+    if "cifar10" in dataset:
+        return "docs/results-cifar10.md"
+    return "docs/results-mnist.md" if dataset == "mnist" else "docs/results.md"
 
 
 def write(root: Path) -> list[str]:
