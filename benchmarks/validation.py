@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
-from engine import evaluation, files, runner
-from engine import recipe as recipes
+from engine import files, recipes
+from engine.device.machine import environment
+from engine.evaluation import robust_accuracy
 from engine.progress import stderr
-from engine.runs import environment
-from engine.trainer import Hooks
+from engine.runs import build, images
+from engine.runs.train import build_trainer
+from engine.training.trainer import Hooks
 
 from . import store
 
@@ -49,8 +51,8 @@ def run(
     wanted = {**COMMON, **METHODS[method], **changes, "optim.epochs": str(epochs)}
     recipe = recipes.load("mnist", {**wanted, "validation.every": str(epochs)})
     torch.set_num_threads(recipe.threads or 1)
-    step, loader = runner.prepare(recipe, epochs)
-    x, y = runner.as_floats(*runner.split(recipe).validation, step.device)
+    step, loader = build.prepare(recipe, epochs)
+    x, y = images.as_floats(*images.split(recipe).validation, step.device)
     x, y = x[:examples], y[:examples]
     rows: list[dict[str, Any]] = []
 
@@ -58,21 +60,21 @@ def run(
         if row["epoch"] % every:
             return
         found = {"method": method, "epoch": row["epoch"], "examples": len(x)}
-        with evaluation.evaluation_mode(step.optimiser.average) as model:
-            right = evaluation.predictions(model, x) == y
-            found["clean"] = evaluation.share(right)
+        with robust_accuracy.evaluation_mode(step.optimiser.average) as model:
+            right = robust_accuracy.predictions(model, x) == y
+            found["clean"] = robust_accuracy.share(right)
             for name, loss in (("ce", "cross-entropy"), ("margin", "margin")):
                 for steps in (10, 50):
-                    robust = evaluation.pgd(
+                    robust = robust_accuracy.pgd(
                         model, x, y, recipe.threat, steps=steps, restarts=1, loss=loss
                     )
-                    found[f"{name}_{steps}"] = evaluation.share(robust)
-            robust, _, _ = evaluation.autoattack(model, x, y, recipe.threat, version="apgd")
-        found["apgd"] = evaluation.share(robust)
+                    found[f"{name}_{steps}"] = robust_accuracy.share(robust)
+            robust, _, _ = robust_accuracy.autoattack(model, x, y, recipe.threat, version="apgd")
+        found["apgd"] = robust_accuracy.share(robust)
         stderr.print(str(found), highlight=False, soft_wrap=True)
         rows.append(found)
 
-    runner.build_trainer(recipe, step, loader, Hooks(epoch=attack)).run()
+    build_trainer(recipe, step, loader, Hooks(epoch=attack)).run()
     return rows
 
 

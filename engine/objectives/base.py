@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary import Attack, ascend_after_training
+from ..adversary.ascent import ascend_after_training
+from ..adversary.attack import Attack
+from ..device.phases import ATTACK_START, TRAIN_FORWARD, phase
 from ..errors import EngineError
-from ..phases import ATTACK_START, TRAIN_FORWARD, phase
 from ..threat import ThreatModel
 
 

@@ -16,8 +16,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels
-from ..adversary import Attack, LogitsGrad, climb
-from ..phases import LOSS, phase
+from ..adversary.ascent import LogitsGrad, climb
+from ..adversary.attack import Attack
+from ..device.phases import LOSS, phase
 from ..threat import ThreatModel
 from .base import (
     Objective,

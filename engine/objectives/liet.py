@@ -25,15 +25,15 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary import (
-    Attack,
+from ..adversary.ascent import (
     ascend_from_training,
     climb,
     passes_without_training,
     towards_errors,
 )
+from ..adversary.attack import Attack
+from ..device.phases import ATTACK_START, LOSS, phase
 from ..errors import EngineError
-from ..phases import ATTACK_START, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
