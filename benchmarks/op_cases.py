@@ -73,16 +73,16 @@ def _eager_input_grad_step(
 
 
 def _eager_augment(images: Tensor, index: Tensor, pad: int) -> Tensor:
-    b, (_, c, h, w), where = len(index), images.shape, index.device
+    b, (_, c, h, w), device = len(index), images.shape, index.device
     padded = torch.nn.functional.pad(images[index], [pad] * 4)
-    dy = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=where)
-    dx = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=where)
-    flip = torch.rand(b, 1, 1, device=where) < 0.5
-    rows = torch.arange(h, device=where)[None, :, None] + dy
-    columns = torch.arange(w, device=where)[None, None, :]
+    dy = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=device)
+    dx = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=device)
+    flip = torch.rand(b, 1, 1, device=device) < 0.5
+    rows = torch.arange(h, device=device)[None, :, None] + dy
+    columns = torch.arange(w, device=device)[None, None, :]
     columns = torch.where(flip, w - 1 - columns, columns) + dx
-    sample = torch.arange(b, device=where)[:, None, None, None]
-    channel = torch.arange(c, device=where)[None, :, None, None]
+    sample = torch.arange(b, device=device)[:, None, None, None]
+    channel = torch.arange(c, device=device)[None, :, None, None]
     return padded[sample, channel, rows[:, None], columns[:, None]].float() / 255.0
 
 
@@ -91,12 +91,12 @@ def _eager_augment_with_start(
     index: Tensor,
     pad: int,
     memory: Tensor,
-    where: Tensor,
+    crops: Tensor,
     x: Tensor,
     eps: Tensor,
 ) -> tuple[Tensor, Tensor]:
     made = _eager_augment(images, index, pad)
-    return made, reference.recall(memory, index, where, x, eps, "Linf")
+    return made, reference.recall(memory, index, crops, x, eps, "Linf")
 
 
 def _close(actual: object, expected: object, tolerance: float = 2e-5) -> None:
@@ -138,7 +138,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
     data = torch.randint(0, 256, (n, *shape[1:]), dtype=torch.uint8)
     memory = torch.randint(-127, 128, (n, *shape[1:]), dtype=torch.int8)
     index = torch.randperm(n)[:b]
-    _, where, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
+    _, crops, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
     eps, alpha = torch.tensor(EPS), torch.tensor(ALPHA)
     last = torch.channels_last
 
@@ -158,8 +158,8 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
 
     def check_remember() -> None:
         stored, expected = memory.clone(), memory.clone()
-        kernels.remember(stored, index, where, x, z, EPS)
-        reference.remember(expected, index, where, x, z, eps)
+        kernels.remember(stored, index, crops, x, z, EPS)
+        reference.remember(expected, index, crops, x, z, eps)
         assert torch.equal(stored, expected)
 
     step = kernels.attack_step
@@ -214,25 +214,25 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             name,
             lambda: kernels.augment(data, index, rng, pad=pad, flip=True, memory=memory, eps=eps),
             _eager_augment_with_start,
-            (data, index, pad, memory, where, x, eps),
+            (data, index, pad, memory, crops, x, eps),
             check_augment,
             2 * size + size // 2,
         ),
         Case(
             "recall",
             name,
-            lambda: kernels.recall(memory, index, where, x, eps),
+            lambda: kernels.recall(memory, index, crops, x, eps),
             reference.recall,
-            (memory, index, where, x, eps, "Linf"),
-            _against_reference(kernels.recall, memory, index, where, x, eps),
+            (memory, index, crops, x, eps, "Linf"),
+            _against_reference(kernels.recall, memory, index, crops, x, eps),
             2 * size + size // 4,
         ),
         Case(
             "remember",
             name,
-            lambda: kernels.remember(memory, index, where, x, z, eps),
+            lambda: kernels.remember(memory, index, crops, x, z, eps),
             reference.remember,
-            (memory, index, where, x, z, eps),
+            (memory, index, crops, x, z, eps),
             check_remember,
             2 * size + size // 4,
         ),
@@ -433,9 +433,9 @@ SMALL_CNN = [(32, 1, 3, 3), (32,), (32, 32, 3, 3), (32,), (64, 32, 3, 3), (64,),
 FAST_AT = [(16, 1, 4, 4), (16,), (32, 16, 4, 4), (32,), (100, 1568), (100,), (10, 100), (10,)]
 
 
-def cases_on(where: torch.device, quick: bool) -> list[Case]:
+def cases_on(device: torch.device, quick: bool) -> list[Case]:
     """Every case, its tensors on the device."""
-    with where:
+    with device:
         return _cases(quick)
 
 
