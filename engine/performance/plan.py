@@ -26,7 +26,8 @@ from ..training.step import Step
 from .dispatch import GATHERS, Call, Spy
 
 # Count the convolution inside the stem's ops, as PyTorch counts its own; the arguments are shapes.
-# The formulas do not lie beside the ops: PyTorch's counter imports Triton; `import engine` must not.
+# The formulas do not lie beside the ops: PyTorch's counter imports Triton, which
+# `import engine` must not.
 
 
 @register_flop_formula(torch.ops.engine.input_grad_step)
