@@ -25,7 +25,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     """
     yardstick = [row for row in rows if row["method"] == "pgd-10"]
     full = max(row["train_seconds_mean"] for row in yardstick or rows)
-    share = "of pgd-10's" if yardstick else "of the longest"
+    share = "time against pgd-10" if yardstick else "time against the longest"
     if rows[0]["clean_mean"] is None:
         scores = {"clean": "held-out clean %", "val_pgd": "held-out PGD %"}
         rows = [{**row, "clean_mean": row["val_clean_mean"]} for row in rows]
@@ -59,12 +59,12 @@ def comparison(rows: list[dict[str, Any]]) -> str:
 
 
 def headline(rows: list[dict[str, Any]]) -> str:
-    """README's table: the longest budget of every method."""
+    """Return README's table: the longest budget of every method."""
     longest = max(row["epochs"] for row in rows)
     chosen = [row for row in rows if row["epochs"] == longest]
     strong = next(row["train_seconds_mean"] for row in chosen if row["method"] == "pgd-10")
     lines = [
-        f"| {longest} epochs | passes | clean % | AutoAttack % | time, of pgd-10's |",
+        f"| {longest} epochs | passes | clean % | AutoAttack % | time against PGD-10 |",
         "|---|---|---|---|---|",
     ]
     for row in sorted(chosen, key=lambda row: -row["autoattack_mean"]):
@@ -307,10 +307,17 @@ def stored() -> dict[str, tuple[str, str]]:
         elif path.stem in makers:
             found[path.stem] = ("docs/performance.md", makers[path.stem](rows))
         else:
-            found[path.stem] = ("docs/results.md", comparison(rows))
+            found[path.stem] = (_page_of(rows), comparison(rows))
         if path.stem == HEADLINE:
             found["headline"] = ("README.md", headline(rows))
+            found["summary"] = ("docs/results.md", headline(rows))
     return found
+
+
+def _page_of(rows: list[dict[str, Any]]) -> str:
+    """Return the page that shows a comparison; searches on held-out images have their own."""
+    searched = rows[0]["clean_mean"] is None
+    return "docs/results-searches.md" if searched else "docs/results.md"
 
 
 def write(root: Path) -> list[str]:
