@@ -226,7 +226,7 @@ def validation(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|" + "---|" * len(attacks),
     ]
     for row in rows:
-        cells = [row["method"], row["epoch"], *(_percent(row[key]) for key in ("clean", *attacks))]
+        cells = [row["method"], row["epoch"], *(percent(row[key]) for key in ("clean", *attacks))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
