@@ -222,11 +222,11 @@ def validation(rows: list[dict[str, Any]]) -> str:
         "apgd": "APGD",
     }
     lines = [
-        f"| method | epoch | clean % | {' % | '.join(attacks.values())} % |",
-        "|---|---|---|" + "---|" * len(attacks),
+        f"| run | clean % | {' % | '.join(attacks.values())} % |",
+        "|---|---|" + "---|" * len(attacks),
     ]
     for row in rows:
-        cells = [row["method"], row["epoch"], *(percent(row[key]) for key in ("clean", *attacks))]
+        cells = [row["run"], *(percent(row[key]) for key in ("clean", *attacks))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

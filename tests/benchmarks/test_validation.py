@@ -1,18 +1,26 @@
-"""The benchmark of validation attacks: its rows, on images of a second."""
+"""The benchmark of validation attacks: its rows, from a run of a second."""
 
 from __future__ import annotations
 
+import pytest
+
+from engine import recipes
 from engine.benchmarks import validation
+from engine.runs import train
+from engine.runs.folder import Run
 
 
-def test_rows_hold_every_attack_on_the_same_images(monkeypatch):
-    monkeypatch.setattr(validation, "COMMON", {"data.name": "digits", "threads": "1"})
-    small = {"model.name": "tiny-cnn", "threat.eps": "0.1", "data.validation": "64"}
-    rows = validation.run("memory-1", epochs=2, every=1, examples=24, **small)
-    assert [row["epoch"] for row in rows] == [1, 2]
-    for row in rows:
-        assert row["examples"] == 24
-        assert row["apgd"] <= row["clean"]
-        for loss in ("ce", "margin"):
-            # The step is eps / 4 at either length: more steps of the same walk break no fewer.
-            assert row[f"{loss}_50"] <= row[f"{loss}_10"] <= row["clean"]
+def test_a_row_holds_every_attack_on_the_same_images(tmp_path):
+    changes = {"optim.epochs": "1", "data.validation": "64", "threads": "1", "threat.eps": "0.1"}
+    run = Run.create(recipes.load("quickstart", changes), tmp_path / "run")
+    train.train(run)
+    row = validation.attacked(run, examples=64)
+    assert (row["run"], row["checkpoint"], row["examples"]) == ("run", "best", 64)
+    assert row["apgd"] <= row["clean"]
+    for loss in ("ce", "margin"):
+        # The step is eps / 4 at either length: the longer walk goes on from where the shorter ended.
+        assert row[f"{loss}_50"] <= row[f"{loss}_10"] <= row["clean"]
+    # They are the images of training's own validation.
+    (logged,) = run.metrics()
+    assert row["ce_10"] == pytest.approx(logged["val_pgd"])
+    assert row["clean"] == pytest.approx(logged["val_clean"])
