@@ -215,10 +215,10 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
 def validation(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine.benchmarks.validation` rows."""
     attacks = {
-        "ce_10": "PGD-10, cross-entropy",
-        "ce_50": "PGD-50, cross-entropy",
-        "margin_10": "PGD-10, margin",
-        "margin_50": "PGD-50, margin",
+        "constant_ce": "constant step, cross-entropy",
+        "constant_margin": "constant step, margin",
+        "decaying_ce": "decaying step, cross-entropy",
+        "decaying_margin": "decaying step, margin",
         "apgd": "APGD",
     }
     lines = [

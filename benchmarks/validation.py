@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -19,13 +19,15 @@ from engine.progress import stderr
 from engine.runs import evaluate, images
 from engine.runs.folder import Run
 
+LOSSES: dict[str, robust_accuracy.PgdLoss] = {"ce": "cross-entropy", "margin": "margin"}
+
 
 def attacked(run: Run, *, checkpoint: str = "best", examples: int = 300) -> dict[str, Any]:
     """Attack a run's checkpoint on the first `examples` of its held-out images.
 
     Returns:
-        run (its folder's name), checkpoint, examples, and accuracies [0..1]: clean; ce_10, ce_50, margin_10 and
-        margin_50 by PGD with so many steps; apgd.
+        run (its folder's name), checkpoint, examples, and accuracies [0..1]: clean; constant_ce, constant_margin,
+        decaying_ce and decaying_margin by PGD with 20 steps; apgd.
     """
     recipe = run.recipe
     model = evaluate.load_model(run, checkpoint)
@@ -34,16 +36,12 @@ def attacked(run: Run, *, checkpoint: str = "best", examples: int = 300) -> dict
     found: dict[str, Any] = {"run": run.path.name, "checkpoint": checkpoint, "examples": len(x)}
     with robust_accuracy.evaluation_mode(model):
         found["clean"] = robust_accuracy.share(robust_accuracy.predictions(model, x) == y)
-        losses: tuple[tuple[str, robust_accuracy.PgdLoss], ...] = (
-            ("ce", "cross-entropy"),
-            ("margin", "margin"),
-        )
-        for name, loss in losses:
-            for steps in (10, 50):
+        for step in get_args(robust_accuracy.PgdStep):
+            for name, loss in LOSSES.items():
                 robust = robust_accuracy.pgd(
-                    model, x, y, recipe.threat, steps=steps, restarts=1, loss=loss
+                    model, x, y, recipe.threat, steps=20, restarts=1, loss=loss, step=step
                 )
-                found[f"{name}_{steps}"] = robust_accuracy.share(robust)
+                found[f"{step}_{name}"] = robust_accuracy.share(robust)
         robust, _, _ = robust_accuracy.autoattack(model, x, y, recipe.threat, version="apgd")
     found["apgd"] = robust_accuracy.share(robust)
     return found

@@ -12,7 +12,7 @@ from ..adversary.attack import Attack
 from ..data.loaders import LoaderName
 from ..data.own import absolute
 from ..device.precision import Precision
-from ..evaluation.robust_accuracy import PgdLoss
+from ..evaluation.robust_accuracy import PgdLoss, PgdStep
 from ..objectives import AnyObjective, LocalBall
 from ..threat import Number, ThreatModel
 from ..training.optimiser import OptimiserName
@@ -135,9 +135,16 @@ class Validation:
         PgdLoss,
         Field(
             description="what those steps climb: the cross-entropy, or the margin between the best "
-            "wrong logit and the label's, which is the more honest at a large radius"
+            "wrong logit and the label's"
         ),
     ] = "cross-entropy"
+    step: Annotated[
+        PgdStep,
+        Field(
+            description="size of those steps: eps / 4 throughout, or decaying from eps to nothing, "
+            "which is the more honest at a large radius"
+        ),
+    ] = "constant"
     every: Annotated[int, Field(ge=1, description="epochs between validations [count]")] = 1
 
 

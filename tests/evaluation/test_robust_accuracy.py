@@ -10,6 +10,7 @@ from torch import nn
 import engine
 from engine import L2, EngineError, Linf
 from engine.adversary.ascent import towards_runner_up
+from engine.evaluation import robust_accuracy
 from engine.evaluation.robust_accuracy import evaluation_mode, pgd, predictions, robustbench_fields
 
 from ..conftest import Foreign, Tiny, blobs
@@ -82,6 +83,38 @@ def test_the_margin_is_attacked_where_the_cross_entropy_has_no_gradient(trained)
     honest = pgd(model, x, y, Linf(0.3), loss="margin", **options)
     assert torch.equal(pgd(steep, x, y, Linf(0.3), loss="margin", **options), honest)
     assert int(honest.sum()) < clean
+
+
+@pytest.mark.parametrize(
+    ("step", "sizes"),
+    [("constant", [0.25] * 10), ("decaying", [1 - k / 10 for k in range(10)])],
+)
+def test_step_sizes_of_pgd(trained, monkeypatch, step, sizes):
+    model, x, y = trained
+    taken = []
+
+    def ascend(*words, alpha, **options):
+        taken.append(alpha)
+        return robust_accuracy_ascend(*words, alpha=alpha, **options)
+
+    robust_accuracy_ascend = robust_accuracy.ascend
+    monkeypatch.setattr(robust_accuracy, "ascend", ascend)
+    pgd(model, x, y, Linf(0.2), steps=10, restarts=1, step=step)
+    assert taken == pytest.approx([0.2 * size for size in sizes])
+
+
+def test_decaying_steps_find_what_constant_ones_step_over():
+    """A narrow valley: only points within 0.02 of 0.43 are misread, and steps of eps / 4 jump across."""
+
+    class Valley(nn.Module):
+        def forward(self, x):
+            away = (x.flatten(1) - 0.43).abs().amax(1, keepdim=True)
+            return torch.cat([away - 0.02, torch.zeros_like(away)], dim=1)
+
+    x, y = torch.full((8, 1, 1, 1), 0.5), torch.zeros(8, dtype=torch.int64)
+    options = {"steps": 20, "restarts": 1, "loss": "margin"}
+    assert pgd(Valley(), x, y, Linf(0.3), **options).any()
+    assert not pgd(Valley(), x, y, Linf(0.3), step="decaying", **options).any()
 
 
 def test_the_margins_gradient_is_autograds():
