@@ -26,14 +26,14 @@ def attacked(run: Run, *, checkpoint: str = "best", examples: int = 300) -> dict
     """Attack a run's checkpoint on the first `examples` of its held-out images.
 
     Returns:
-        run (its folder's name), checkpoint, examples, and accuracies [0..1]: clean; constant_ce, constant_margin,
+        run (its folder and the folder around it), checkpoint, examples, and accuracies [0..1]: clean; constant_ce, constant_margin,
         decaying_ce and decaying_margin by PGD with 20 steps; apgd.
     """
     recipe = run.recipe
     model = evaluate.load_model(run, checkpoint)
     x, y = images.as_floats(*images.split(recipe).validation, device())
     x, y = x[:examples], y[:examples]
-    found: dict[str, Any] = {"run": run.path.name, "checkpoint": checkpoint, "examples": len(x)}
+    found: dict[str, Any] = {"run": _name(run.path), "checkpoint": checkpoint, "examples": len(x)}
     with robust_accuracy.evaluation_mode(model):
         found["clean"] = robust_accuracy.share(robust_accuracy.predictions(model, x) == y)
         for step in get_args(robust_accuracy.PgdStep):
@@ -45,6 +45,10 @@ def attacked(run: Run, *, checkpoint: str = "best", examples: int = 300) -> dict
         robust, _, _ = robust_accuracy.autoattack(model, x, y, recipe.threat, version="apgd")
     found["apgd"] = robust_accuracy.share(robust)
     return found
+
+
+def _name(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
 
 
 def main() -> None:
@@ -61,7 +65,7 @@ def main() -> None:
         rows.append(attacked(Run.open(path)))
         stderr.print(str(rows[-1]), highlight=False, soft_wrap=True)
     if chosen.store:
-        names = " ".join(f"runs/{path.parent.name}/{path.name}" for path in chosen.runs)
+        names = " ".join(f"runs/{_name(path)}" for path in chosen.runs)
         command = f"python -m engine.benchmarks.validation {names} --store"
         stamp = {**environment(), "command": command}
         found = {"environment": stamp, "command": command, "rows": rows}
