@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels, rng
-from ..adversary.ascent import ascend, towards_errors
+from .. import rng
+from ..adversary.ascent import ascend, random_point, towards_errors
 from ..errors import EngineError
+from ..models import stem_of
 from ..threat import ThreatModel
 
 Progress = Callable[[str, int, int], None]
@@ -113,19 +114,13 @@ def _break(
     state: Tensor,
 ) -> Tensor:
     """The members of `indices` that one restart of PGD breaks."""
-    centre, labels = x[indices], y[indices]
-    z = kernels.uniform_start(centre, threat.eps, state, norm=threat.norm, stream=rng.RESTART)
+    ball, labels, stem = threat.around(x[indices]), y[indices], stem_of(model)
+    z = random_point(ball, state, stream=rng.RESTART)
     broken: list[Tensor] = []
     for step in range(steps + 1):
         if step < steps:
             following, logits = ascend(
-                model,
-                centre,
-                z,
-                towards_errors(labels),
-                eps=threat.eps,
-                alpha=alpha,
-                norm=threat.norm,
+                model, ball, z, towards_errors(labels), alpha=alpha, stem=stem
             )
         else:
             with torch.no_grad():
@@ -136,8 +131,8 @@ def _break(
             break
         # Copying the batch costs; it pays once a tenth of it has fallen.
         if (~alive).sum() * 10 >= len(alive):
-            indices, centre, labels = indices[alive], centre[alive], labels[alive]
-            following = following[alive]
+            indices, labels, following = indices[alive], labels[alive], following[alive]
+            ball = threat.around(ball.centre[alive])
         z = following
     return torch.cat(broken).unique()
 
