@@ -1,4 +1,4 @@
-"""Define the cases of the op benchmark: inputs, eager opponents, and checks against the reference."""
+"""Define the cases of the op benchmark: inputs, eager opponents, checks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ MNIST, CIFAR, LARGE = (256, 1, 28, 28), (128, 3, 32, 32), (2048, 3, 32, 32)
 
 @dataclass
 class Case:
-    """One op at one shape.
+    """Hold one op at one shape.
 
     Attributes:
-        op, eager: the same work by the engine's op and by plain PyTorch, without arguments.
+        op, eager: the same work by the engine's op and by plain PyTorch; `op` takes no arguments,
+            `eager` takes `args`.
         check: raises AssertionError unless the op agrees with the reference in float64.
         bytes: the least that must be read and written.
     """
@@ -75,7 +76,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
     data = torch.randint(0, 256, (n, *shape[1:]), dtype=torch.uint8)
     memory = torch.randint(-127, 128, (n, *shape[1:]), dtype=torch.int8)
     index = torch.randperm(n)[:b]
-    _, where, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
+    _, offset, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
     eps, alpha = torch.tensor(EPS), torch.tensor(ALPHA)
     last = torch.channels_last
 
@@ -95,8 +96,8 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
 
     def check_remember() -> None:
         stored, expected = memory.clone(), memory.clone()
-        kernels.remember(stored, index, where, x, z, EPS)
-        reference.remember(expected, index, where, x, z, eps)
+        kernels.remember(stored, index, offset, x, z, EPS)
+        reference.remember(expected, index, offset, x, z, eps)
         assert torch.equal(stored, expected)
 
     step = kernels.attack_step
@@ -151,25 +152,25 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             name,
             lambda: kernels.augment(data, index, rng, pad=pad, flip=True, memory=memory, eps=eps),
             op_eager.augment_with_start,
-            (data, index, pad, memory, where, x, eps),
+            (data, index, pad, memory, offset, x, eps),
             check_augment,
             2 * size + size // 2,
         ),
         Case(
             "recall",
             name,
-            lambda: kernels.recall(memory, index, where, x, eps),
+            lambda: kernels.recall(memory, index, offset, x, eps),
             reference.recall,
-            (memory, index, where, x, eps, "Linf"),
-            _against_reference(kernels.recall, memory, index, where, x, eps),
+            (memory, index, offset, x, eps, "Linf"),
+            _against_reference(kernels.recall, memory, index, offset, x, eps),
             2 * size + size // 4,
         ),
         Case(
             "remember",
             name,
-            lambda: kernels.remember(memory, index, where, x, z, eps),
+            lambda: kernels.remember(memory, index, offset, x, z, eps),
             reference.remember,
-            (memory, index, where, x, z, eps),
+            (memory, index, offset, x, z, eps),
             check_remember,
             2 * size + size // 4,
         ),
@@ -234,7 +235,7 @@ def _stem_case(
     geometry = {"stride": stride, "padding": pad}
 
     def check() -> None:
-        # L2 compares the gradient itself; Linf would compare signs, which rounding may turn near 0.
+        # L2 compares the gradient; Linf would compare signs, which rounding may flip near 0.
         _against_reference(
             kernels.input_grad_step, x, z, gy, weight, **geometry, eps=1.0, alpha=0.5, norm="L2"
         )()
@@ -323,11 +324,11 @@ def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
     second = [t.square() for t in first]
     lr, zero, count, decay = torch.tensor(0.01), torch.tensor(0.0), torch.tensor(5.0), 5e-4
     n = sum(p.numel() for p in params)
-    theirs = [p.clone().requires_grad_() for p in params]
-    for p, g in zip(theirs, grads, strict=True):
+    foreign = [p.clone().requires_grad_() for p in params]
+    for p, g in zip(foreign, grads, strict=True):
         p.grad = g
-    optimiser = torch.optim.AdamW(theirs, lr=0.01, weight_decay=decay, fused=True)
-    followed = [p.detach().clone() for p in theirs]
+    optimiser = torch.optim.AdamW(foreign, lr=0.01, weight_decay=decay, fused=True)
+    followed = [p.detach().clone() for p in foreign]
 
     def step(*lists: list[Tensor]) -> None:
         kernels.adamw_ema_step(
@@ -341,7 +342,7 @@ def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
 
     def eager() -> None:
         optimiser.step()
-        torch._foreach_lerp_(followed, [p.detach() for p in theirs], 0.001)
+        torch._foreach_lerp_(followed, [p.detach() for p in foreign], 0.001)
 
     def check() -> None:
         lists = (params, grads, first, second, averages)
@@ -373,9 +374,9 @@ SMALL_CNN = [
 FAST_AT = [(16, 1, 4, 4), (16,), (32, 16, 4, 4), (32,), (100, 1568), (100,), (10, 100), (10,)]
 
 
-def cases_on(where: torch.device, quick: bool) -> list[Case]:
-    """Every case, its tensors on the device."""
-    with where:
+def cases_on(device: torch.device, quick: bool) -> list[Case]:
+    """Return every case with its tensors on the device."""
+    with device:
         return _cases(quick)
 
 

@@ -1,4 +1,4 @@
-"""Write the ops in plain PyTorch, as one would by hand: the opponents of the op benchmark."""
+"""Write the ops in plain PyTorch by hand: the op benchmark's opponents."""
 
 from __future__ import annotations
 
