@@ -76,7 +76,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
     data = torch.randint(0, 256, (n, *shape[1:]), dtype=torch.uint8)
     memory = torch.randint(-127, 128, (n, *shape[1:]), dtype=torch.int8)
     index = torch.randperm(n)[:b]
-    _, offset, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
+    _, crops, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
     eps, alpha = torch.tensor(EPS), torch.tensor(ALPHA)
     last = torch.channels_last
 
@@ -96,8 +96,8 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
 
     def check_remember() -> None:
         stored, expected = memory.clone(), memory.clone()
-        kernels.remember(stored, index, offset, x, z, EPS)
-        reference.remember(expected, index, offset, x, z, eps)
+        kernels.remember(stored, index, crops, x, z, EPS)
+        reference.remember(expected, index, crops, x, z, eps)
         assert torch.equal(stored, expected)
 
     step = kernels.attack_step
@@ -152,25 +152,25 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             name,
             lambda: kernels.augment(data, index, rng, pad=pad, flip=True, memory=memory, eps=eps),
             op_eager.augment_with_start,
-            (data, index, pad, memory, offset, x, eps),
+            (data, index, pad, memory, crops, x, eps),
             check_augment,
             2 * size + size // 2,
         ),
         Case(
             "recall",
             name,
-            lambda: kernels.recall(memory, index, offset, x, eps),
+            lambda: kernels.recall(memory, index, crops, x, eps),
             reference.recall,
-            (memory, index, offset, x, eps, "Linf"),
-            _against_reference(kernels.recall, memory, index, offset, x, eps),
+            (memory, index, crops, x, eps, "Linf"),
+            _against_reference(kernels.recall, memory, index, crops, x, eps),
             2 * size + size // 4,
         ),
         Case(
             "remember",
             name,
-            lambda: kernels.remember(memory, index, offset, x, z, eps),
+            lambda: kernels.remember(memory, index, crops, x, z, eps),
             reference.remember,
-            (memory, index, offset, x, z, eps),
+            (memory, index, crops, x, z, eps),
             check_remember,
             2 * size + size // 4,
         ),
@@ -375,7 +375,7 @@ FAST_AT = [(16, 1, 4, 4), (16,), (32, 16, 4, 4), (32,), (100, 1568), (100,), (10
 
 
 def cases_on(device: torch.device, quick: bool) -> list[Case]:
-    """Return every case with its tensors on the device."""
+    """Every case, its tensors on the device."""
     with device:
         return _cases(quick)
 

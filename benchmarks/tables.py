@@ -26,7 +26,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     """
     yardstick = [row for row in rows if row["method"] == "pgd-10"]
     full = max(row["train_seconds_mean"] for row in yardstick or rows)
-    share = "of pgd-10's" if yardstick else "of the longest"
+    share = "time against pgd-10" if yardstick else "time against the longest"
     if rows[0]["clean_mean"] is None:
         scores = {"clean": "held-out clean %", "val_pgd": "held-out PGD %"}
         rows = [{**row, "clean_mean": row["val_clean_mean"]} for row in rows]
@@ -66,7 +66,7 @@ def headline(rows: list[dict[str, Any]]) -> str:
         "passes",
         "clean %",
         "AutoAttack %",
-        "time, of pgd-10's",
+        "time against PGD-10",
     )
     for row in sorted(chosen, key=lambda row: -row["autoattack_mean"]):
         cells = [
@@ -364,10 +364,17 @@ def stored() -> dict[str, tuple[str, str]]:
         elif path.stem in makers:
             tables[path.stem] = ("docs/performance.md", makers[path.stem](rows))
         else:
-            tables[path.stem] = ("docs/results.md", comparison(rows))
+            tables[path.stem] = (_page_of(rows), comparison(rows))
         if path.stem == HEADLINE:
             tables["headline"] = ("README.md", headline(rows))
+            tables["summary"] = ("docs/results.md", headline(rows))
     return tables
+
+
+def _page_of(rows: list[dict[str, Any]]) -> str:
+    """Return the page that shows a comparison; searches on held-out images have their own."""
+    searched = rows[0]["clean_mean"] is None
+    return "docs/results-searches.md" if searched else "docs/results.md"
 
 
 def write(root: Path) -> list[str]:
