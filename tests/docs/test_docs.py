@@ -205,17 +205,19 @@ def test_the_audit_in_the_docs_is_the_compilers():
     assert stored["rows"] == audit.rows()
 
 
-def table_under(heading: str) -> list[list[str]]:
-    """Return the cells of the first table under a heading of the results page, header left out."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    section = text.split(f"\n## {heading}\n")[1]
+def table_under(file: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table under a heading, the table's header left out."""
+    section = (ROOT / file).read_text(encoding="utf-8").split(f"# {heading}\n")[1]
     lines = re.search(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def test_advice_in_the_results_is_what_the_store_says():
-    rows = table_under("When to use what")
+    rows = table_under("docs/results.md", "When to use what")
     assert len(rows) >= 6
+    in_short = [row[2:] for row in table_under("README.md", "Which method?")]
+    assert len(in_short) == 3
+    assert all(numbers in [row[3:] for row in rows] for numbers in in_short)
     for _, use, study, accuracy, of_pgd10, share in rows:
         name, epochs = re.fullmatch(r"`(\S+)`, (\d+) epochs", study).groups()
         path = ROOT / "benchmarks" / "results" / f"compare-{name}.json"
