@@ -82,7 +82,7 @@ def headline(rows: list[dict[str, Any]]) -> str:
 def loaders(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `engine bench loaders` rows."""
     lines = [
-        "| images | loader | images/s | ms a batch (p20 / p50 / p80) | against torch's | of a step |",
+        "| images | loader | images/s | ms a batch (p20 / p50 / p80) | against torch's | share of a step |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -99,7 +99,7 @@ def loaders(rows: list[dict[str, Any]]) -> str:
 def ops(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `engine bench ops` rows: the served backend against its opponents."""
     lines = [
-        "| op | shape | p50 ms | GB/s | of a copy | against eager | against torch.compile |",
+        "| op | shape | p50 ms | GB/s | share of a copy's speed | faster than eager | faster than torch.compile |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -121,7 +121,7 @@ def ops(rows: list[dict[str, Any]]) -> str:
 def step(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `engine bench step` rows."""
     lines = [
-        "| network | objective | k | mode | passes | p50 ms | over bare passes | of our PGD-10 | faster than |",
+        "| network | objective | k | mode | passes | p50 ms | over bare passes | share of our PGD-10 | faster than |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -144,7 +144,7 @@ def step(rows: list[dict[str, Any]]) -> str:
 def scaling(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `engine bench scaling` rows: from the first to the last measured value of each axis."""
     lines = [
-        "| axis | method | ms a step, measured | grows | FLOPs grow | H100 ms (predicted, never run) | grows |",
+        "| axis | method | ms a step, measured | growth | FLOPs' growth | H100 ms (predicted, never run) | growth |",
         "|---|---|---|---|---|---|---|",
     ]
     measured = [row for row in rows if row["p20_ms"] is not None]
@@ -169,7 +169,7 @@ def scaling(rows: list[dict[str, Any]]) -> str:
 def end_to_end(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `engine bench end-to-end` rows."""
     lines = [
-        "| training | passes | s an epoch (p20 / p50 / p80) | images/s | passes/s | GFLOP/s | of the peak | in steps | faster than plain |",
+        "| training | passes | s an epoch (p20 / p50 / p80) | images/s | passes/s | GFLOP/s | share of the peak | time in steps | faster than plain |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -191,7 +191,7 @@ def end_to_end(rows: list[dict[str, Any]]) -> str:
 def accuracy(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `engine bench accuracy` rows; time against the last recipe's."""
     lines = [
-        f"| recipe | passes | PGD target | seeds that reach it | training s to it (p20 / p50 / p80) | epochs to it | of {rows[-1]['recipe']}'s time | clean % | PGD % |",
+        f"| recipe | passes | PGD target | seeds that reach it | training s to it (p20 / p50 / p80) | epochs to it | time against {rows[-1]['recipe']} | clean % | PGD % |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -215,7 +215,7 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
 def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
     """A Markdown table of `engine plan` for CIFAR-10 on every GPU it knows: predictions."""
     lines = [
-        "| recipe | GPU | passes | step ms | images/s | training, min | bound by compute | by memory | of PGD-10 |",
+        "| recipe | GPU | passes | step ms | images/s | training, min | bound by compute | bound by memory | share of PGD-10 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for gpu in plan.GPUS:
