@@ -19,7 +19,6 @@ from engine import Attack, Linf, models, recipes
 from engine.compare import protocol
 from engine.kernels import audit, backends
 
-from .. import test_layers
 from ..conftest import Tiny, blobs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,14 +139,6 @@ def test_files_named_in_the_docs_exist():
         if not (ROOT / path).exists()
     ]
     assert dead == []
-
-
-@pytest.mark.parametrize("file", ["docs/architecture.md", "CONTRIBUTING.md"])
-def test_layers_in_the_docs_are_the_checked_ones(file):
-    section = (ROOT / file).read_text(encoding="utf-8").split("## Layers\n")[1]
-    shown = re.search(r"(?:^    .*\n)+", section, flags=re.MULTILINE)[0].splitlines()
-    checked = [line for line in test_layers.LAYERS.splitlines() if line]
-    assert [set(line.strip().split(", ")) for line in shown] == [set(c.split()) for c in checked]
 
 
 @pytest.mark.slow
