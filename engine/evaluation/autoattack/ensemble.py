@@ -67,9 +67,10 @@ def run(
         batch_size: images in memory at once.
         progress: called with (attack, batches done, batches).
     """
-    oracle = Oracle(model)
-    guesses = torch.cat([oracle.logits(part).argmax(1) for part in x.split(batch_size)])
-    robust, adversaries = guesses == y, x.clone()
+    oracle = Oracle(model, x[:batch_size])
+    batched = zip(x.split(batch_size), y.split(batch_size), strict=True)
+    robust = ~torch.cat([oracle.is_wrong(*batch) for batch in batched])
+    adversaries = x.clone()
     classes = oracle.logits(x[:1]).shape[1]
     after: dict[str, float] = {}
     for name, attack in _attacks(oracle, threat, classes, version, batch_size).items():
@@ -81,7 +82,7 @@ def run(
             draw = torch.Generator().manual_seed(seed)
             fallen, found = attack(x[rows], y[rows], draw)
             # The verdict is the network's own, on the adversary as it would be published.
-            wrong = oracle.logits(found).argmax(1) != y[rows[fallen]]
+            wrong = oracle.is_wrong(found, y[rows[fallen]])
             robust[rows[fallen[wrong]]] = False
             adversaries[rows[fallen[wrong]]] = found[wrong]
         progress(name, len(batches), len(batches))

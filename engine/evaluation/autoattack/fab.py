@@ -129,15 +129,16 @@ _MOST_STEPS = 50
 
 def _newton(slope: Tensor, speed: Tensor, room: Tensor, goal: Tensor) -> Tensor:
     """Solve sum slope min(s speed, room) = goal for s >= 0, each row; inf where it has no solution."""
-    rate = slope * speed
+    rate, reach = slope * speed, slope * room
+    whole = reach.sum(1)
     s = goal / rate.sum(1)
     for _ in range(_MOST_STEPS):
-        free = s[:, None] * speed < room
-        growth = (rate * free).sum(1)
-        edge = (slope * room).masked_fill(free, 0.0).sum(1)
-        following = (goal - edge) / growth
+        free = (s[:, None] * speed < room).to(slope.dtype)
+        growth = torch.linalg.vecdot(rate, free)
+        edge = whole - torch.linalg.vecdot(reach, free)
         # Rounding may turn the last step back; s never falls.
-        following = torch.where(growth > 0, torch.maximum(following, s), torch.inf)
+        following = torch.maximum((goal - edge) / growth, s)
+        following = torch.where(growth > 0, following, torch.inf)
         if torch.equal(following, s):
             break
         s = following

