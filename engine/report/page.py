@@ -124,7 +124,6 @@ def _balls_share(objective: Any) -> str:
 
 def _numbers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The three big numbers; a value of None has not been measured."""
-    version = found.get("autoattack_version")
     shown = (
         ("clean", "Clean accuracy", "clean_acc", "test images as they are"),
         ("pgd", "PGD accuracy", "pgd_acc", _pgd_words(found.get("pgd"))),
@@ -132,7 +131,7 @@ def _numbers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             "autoattack",
             "AutoAttack accuracy",
             "autoattack_acc",
-            "its two APGD attacks only" if version == "apgd" else "standard: four attacks",
+            _autoattack_words(found),
         ),
     )
     numbers = []
@@ -143,6 +142,13 @@ def _numbers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
             error = math.sqrt(value * (1 - value) / max(int(found["examples"]), 1))
         numbers.append({"name": name, "title": title, "value": value, "error": error, "how": how})
     return numbers
+
+
+def _autoattack_words(found: Mapping[str, Any]) -> str:
+    """Say which attacks AutoAttack ran, and who ran them where it was not the authors' package."""
+    apgd = found.get("autoattack_version") == "apgd"
+    words = "its two APGD attacks only" if apgd else "standard: four attacks"
+    return f"{words}, the engine's own" if found.get("autoattack_judge") == "engine" else words
 
 
 def _pgd_words(name: str | None) -> str:

@@ -34,12 +34,14 @@ class Verdict:
         robust: bool [N], True where the network withstood all attacks.
         adversaries: float32 [N, C, H, W], an adversary where one was found, else the image.
         after: robust accuracy [0..1] after each attack, by the attack's name.
+        notes: a warning, where Square broke what gradients did not: a sign of masked gradients.
         forward_images, gradient_images: images of all passes [count].
     """
 
     robust: Tensor
     adversaries: Tensor
     after: dict[str, float]
+    notes: list[str]
     forward_images: int
     gradient_images: int
 
@@ -87,7 +89,26 @@ def run(
             adversaries[rows[fallen[wrong]]] = found[wrong]
         progress(name, len(batches), len(batches))
         after[name] = float(robust.double().mean())
-    return Verdict(robust, adversaries, after, oracle.forward_images, oracle.gradient_images)
+    return Verdict(
+        robust,
+        adversaries,
+        after,
+        _notes(after),
+        oracle.forward_images,
+        oracle.gradient_images,
+    )
+
+
+def _notes(after: dict[str, float]) -> list[str]:
+    """Warn as the authors' package does: where Square alone takes more than 0.2 points."""
+    *by_gradient, last = after
+    taken = after[by_gradient[-1]] - after[last]
+    if last != "square" or taken <= 0.002:
+        return []
+    return [
+        f"Square lowered the robust accuracy by {taken:.2%}: gradients may be masked, and "
+        "AutoAttack may overstate the robust accuracy"
+    ]
 
 
 def _attacks(

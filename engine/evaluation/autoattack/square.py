@@ -123,8 +123,12 @@ def _draw_windows(x: Tensor, eps: float, queries: int, draw: torch.Generator) ->
     side = torch.tensor(sides)
     uniform = torch.rand((queries, 2 + c), generator=draw)
     top, left = ((n - side) * uniform[:, i] for i, n in enumerate((h, w)))
-    change = 2 * eps * _signs(uniform[:, 2:])
-    return _Windows(*(t.to(x.device) for t in (top.long(), left.long(), side)), change.to(x.device))
+    return _Windows(
+        top=top.long().to(x.device),
+        left=left.long().to(x.device),
+        side=side.to(x.device),
+        change=(2 * eps * _signs(uniform[:, 2:])).to(x.device),
+    )
 
 
 def _try(
