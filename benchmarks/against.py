@@ -40,7 +40,8 @@ def run(what: str, reference: str, *, quick: bool, rounds: int = 3) -> Rows:
     if Path(reference).is_file():
         theirs = [_rows(Path(reference).read_text(encoding="utf-8"), reference)]
         return judge([ours()], theirs)
-    mine, others = [], []
+    mine: list[Rows] = []
+    others: list[Rows] = []
     with tempfile.TemporaryDirectory() as folder:
         python = environment(_checkout(reference, Path(folder)), Path(folder))
         their_run = _command(python, what, quick)
