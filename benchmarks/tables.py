@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -435,6 +435,7 @@ def write(root: Path) -> list[str]:
             before + begin + "\n" + table + "\n\n" + end + rest.split(end, 1)[1], encoding="utf-8"
         )
         written.append(f"{document}: {name}")
+    drawn: list[tuple[Path, Callable[[Mapping[str, Any], Path], None]]]
     drawn = [(path, picture.draw) for path in sorted(results.FOLDER.glob("compare-*.json"))]
     drawn += [(path, scaling_picture.draw) for path in results.FOLDER.glob("scaling.json")]
     for path, draw in drawn:
