@@ -129,6 +129,12 @@ def test_architecture_names_every_module():
     assert engine.__doc__
 
 
+def test_every_page_is_in_the_sites_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in navigation, page.name
+
+
 def test_files_named_in_the_docs_exist():
     named = re.compile(r"`((?:engine|kernels|benchmarks|tests|docs)/[\w./-]*)`")
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
