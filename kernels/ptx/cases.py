@@ -1,0 +1,273 @@
+"""The inputs that each kernel is executed on: every type, ragged tails, one sample, odd sizes, both norms.
+
+A kernel's first case is its short form.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EPS, ALPHA = 8 / 255, 10 / 255
+# One full tile of 1024 elements and 128-bit accesses; a ragged tail; one odd sample; a sample of a pixel.
+_SHAPES = [(3, 3, 8, 16), (2, 3, 7, 5), (1, 1, 29, 31), (5, 3, 1, 1)]
+_CLASSES = [10, 3, 37, 1000]
+
+
+class Case(NamedTuple):
+    """One call of an op.
+
+    Attributes:
+        kernel: its row in the audit's table; variant: what tells the case from that row's others.
+        op: what is called, with `args` and `options`, whose tensors it may write to.
+        rounding: as for `accuracy.error`; None: the bits of the reference in the inputs' own precision.
+    """
+
+    kernel: str
+    variant: str
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    rounding: float | None
+
+
+def _draws(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _normal(*shape: int, scale: float = 1.0, seed: int = 1, dtype: str = "fp32") -> Tensor:
+    return (torch.randn(shape, generator=_draws(seed)) * scale).to(TYPES[dtype])
+
+
+def _whole(*shape: int, seed: int) -> Tensor:
+    """Sums of small whole numbers are exact in any order, and so are their signs."""
+    return torch.randint(-2, 3, shape, generator=_draws(seed)).float()
+
+
+def _images(shape: tuple[int, ...]) -> Tensor:
+    return torch.rand(shape, generator=_draws(0))
+
+
+def _near(x: Tensor) -> Tensor:
+    return (x + _normal(*x.shape, scale=0.05, seed=2)).clamp(0, 1)
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+_LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda t: t.contiguous(),
+    " channels_last": _channels_last,
+}
+_RNG = torch.tensor([1234567890123, (3 << 32) + 7])
+
+
+def every_case() -> Iterator[Case]:
+    """All cases, a kernel's shortest first."""
+    return itertools.chain(
+        _starts(), _steps(), _steps_in_place(), _logit_gradients(), _stems(), _losses(), _data(),
+        _optimisers(),
+    )  # fmt: skip
+
+
+def short_cases() -> list[Case]:
+    """The first case of each kernel."""
+    first: dict[str, Case] = {}
+    for case in every_case():
+        first.setdefault(case.kernel, case)
+    return list(first.values())
+
+
+def _starts() -> Iterator[Case]:
+    for shape, (layout, lay_out) in itertools.product(_SHAPES, _LAYOUTS.items()):
+        args, name = (lay_out(_images(shape)), 0.3, _RNG), _name(shape) + layout
+        yield Case("linf_start", name, ops.uniform_start, args, {"stream": 5}, None)
+        options = {"norm": "L2", "stream": 5}
+        # Box-Muller's sine, cosine and logarithm differ by some units between libraries.
+        yield Case("l2_start", name, ops.uniform_start, args, options, 64)
+
+
+def _steps() -> Iterator[Case]:
+    for shape, dtype, (layout, lay_out) in itertools.product(_SHAPES, TYPES, _LAYOUTS.items()):
+        x = lay_out(_images(shape))
+        z, grad = lay_out(_near(x)), lay_out(_normal(*shape, seed=3, dtype=dtype))
+        grad[grad.abs() < 0.2] = 0.0
+        name = f"{dtype} {_name(shape)}{layout}"
+        kernel = "linf_step" if dtype == "fp32" else "linf_step_bf16_grad"
+        yield Case(kernel, name, ops.attack_step, (x, z, grad, EPS, ALPHA), {}, None)
+        yield Case("l2_step", name, ops.attack_step, (x, z, grad, 0.5, 0.2), {"norm": "L2"}, 4)
+    x, z, grad = (_images((2, 3, 8, 16)) for _ in range(3))
+    grad[0, 0, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
+    name = "fp32 NaN and infinite gradients"
+    yield Case("linf_step", name, ops.attack_step, (x, z, grad, EPS, ALPHA), {}, None)
+    yield Case("l2_step", name, ops.attack_step, (x, z, grad, 0.5, 0.2), {"norm": "L2"}, 4)
+
+
+def _steps_in_place() -> Iterator[Case]:
+    for shape in _SHAPES:
+        x, name = _images(shape), f"fp32 {_name(shape)}"
+        args = (x, _near(x), _normal(*shape, seed=3), EPS, ALPHA)
+        yield Case("linf_step_in_place", name, ops.attack_step_, args, {}, None)
+    types = ("bf16", "fp16", "fp32")
+    for shape, dtype, (layout, lay_out) in itertools.product(_SHAPES, types, _LAYOUTS.items()):
+        x, name = _images(shape), f"{dtype} {_name(shape)}"
+        args = (x, _near(x), _normal(*shape, seed=3, dtype=dtype))
+        given = {"network_input": lay_out(torch.zeros(shape, dtype=TYPES[dtype]))}
+        kernel = "linf_step_channels_last_input" if layout else "linf_step_bf16_input"
+        yield Case(kernel, name, ops.attack_step_, (*args, EPS, ALPHA), given, None)
+        options = {"norm": "L2", **given}
+        kernel = "l2_step_bf16_input"
+        yield Case(kernel, name + layout, ops.attack_step_, (*args, 0.5, 0.2), options, 4)
+
+
+def _logits(rows: int, classes: int, dtype: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    target = torch.randint(0, classes, (rows,), generator=_draws(4))
+    adv, ball, clean = (_normal(rows, classes, scale=3, seed=s, dtype=dtype) for s in (5, 6, 7))
+    return adv, target, ball, clean
+
+
+def _logit_gradients() -> Iterator[Case]:
+    for classes, rows, dtype in itertools.product(_CLASSES, (70, 1), TYPES):
+        q, target, p, _ = _logits(rows, classes, dtype)
+        name = f"{dtype} {rows}x{classes}"
+        scale = {"scale": 3.0}
+        yield Case("cross_entropy_grad", name, ops.cross_entropy_grad, (q, target), scale, 4)
+        yield Case("kl_grad", name, ops.kl_grad, (p, q), {"scale": 0.5}, 4)
+
+
+# What one program sums by itself, and the fewest rows that take several and a second kernel.
+_MANY_ROWS = {10: 2100, 3: 8200, 37: 530, 1000: 37}
+
+
+def _losses() -> Iterator[Case]:
+    for classes, rows, dtype in itertools.product(_CLASSES, (7, 1), TYPES):
+        yield from _loss_cases(_logits(rows, classes, dtype), f"{dtype} {rows}x{classes}", ["loss"])
+    for classes, dtype in itertools.product((1000, 10, 37, 3), TYPES):
+        rows, kernels = _MANY_ROWS[classes], ["loss_partial", "loss_finish"]
+        yield from _loss_cases(_logits(rows, classes, dtype), f"{dtype} {rows}x{classes}", kernels)
+    adv, target, ball, clean = _logits(7, 10, "fp32")
+    for name, b, c in (("local", ball, None), ("global", None, clean), ("neither", None, None)):
+        yield from _loss_cases((adv, target, b, c), f"fp32 7x10 {name} term", ["loss"])
+
+
+def _loss_cases(
+    logits: tuple[Tensor, Tensor, Tensor | None, Tensor | None], name: str, kernels: list[str]
+) -> Iterator[Case]:
+    options = {"lam": 2.0, "mu": 0.7, "label_smoothing": 0.1}
+    for kernel in kernels:
+        yield Case(kernel, name, ops.local_ball_loss, logits, options, 16)
+    upstream, lam, mu = (torch.tensor(v) for v in (1.5, 2.0, 0.7))
+    backward = torch.ops.engine.local_ball_loss_backward
+    yield Case("loss_backward", name, backward, (upstream, *logits, lam, mu, 0.1), {}, 16)
+
+
+# Channels in and out, kernel height and width, stride, padding, image height and width.
+_STEMS = [
+    (3, 16, 3, 3, 1, 1, 8, 7),
+    (3, 5, 3, 3, 2, 1, 9, 7),
+    (1, 20, 4, 4, 2, 1, 8, 9),
+    (4, 35, 2, 3, 2, 2, 6, 5),
+    (1, 3, 1, 1, 1, 0, 5, 5),
+]
+
+
+def _stems() -> Iterator[Case]:
+    types = ("bf16", "fp16", "fp32")
+    for stem, batch, dtype in itertools.product(_STEMS, (2, 1), types):
+        c, o, kh, kw, stride, padding, h, w = stem
+        out = ((h + 2 * padding - kh) // stride + 1, (w + 2 * padding - kw) // stride + 1)
+        x = _images((batch, c, h, w))
+        whole = (_whole(batch, o, *out, seed=8).to(TYPES[dtype]), _whole(o, c, kh, kw, seed=9))
+        real = (
+            _normal(batch, o, *out, scale=1e-3, seed=8, dtype=dtype),
+            _normal(o, c, kh, kw, scale=0.2, seed=9),
+        )
+        for layout, lay_out in _LAYOUTS.items():
+            name = f"{dtype} {batch} x {_name(stem)}"
+            end = "_bf16_channels_last" if layout else ""
+            for norm, (grad, weight), rounding in (("Linf", whole, None), ("L2", real, 8)):
+                args = (x, _near(x), lay_out(grad), lay_out(weight))
+                options = {"stride": stride, "padding": padding, "eps": EPS, "alpha": ALPHA}
+                options["norm"] = norm
+                kernel = f"{norm.lower()}_input_grad{end}"
+                yield Case(kernel, name, ops.input_grad_step, args, options, rounding)
+
+
+# Samples in the dataset, channels, height, width; pad; samples in the batch; cutout.
+_DATA = [
+    ((6, 3, 8, 16), 2, 4, 3),
+    ((6, 3, 7, 5), 4, 11, 0),
+    ((4, 1, 29, 31), 2, 1, 4),
+    ((3, 2, 1, 1), 0, 3, 0),
+]
+
+
+def _data() -> Iterator[Case]:
+    for shape, pad, batch, cutout in _DATA:
+        images = torch.randint(0, 256, shape, generator=_draws(10), dtype=torch.uint8)
+        memory = torch.randint(-127, 128, shape, generator=_draws(11), dtype=torch.int8)
+        index = torch.randint(0, shape[0], (batch,), generator=_draws(12))
+        name = f"{batch} of {_name(shape)}"
+        options = {"pad": pad, "flip": True, "cutout": cutout, "stream": 5}
+        args = (images, index, _RNG)
+        yield Case("augment", name, ops.augment, args, options, None)
+        started = {**options, "memory": memory, "eps": 0.3}
+        yield Case("augment_linf_start", name, ops.augment, args, started, None)
+        # Each stored sample once: what two samples of a batch remember of one is in no order.
+        once = torch.randperm(shape[0], generator=_draws(13))[: min(batch, shape[0])]
+        x, where, _ = ops.augment(images, once, _RNG, **options)
+        for layout, lay_out in _LAYOUTS.items():
+            seen = (memory, once, where, lay_out(x))
+            yield Case("linf_recall", name + layout, ops.recall, (*seen, 0.3), {}, None)
+            yield Case("l2_recall", name + layout, ops.recall, (*seen, 0.3), {"norm": "L2"}, 4)
+            reached = (*seen, lay_out(_near(x)), 0.2)
+            yield Case("remember", name + layout, ops.remember, reached, {}, None)
+
+
+_PARAMETERS = [(16, 3, 4, 4), (16,), (1,), (0, 3), (), (100, 33), (7, 3, 3, 3)]
+_DECAY = [5e-4, 0.0, 0.0, 1e-2, 0.1, 5e-4, 0.0]
+
+
+def _optimisers() -> Iterator[Case]:
+    for dtype, (layout, lay_out) in itertools.product(TYPES, _LAYOUTS.items()):
+        yield from _optimiser_cases(f"{dtype}{layout}", dtype, lay_out)
+    yield from _optimiser_cases("fp32 gradients off 16 bytes", "fp32", torch.clone, shifted=True)
+    yield from _optimiser_cases("fp32 after an overflow", "fp32", torch.clone, found_inf=1.0)
+    yield from _optimiser_cases("fp32 no average", "fp32", torch.clone, average=False)
+
+
+def _optimiser_cases(
+    name: str,
+    dtype: str,
+    lay_out: Callable[[Tensor], Tensor],
+    shifted: bool = False,
+    found_inf: float = 0.0,
+    average: bool = True,
+) -> Iterator[Case]:
+    def tensors(seed: int, scale: float = 1.0) -> list[Tensor]:
+        drawn = (_normal(*s, scale=scale, seed=seed + i) for i, s in enumerate(_PARAMETERS))
+        return [lay_out(t) if t.dim() == 4 else t for t in drawn]
+
+    params, momenta, averages = tensors(100), tensors(300, 0.1), tensors(400) if average else []
+    grads = [t.to(TYPES[dtype]) for t in tensors(200, 0.1)]
+    if shifted:
+        grads = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in grads]
+    rest = {"found_inf": torch.tensor(found_inf), "weight_decay": _DECAY, "ema_decay": 0.99}
+    options = {"lr": torch.tensor(0.1), "momentum": 0.9, "nesterov": True, **rest}
+    lists = (params, grads, momenta, averages)
+    yield Case("sgd_ema", name, ops.sgd_ema_step, lists, options, 4)
+    lists = (params, grads, momenta, [m.square() for m in momenta], averages)
+    options = {"lr": torch.tensor(0.01), "count": torch.tensor(3.0), **rest}
+    yield Case("adamw_ema", name, ops.adamw_ema_step, lists, options, 4)
