@@ -1,4 +1,4 @@
-"""`engine kernels`: what the compiler makes of each Triton kernel."""
+"""`engine kernels`: what the compiler makes of each Triton kernel, and what that computes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,50 @@ def add(commands: Commands) -> None:
         commands, "kernels", _kernels, "what the compiler makes of each Triton kernel, with no GPU"
     )
     parser.add_argument("--arch", action="append", help="sm_80, sm_90 or sm_100; may be repeated")
+    parser.add_argument(
+        "--run",
+        dest="execute",
+        action="store_true",
+        help="execute the compiled kernels on the CPU and compare them with the reference",
+    )
     add_output(parser)
 
 
 def _kernels(arguments: argparse.Namespace) -> int:
-    from ..benchmarks import store
-    from ..kernels import audit
+    from ..kernels import audit, backends
 
     archs = tuple(arguments.arch or audit.ARCHS)
     if unknown := [a for a in archs if a not in audit.ARCHS]:
         raise EngineError(f"unknown --arch {unknown[0]}: {', '.join(audit.ARCHS)}")
+    module, reason = backends.load("triton")
+    if module is None:
+        raise EngineError(f"no kernels here: {reason}; it comes with robust-engine[gpu]")
+    if arguments.execute:
+        if arguments.store:
+            raise EngineError("--store keeps what the compiler made: drop --run")
+        return _run(archs, arguments.json)
     if arguments.store:
-        if arguments.arch:
-            raise EngineError("--store keeps all architectures: drop --arch")
-        # What stands against it shows before anything is compiled.
-        store.place("audit")
+        _check_store(arguments)
     rows = audit.rows(archs)
     print_rows(rows, arguments.json, hidden=("op", "threads", "flat"))
     if arguments.store:
         store_rows("audit", ["kernels"], rows)
     return 0
+
+
+def _check_store(arguments: argparse.Namespace) -> None:
+    from ..benchmarks import store
+
+    if arguments.arch:
+        raise EngineError("--store keeps all architectures: drop --arch")
+    # What stands against it shows before anything is compiled.
+    store.place("audit")
+
+
+def _run(archs: tuple[str, ...], as_json: bool) -> int:
+    """Execute the kernels; 1 if one of them faults or computes something else than the reference."""
+    from ..kernels.ptx import run
+
+    rows = run.rows(archs)
+    print_rows(rows, as_json, hidden=("launched",))
+    return 0 if all(row["outcome"] == run.EXECUTED for row in rows) else 1

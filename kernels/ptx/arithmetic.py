@@ -103,8 +103,8 @@ def _product(kinds: list[str], modifiers: list[str]) -> Built:
 
 def _upper_half(kind: str) -> Callable:
     """The upper half of a product of whole numbers."""
-    if bits(kind) == 32:
-        wide, shift = dtype(kind[0] + "64"), dtype(kind[0] + "64")(32)
+    if bits(kind) <= 32:
+        wide, shift = dtype(kind[0] + "64"), dtype(kind[0] + "64")(bits(kind))
         return lambda a, b: ((a.astype(wide) * b.astype(wide)) >> shift).astype(dtype(kind))
     if kind != "u64":
         raise Unknown(f"PTX instruction not known: mul.hi.{kind}")
@@ -149,21 +149,17 @@ def _shift(left: bool) -> Callable[..., Built]:
 
 
 def _field(kinds: list[str], modifiers: list[str]) -> Built:
-    """bfe of 32 bits: `length` bits from `position`, signed by their highest."""
-    kind = kinds[0]
-    if bits(kind) != 32:
-        raise Unknown(f"PTX instruction not known: bfe.{kind}")
+    """bfe: `length` bits from `position` on; of a signed type, extended by their highest."""
+    kind, width = kinds[0], bits(kinds[0])
 
     def function(value: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
-        at = np.minimum(position & 0xFF, 63).astype(np.int64)
-        count = np.minimum(length & 0xFF, 32).astype(np.int64)
-        # Bits past the end are copies of the sign.
-        found = value.astype(np.int64) >> at
-        empty = 64 - count
-        found = np.where(count == 0, 0, found << np.minimum(empty, 63))
-        if kind == "s32":
-            return (found >> np.minimum(empty, 63)).astype(np.int32)
-        return (found.view(np.uint64) >> np.minimum(empty, 63).astype(np.uint64)).astype(np.uint32)
+        into = value.dtype
+        at, count = position & 0xFF, np.minimum(length & 0xFF, width)
+        found = value >> np.minimum(at, width - 1).astype(into)
+        if kind[0] == "u":
+            found = np.where(at >= width, into.type(0), found)
+        above = np.minimum(width - count, width - 1).astype(into)
+        return np.where(count == 0, into.type(0), (found << above) >> above)
 
     return Operation(function, (kind, "u32", "u32"), kind), set()
 
@@ -279,10 +275,10 @@ def _count_bits(kinds: list[str], modifiers: list[str]) -> Built:
 
 def _whole_quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Towards zero; what a device gives for b = 0 is undefined."""
-    safe = np.where(b == 0, b.dtype.type(1), b)
-    quotient = np.abs(a) // np.abs(safe) if a.dtype.kind == "i" else a // safe
-    negative = (a < 0) != (safe < 0) if a.dtype.kind == "i" else np.False_
-    return np.where(negative, -quotient, quotient).astype(a.dtype)
+    one = b.dtype.type(1)
+    safe = np.where(b == 0, one, b)
+    down = a // safe
+    return down + (((a < 0) != (safe < 0)) & (down * safe != a)).astype(a.dtype)
 
 
 def _whole_rest(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -1,13 +1,10 @@
-"""The inputs that each kernel is executed on: every type, ragged tails, one sample, odd sizes, both norms.
-
-A kernel's first case is its short form.
-"""
+"""The inputs that each kernel is executed on: every type, ragged tails, one sample, odd sizes, both norms."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +22,16 @@ class Case(NamedTuple):
     """One call of an op.
 
     Attributes:
-        kernel: its row in the audit's table; variant: what tells the case from that row's others.
+        kernel: its row in the audit's table.
+        dtype: the type of gradients, logits or the network's input; the images are float32.
+        sizes: shapes and layouts, and what else tells it from the kernel's other cases.
         op: what is called, with `args` and `options`, whose tensors it may write to.
         rounding: as for `accuracy.error`; None: the bits of the reference in the inputs' own precision.
     """
 
     kernel: str
-    variant: str
+    dtype: str
+    sizes: str
     op: Callable[..., Any]
     args: tuple[Any, ...]
     options: dict[str, Any]
@@ -74,29 +74,30 @@ _LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 _RNG = torch.tensor([1234567890123, (3 << 32) + 7])
 
 
-def every_case() -> Iterator[Case]:
-    """All cases, a kernel's shortest first."""
-    return itertools.chain(
+Extent = Literal["kernels", "types", "all"]
+
+
+def cases(extent: Extent) -> list[Case]:
+    """All cases, or the first of each kernel, or the first of each kernel and type."""
+    every = itertools.chain(
         _starts(), _steps(), _steps_in_place(), _logit_gradients(), _stems(), _losses(), _data(),
         _optimisers(),
     )  # fmt: skip
-
-
-def short_cases() -> list[Case]:
-    """The first case of each kernel."""
-    first: dict[str, Case] = {}
-    for case in every_case():
-        first.setdefault(case.kernel, case)
+    if extent == "all":
+        return list(every)
+    first: dict[tuple[str, ...], Case] = {}
+    for case in every:
+        first.setdefault(case[: 1 if extent == "kernels" else 2], case)
     return list(first.values())
 
 
 def _starts() -> Iterator[Case]:
     for shape, (layout, lay_out) in itertools.product(_SHAPES, _LAYOUTS.items()):
         args, name = (lay_out(_images(shape)), 0.3, _RNG), _name(shape) + layout
-        yield Case("linf_start", name, ops.uniform_start, args, {"stream": 5}, None)
+        yield Case("linf_start", "fp32", name, ops.uniform_start, args, {"stream": 5}, None)
         options = {"norm": "L2", "stream": 5}
         # Box-Muller's sine, cosine and logarithm differ by some units between libraries.
-        yield Case("l2_start", name, ops.uniform_start, args, options, 64)
+        yield Case("l2_start", "fp32", name, ops.uniform_start, args, options, 64)
 
 
 def _steps() -> Iterator[Case]:
@@ -104,32 +105,34 @@ def _steps() -> Iterator[Case]:
         x = lay_out(_images(shape))
         z, grad = lay_out(_near(x)), lay_out(_normal(*shape, seed=3, dtype=dtype))
         grad[grad.abs() < 0.2] = 0.0
-        name = f"{dtype} {_name(shape)}{layout}"
+        name = _name(shape) + layout
         kernel = "linf_step" if dtype == "fp32" else "linf_step_bf16_grad"
-        yield Case(kernel, name, ops.attack_step, (x, z, grad, EPS, ALPHA), {}, None)
-        yield Case("l2_step", name, ops.attack_step, (x, z, grad, 0.5, 0.2), {"norm": "L2"}, 4)
+        yield Case(kernel, dtype, name, ops.attack_step, (x, z, grad, EPS, ALPHA), {}, None)
+        yield Case(
+            "l2_step", dtype, name, ops.attack_step, (x, z, grad, 0.5, 0.2), {"norm": "L2"}, 4
+        )
     x, z, grad = (_images((2, 3, 8, 16)) for _ in range(3))
     grad[0, 0, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0])
-    name = "fp32 NaN and infinite gradients"
-    yield Case("linf_step", name, ops.attack_step, (x, z, grad, EPS, ALPHA), {}, None)
-    yield Case("l2_step", name, ops.attack_step, (x, z, grad, 0.5, 0.2), {"norm": "L2"}, 4)
+    name = "2x3x8x16, NaN and infinite gradients"
+    yield Case("linf_step", "fp32", name, ops.attack_step, (x, z, grad, EPS, ALPHA), {}, None)
+    yield Case("l2_step", "fp32", name, ops.attack_step, (x, z, grad, 0.5, 0.2), {"norm": "L2"}, 4)
 
 
 def _steps_in_place() -> Iterator[Case]:
     for shape in _SHAPES:
-        x, name = _images(shape), f"fp32 {_name(shape)}"
+        x, name = _images(shape), _name(shape)
         args = (x, _near(x), _normal(*shape, seed=3), EPS, ALPHA)
-        yield Case("linf_step_in_place", name, ops.attack_step_, args, {}, None)
+        yield Case("linf_step_in_place", "fp32", name, ops.attack_step_, args, {}, None)
     types = ("bf16", "fp16", "fp32")
     for shape, dtype, (layout, lay_out) in itertools.product(_SHAPES, types, _LAYOUTS.items()):
-        x, name = _images(shape), f"{dtype} {_name(shape)}"
+        x, name = _images(shape), _name(shape)
         args = (x, _near(x), _normal(*shape, seed=3, dtype=dtype))
         given = {"network_input": lay_out(torch.zeros(shape, dtype=TYPES[dtype]))}
         kernel = "linf_step_channels_last_input" if layout else "linf_step_bf16_input"
-        yield Case(kernel, name, ops.attack_step_, (*args, EPS, ALPHA), given, None)
+        yield Case(kernel, dtype, name, ops.attack_step_, (*args, EPS, ALPHA), given, None)
         options = {"norm": "L2", **given}
         kernel = "l2_step_bf16_input"
-        yield Case(kernel, name + layout, ops.attack_step_, (*args, 0.5, 0.2), options, 4)
+        yield Case(kernel, dtype, name + layout, ops.attack_step_, (*args, 0.5, 0.2), options, 4)
 
 
 def _logits(rows: int, classes: int, dtype: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,10 +144,10 @@ def _logits(rows: int, classes: int, dtype: str) -> tuple[Tensor, Tensor, Tensor
 def _logit_gradients() -> Iterator[Case]:
     for classes, rows, dtype in itertools.product(_CLASSES, (70, 1), TYPES):
         q, target, p, _ = _logits(rows, classes, dtype)
-        name = f"{dtype} {rows}x{classes}"
+        name = f"{rows}x{classes}"
         scale = {"scale": 3.0}
-        yield Case("cross_entropy_grad", name, ops.cross_entropy_grad, (q, target), scale, 4)
-        yield Case("kl_grad", name, ops.kl_grad, (p, q), {"scale": 0.5}, 4)
+        yield Case("cross_entropy_grad", dtype, name, ops.cross_entropy_grad, (q, target), scale, 4)
+        yield Case("kl_grad", dtype, name, ops.kl_grad, (p, q), {"scale": 0.5}, 4)
 
 
 # What one program sums by itself, and the fewest rows that take several and a second kernel.
@@ -153,24 +156,27 @@ _MANY_ROWS = {10: 2100, 3: 8200, 37: 530, 1000: 37}
 
 def _losses() -> Iterator[Case]:
     for classes, rows, dtype in itertools.product(_CLASSES, (7, 1), TYPES):
-        yield from _loss_cases(_logits(rows, classes, dtype), f"{dtype} {rows}x{classes}", ["loss"])
+        yield from _loss_cases(
+            ("loss",), dtype, f"{rows}x{classes}", *_logits(rows, classes, dtype)
+        )
     for classes, dtype in itertools.product((1000, 10, 37, 3), TYPES):
-        rows, kernels = _MANY_ROWS[classes], ["loss_partial", "loss_finish"]
-        yield from _loss_cases(_logits(rows, classes, dtype), f"{dtype} {rows}x{classes}", kernels)
+        rows, kernels = _MANY_ROWS[classes], ("loss_partial", "loss_finish")
+        yield from _loss_cases(kernels, dtype, f"{rows}x{classes}", *_logits(rows, classes, dtype))
     adv, target, ball, clean = _logits(7, 10, "fp32")
-    for name, b, c in (("local", ball, None), ("global", None, clean), ("neither", None, None)):
-        yield from _loss_cases((adv, target, b, c), f"fp32 7x10 {name} term", ["loss"])
+    for terms, b, c in (("local", ball, None), ("global", None, clean), ("neither", None, None)):
+        yield from _loss_cases(("loss",), "fp32", f"7x10, {terms} term", adv, target, b, c)
 
 
 def _loss_cases(
-    logits: tuple[Tensor, Tensor, Tensor | None, Tensor | None], name: str, kernels: list[str]
+    kernels: tuple[str, ...], dtype: str, name: str, *logits: Tensor | None
 ) -> Iterator[Case]:
     options = {"lam": 2.0, "mu": 0.7, "label_smoothing": 0.1}
     for kernel in kernels:
-        yield Case(kernel, name, ops.local_ball_loss, logits, options, 16)
+        yield Case(kernel, dtype, name, ops.local_ball_loss, logits, options, 16)
     upstream, lam, mu = (torch.tensor(v) for v in (1.5, 2.0, 0.7))
+    args = (upstream, *logits, lam, mu, 0.1)
     backward = torch.ops.engine.local_ball_loss_backward
-    yield Case("loss_backward", name, backward, (upstream, *logits, lam, mu, 0.1), {}, 16)
+    yield Case("loss_backward", dtype, name, backward, args, {}, 16)
 
 
 # Channels in and out, kernel height and width, stride, padding, image height and width.
@@ -195,14 +201,14 @@ def _stems() -> Iterator[Case]:
             _normal(o, c, kh, kw, scale=0.2, seed=9),
         )
         for layout, lay_out in _LAYOUTS.items():
-            name = f"{dtype} {batch} x {_name(stem)}"
+            name = f"{batch} x {_name(stem)}"
             end = "_bf16_channels_last" if layout else ""
             for norm, (grad, weight), rounding in (("Linf", whole, None), ("L2", real, 8)):
                 args = (x, _near(x), lay_out(grad), lay_out(weight))
                 options = {"stride": stride, "padding": padding, "eps": EPS, "alpha": ALPHA}
                 options["norm"] = norm
                 kernel = f"{norm.lower()}_input_grad{end}"
-                yield Case(kernel, name, ops.input_grad_step, args, options, rounding)
+                yield Case(kernel, dtype, name, ops.input_grad_step, args, options, rounding)
 
 
 # Samples in the dataset, channels, height, width; pad; samples in the batch; cutout.
@@ -222,18 +228,20 @@ def _data() -> Iterator[Case]:
         name = f"{batch} of {_name(shape)}"
         options = {"pad": pad, "flip": True, "cutout": cutout, "stream": 5}
         args = (images, index, _RNG)
-        yield Case("augment", name, ops.augment, args, options, None)
+        yield Case("augment", "fp32", name, ops.augment, args, options, None)
         started = {**options, "memory": memory, "eps": 0.3}
-        yield Case("augment_linf_start", name, ops.augment, args, started, None)
+        yield Case("augment_linf_start", "fp32", name, ops.augment, args, started, None)
         # Each stored sample once: what two samples of a batch remember of one is in no order.
         once = torch.randperm(shape[0], generator=_draws(13))[: min(batch, shape[0])]
         x, where, _ = ops.augment(images, once, _RNG, **options)
         for layout, lay_out in _LAYOUTS.items():
             seen = (memory, once, where, lay_out(x))
-            yield Case("linf_recall", name + layout, ops.recall, (*seen, 0.3), {}, None)
-            yield Case("l2_recall", name + layout, ops.recall, (*seen, 0.3), {"norm": "L2"}, 4)
+            yield Case("linf_recall", "fp32", name + layout, ops.recall, (*seen, 0.3), {}, None)
+            yield Case(
+                "l2_recall", "fp32", name + layout, ops.recall, (*seen, 0.3), {"norm": "L2"}, 4
+            )
             reached = (*seen, lay_out(_near(x)), 0.2)
-            yield Case("remember", name + layout, ops.remember, reached, {}, None)
+            yield Case("remember", "fp32", name + layout, ops.remember, reached, {}, None)
 
 
 _PARAMETERS = [(16, 3, 4, 4), (16,), (1,), (0, 3), (), (100, 33), (7, 3, 3, 3)]
@@ -242,16 +250,16 @@ _DECAY = [5e-4, 0.0, 0.0, 1e-2, 0.1, 5e-4, 0.0]
 
 def _optimisers() -> Iterator[Case]:
     for dtype, (layout, lay_out) in itertools.product(TYPES, _LAYOUTS.items()):
-        yield from _optimiser_cases(f"{dtype}{layout}", dtype, lay_out)
-    yield from _optimiser_cases("fp32 gradients off 16 bytes", "fp32", torch.clone, shifted=True)
-    yield from _optimiser_cases("fp32 after an overflow", "fp32", torch.clone, found_inf=1.0)
-    yield from _optimiser_cases("fp32 no average", "fp32", torch.clone, average=False)
+        yield from _optimiser_cases(dtype, "seven tensors" + layout, lay_out)
+    yield from _optimiser_cases("fp32", "gradients off 16 bytes", shifted=True)
+    yield from _optimiser_cases("fp32", "after an overflow", found_inf=1.0)
+    yield from _optimiser_cases("fp32", "no average", average=False)
 
 
 def _optimiser_cases(
-    name: str,
     dtype: str,
-    lay_out: Callable[[Tensor], Tensor],
+    name: str,
+    lay_out: Callable[[Tensor], Tensor] = torch.clone,
     shifted: bool = False,
     found_inf: float = 0.0,
     average: bool = True,
@@ -267,7 +275,7 @@ def _optimiser_cases(
     rest = {"found_inf": torch.tensor(found_inf), "weight_decay": _DECAY, "ema_decay": 0.99}
     options = {"lr": torch.tensor(0.1), "momentum": 0.9, "nesterov": True, **rest}
     lists = (params, grads, momenta, averages)
-    yield Case("sgd_ema", name, ops.sgd_ema_step, lists, options, 4)
+    yield Case("sgd_ema", dtype, name, ops.sgd_ema_step, lists, options, 4)
     lists = (params, grads, momenta, [m.square() for m in momenta], averages)
     options = {"lr": torch.tensor(0.01), "count": torch.tensor(3.0), **rest}
-    yield Case("adamw_ema", name, ops.adamw_ema_step, lists, options, 4)
+    yield Case("adamw_ema", dtype, name, ops.adamw_ema_step, lists, options, 4)

@@ -11,8 +11,8 @@ import numpy as np
 from . import formats
 from .arithmetic import Unknown, operation
 from .formats import UNSIGNED
-from .lanes import WARP, Act, Lanes, Mask, Read
-from .memory import Fault, check_alignment
+from .lanes import Act, Lanes, Mask, Read
+from .memory import WARP, Fault, check_alignment
 from .program import Instruction, Program, register_width
 
 BRANCH, EXIT, BARRIER, STRAIGHT = "branch", "exit", "barrier", "straight"
@@ -132,6 +132,8 @@ def _act(decoder: Decoder, instruction: Instruction) -> Act:
         return _matrix(decoder, instruction, name)
     if name == "shfl":
         return _shuffle(decoder, instruction, modifiers)
+    if instruction.opcode == "bar.warp.sync":
+        return _warp_barrier(decoder, instruction)
     if name == "redux":
         return _reduce(decoder, instruction, modifiers)
     if name == "mov" and any(operand[0] == "{" for operand in instruction.operands):
@@ -352,29 +354,49 @@ def _reduce(decoder: Decoder, instruction: Instruction, modifiers: list[str]) ->
     return act
 
 
-_SOURCES: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+def _warp_barrier(decoder: Decoder, instruction: Instruction) -> Act:
+    check = _members_check(decoder, instruction, *instruction.operands)
+
+    def act(lanes: Lanes, mask: Mask) -> None:
+        check(lanes, mask)
+        lanes.moment[_whole_warps(lanes, mask, instruction.text)] += 1
+
+    return act
+
+
+_SOURCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "bfly": lambda lane, by: lane ^ by,
     "down": lambda lane, by: lane + by,
     "up": lambda lane, by: lane - by,
+    "idx": lambda lane, by: by,
 }
 
 
 def _shuffle(decoder: Decoder, instruction: Instruction, modifiers: list[str]) -> Act:
     """shfl.sync over a whole warp: the value of another lane, one's own where there is none."""
     into, operand, by, clamp, members = instruction.operands
-    whole = {"bfly": "31", "down": "31", "up": "0"}
-    if modifiers[0] != "sync" or whole.get(modifiers[1]) != clamp or not by.isdigit():
+    if modifiers[0] != "sync" or modifiers[1] not in _SOURCES or "|" in into:
         raise Unknown(f"PTX instruction not known: {instruction.text}")
+    if clamp != ("0" if modifiers[1] == "up" else "31"):
+        raise Unknown(f"PTX instruction not known, of a part of a warp: {instruction.text}")
     read, write = decoder.read(operand, "b32"), decoder.write(into, "b32")
+    read_by, find = decoder.read(by, "u32"), _SOURCES[modifiers[1]]
     check = _members_check(decoder, instruction, members)
     lane = np.arange(WARP)
-    source = _SOURCES[modifiers[1]](lane, int(by))
-    source = np.where((source >= 0) & (source < WARP), source, lane)
 
     def act(lanes: Lanes, mask: Mask) -> None:
         check(lanes, mask)
         values = np.broadcast_to(read(lanes), lanes.count).reshape(-1, WARP)
-        write(lanes, values[:, source].reshape(-1), mask)
+        distance = read_by(lanes)
+        if len(distance) > 1:
+            distance = distance.reshape(-1, WARP)
+        source = find(lane, distance.astype(np.int64) & 31)
+        source = np.where((source >= 0) & (source < WARP), source, lane)
+        if source.ndim == 1:
+            found = values[:, source]
+        else:
+            found = np.take_along_axis(values, source, axis=1)
+        write(lanes, found.reshape(-1), mask)
 
     return act
 

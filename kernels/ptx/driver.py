@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from .. import audit
 from ..stand_in import Launched, standing_in
-from .lanes import WARP, Grid
+from .lanes import Grid
 from .machine import execute
-from .memory import GlobalMemory
+from .memory import WARP, GlobalMemory
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from .formats import UNSIGNED
-from .memory import GlobalMemory, SharedMemory, Threads
+from .memory import WARP, GlobalMemory, SharedMemory, Threads
 
-WARP = 32
 # Registers are never written in place, so that one array may stand for many.
 Mask = np.ndarray | None  # None: all lanes
 
@@ -34,7 +33,8 @@ class Lanes:
 
     Attributes:
         count: lanes; registers: their values, an unsigned or bool array each.
-        place: the row of each lane's block among `blocks`; epoch: barriers that each block has passed.
+        place: the row of each lane's block among `blocks`; epoch: barriers that each block has passed;
+            moment: barriers that each warp has passed, its block's and its own.
         special: %tid.x and its like.
     """
 
@@ -54,11 +54,13 @@ class Lanes:
         self.place = np.repeat(np.arange(len(blocks)), grid.threads)
         self.thread = np.tile(np.arange(grid.threads), len(blocks))
         self.epoch = np.zeros(len(blocks), np.int64)
+        self.moment = np.zeros(self.count // WARP, np.int64)
         # What nobody wrote is poison: half the words NaN (and -1), half any bits, other ones each time.
         poison = {width: _poison(draw, self.count, width) for width in (1, 16, 32, 64)}
         self.registers = [poison[width] for width in widths]
-        content = _poison(draw, len(blocks) * grid.shared, 8).reshape(len(blocks), grid.shared)
-        self.shared = SharedMemory(content)
+        words = _poison(draw, len(blocks) * -(-grid.shared // 4), 32)
+        content = words.view(np.uint8).reshape(len(blocks), -1)[:, : grid.shared]
+        self.shared = SharedMemory(np.ascontiguousarray(content))
         self.special = self._special()
 
     def _special(self) -> dict[str, np.ndarray]:
@@ -93,7 +95,8 @@ class Lanes:
 
     def who(self, lanes: np.ndarray | slice) -> Threads:
         place = self.place[lanes]
-        return Threads(self.blocks[place], self.thread[lanes], self.epoch[place])
+        moment = np.repeat(self.moment, WARP)[lanes]
+        return Threads(self.blocks[place], self.thread[lanes], self.epoch[place], moment)
 
 
 def _poison(draw: np.random.Generator, count: int, width: int) -> np.ndarray:

@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 
 from .decode import BARRIER, BRANCH, EXIT, Decoder, Step
-from .lanes import WARP, Grid, Lanes, Mask
-from .memory import Fault, GlobalMemory
+from .lanes import Grid, Lanes, Mask
+from .memory import WARP, Fault, GlobalMemory
 from .program import parse
 
 # Lanes side by side: an instruction costs NumPy some microseconds, however few they are.
@@ -156,3 +156,4 @@ class _Run:
             raise Fault("warps of a block wait at different barriers")
         waiting[opens] = False
         self._lanes.epoch[opens] += 1
+        self._lanes.moment.reshape(len(waiting), -1)[opens] += 1

@@ -26,6 +26,10 @@ class Threads(NamedTuple):
     block: np.ndarray  # int64, the block's number in the grid
     thread: np.ndarray  # int64, its number in the block
     epoch: np.ndarray  # int64, barriers that its block has passed
+    moment: np.ndarray  # int64, barriers that its warp has passed, the block's and its own
+
+
+WARP = 32
 
 
 class _Note(NamedTuple):
@@ -68,17 +72,20 @@ class Region:
         if all(note.values is None for note in notes):
             return
         grain = min([8, *(note.size for note in notes)])
-        unit, value, writes, block, thread, epoch = (
+        unit, value, writes, block, thread, epoch, moment = (
             np.concatenate(column)
             for column in zip(*(_units(note, grain) for note in notes), strict=True)
         )
+        warp, unlike = thread // WARP, (np.where(writes, 0, 1), value)
         for access in _shared_places((unit,), block, writes):
             raise Fault(
                 f"race: two blocks touch byte {unit[access] * grain} of {self.name} and one writes"
             )
-        order = (unit, block, epoch)
-        reads = np.where(writes, 0, 1)
-        for access in _shared_places(order, thread, writes, reads, value):
+        # Barriers of a block order its warps; in a warp, its own barriers order the lanes as well.
+        for access in (
+            *_shared_places((unit, block, epoch), warp, writes, *unlike),
+            *_shared_places((unit, block, warp, moment), thread, writes, *unlike),
+        ):
             raise Fault(
                 f"race: two threads of block {block[access]} touch byte {unit[access] * grain} of "
                 f"{self.name}, one writes, and no barrier is between them"
@@ -91,7 +98,7 @@ def _spread(at: np.ndarray, words: int, width: int) -> np.ndarray:
 
 
 def _units(note: _Note, grain: int) -> tuple[np.ndarray, ...]:
-    """An access in units of `grain` bytes: unit, value, whether it writes, block, thread, epoch."""
+    """An access in units of `grain` bytes: unit, value, whether it writes, and who."""
     count = note.size // grain
     unit = (note.at[:, None] // grain + np.arange(count)).ravel()
     if note.values is None:
