@@ -73,7 +73,7 @@ def planted(outcomes):
 def test_planted_faults_show():
     found = planted("""{
     **{f"no barrier in {k}": outcome(k, lambda ptx: ptx.replace("bar.sync", "// bar.sync"))
-       for k in ("linf_step_bf16_grad", "l2_step", "l2_start", "loss_partial", "remember", "linf_input_grad")},
+       for k in ("linf_step_bf16_grad", "l2_step", "l2_start", "loss_partial", "remember", "linf_input_grad_bf16_channels_last")},
     **{f"every program is the first in {k}": outcome(k, lambda ptx: re.sub(r"(mov.u32\\s+%r\\d+), %ctaid.x", r"\\1, 0", ptx))
        for k in ("linf_step", "l2_recall", "sgd_ema")},
     "n too large": outcome("linf_step", arguments=lambda values: [*values[:-1], values[-1] + 64]),
