@@ -1,4 +1,4 @@
-"""Triton's driver where there is no device: kernels are compiled for one, and launches are handed on."""
+"""Stand in for Triton's driver where there is no device: compile kernels, hand launches on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from . import backends
 
 
 class Launched(NamedTuple):
-    """One launch that did not happen.
+    """Hold one launch that did not happen.
 
     Attributes:
         kernel: Triton's compiled kernel; `kernel.asm` has its PTX and the forms before it.
         grid: programs along x, y and z.
         warps: of a program; shared: bytes of shared memory of a program.
-        arguments: name of the type in Triton's signature ("*fp32", "i32", "constexpr") and the value.
+        arguments: type in Triton's signature ("*fp32", "i32", "constexpr") and value of each.
     """
 
     kernel: Any
@@ -27,7 +27,7 @@ class Launched(NamedTuple):
 
 
 class _Driver:
-    """What Triton asks of a device driver."""
+    """Answer what Triton asks of a device driver."""
 
     def __init__(self, arch: str, most_shared: int, launched: Callable[[Launched], None]):
         from triton.backends.compiler import GPUTarget
@@ -51,8 +51,8 @@ class _Driver:
         return {"max_shared_mem": self._most_shared}
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: str):
-        # Module, function, registers, spills, threads allowed in a block. Triton passes the function
-        # on to every launch; registers and spills are read from the machine code.
+        # Module, function, registers, spills, threads allowed in a block. Triton passes the
+        # function on to every launch; registers and spills are read from the machine code.
         return cubin, cubin, 0, 0, 1024
 
     def launcher_cls(self, source, metadata) -> Callable[..., None]:
@@ -80,7 +80,7 @@ class _Driver:
 def standing_in(
     arch: str, most_shared: int, launched: Callable[[Launched], None]
 ) -> Iterator[None]:
-    """Serve ops with Triton's launchers, compile for `arch`, and call `launched` in place of a launch.
+    """Serve ops by Triton's launchers, compiled for `arch`; call `launched` in place of a launch.
 
     Args:
         arch: "sm_90".

@@ -1,4 +1,4 @@
-"""`engine kernels`: what the compiler makes of each Triton kernel, and what that computes."""
+"""Serve `engine kernels`: what the compiler makes of each Triton kernel, and what that computes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,24 @@ def _kernels(arguments: argparse.Namespace) -> int:
     archs = tuple(arguments.arch or audit.ARCHS)
     if unknown := [a for a in archs if a not in audit.ARCHS]:
         raise EngineError(f"unknown --arch {unknown[0]}: {', '.join(audit.ARCHS)}")
+    if arguments.store and arguments.execute:
+        raise EngineError("--store keeps what the compiler made: drop --run")
+    if arguments.store and arguments.arch:
+        raise EngineError("--store keeps all architectures: drop --arch")
     module, reason = backends.load("triton")
     if module is None:
         raise EngineError(f"no kernels here: {reason}; it comes with robust-engine[gpu]")
-    if arguments.execute:
-        if arguments.store:
-            raise EngineError("--store keeps what the compiler made: drop --run")
-        return _run(archs, arguments.json)
+    return _run(archs, arguments.json) if arguments.execute else _audit(archs, arguments)
+
+
+def _audit(archs: tuple[str, ...], arguments: argparse.Namespace) -> int:
+    """Compile the kernels and take the machine code apart."""
+    from ..benchmarks import store
+    from ..kernels import audit
+
     if arguments.store:
-        _check_store(arguments)
+        # What stands against it shows before anything is compiled.
+        store.place("audit")
     rows = audit.rows(archs)
     print_rows(rows, arguments.json, hidden=("op", "threads", "flat"))
     if arguments.store:
@@ -44,17 +53,8 @@ def _kernels(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_store(arguments: argparse.Namespace) -> None:
-    from ..benchmarks import store
-
-    if arguments.arch:
-        raise EngineError("--store keeps all architectures: drop --arch")
-    # What stands against it shows before anything is compiled.
-    store.place("audit")
-
-
 def _run(archs: tuple[str, ...], as_json: bool) -> int:
-    """Execute the kernels; 1 if one of them faults or computes something else than the reference."""
+    """Execute the kernels; return 1 if one faults or computes what the reference does not."""
     from ..kernels.ptx import run
 
     rows = run.rows(archs)

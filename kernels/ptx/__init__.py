@@ -1,7 +1,7 @@
 """Execute, on the CPU, what Triton's compiler makes of the kernels.
 
-`machine.execute` runs PTX text on host memory; it needs NumPy alone. `driver.executing` runs each op's
-own launch code that way, and `run.rows` all kernels.
+`machine.execute` runs PTX text on host memory and needs NumPy alone. `driver.executing` runs each
+op's own launch code that way. `run.rows` runs all kernels.
 """
 
 from .lanes import Grid

@@ -1,8 +1,8 @@
-"""What PTX's arithmetic instructions compute, lanes at a time.
+"""Compute PTX's arithmetic instructions, for many lanes at a time.
 
-`operation` looks an opcode up: a function of NumPy arrays, and the types of its operands and result.
-The approximate instructions (ex2, lg2, sqrt, rcp, division) give the rounded value here; a device's may
-be off by the units in the last place that the PTX ISA allows.
+`operation` looks an opcode up: a function of NumPy arrays, and the types of operands and result.
+The approximate instructions (ex2, lg2, sqrt, rcp, division) give the rounded value here. A device's
+value may be off by the units in the last place that the PTX ISA allows.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from .formats import TYPE, bits, dtype, encode, flush, fma32, fma64, is_float
 
 
 class Operation(NamedTuple):
+    """Hold what an arithmetic instruction computes, and the types of its operands and result."""
+
     function: Callable[..., np.ndarray]
-    operands: tuple[str, ...]  # types
+    operands: tuple[str, ...]
     result: str
 
 
 class Unknown(ValueError):
-    """An instruction that is not executed here."""
+    """Say that an instruction is not executed here."""
 
 
-# Rounding to nearest is what NumPy does; which of several equal codes an assembler picks says nothing.
+# Modifiers that ask for what NumPy does, or for less; `ftz` is common to all instructions.
 _PLAIN = {"rn", "approx", "full", "ftz", "lo"}
 
 
@@ -48,7 +50,7 @@ def operation(opcode: str) -> Operation:
 
 
 def _flushing(built: Operation) -> Operation:
-    """The operation on subnormal float32 numbers as zeros, its result too."""
+    """Return the operation with subnormal float32 operands and results taken as zeros."""
 
     def function(*values: np.ndarray) -> np.ndarray:
         kinds = zip(values, built.operands, strict=True)
@@ -62,7 +64,7 @@ Built = tuple[Operation, set[str]]
 
 
 def _same(function: Callable[..., np.ndarray], count: int) -> Callable[..., Built]:
-    """A builder for `count` operands and a result of one type."""
+    """Build an operation with `count` operands and a result of one type."""
 
     def build(kinds: list[str], modifiers: list[str]) -> Built:
         return Operation(function, (kinds[0],) * count, kinds[0]), set()
@@ -71,7 +73,7 @@ def _same(function: Callable[..., np.ndarray], count: int) -> Callable[..., Buil
 
 
 def _by_class(floating: Callable, whole: Callable, count: int = 2) -> Callable[..., Built]:
-    """One function for floats, one for whole numbers and bits."""
+    """Build an operation with one function for floats and one for whole numbers."""
 
     def build(kinds: list[str], modifiers: list[str]) -> Built:
         function = floating if is_float(kinds[0]) else whole
@@ -81,7 +83,7 @@ def _by_class(floating: Callable, whole: Callable, count: int = 2) -> Callable[.
 
 
 def _extreme(plain: Callable, with_nan: Callable) -> Callable[..., Built]:
-    """min or max: of a number and NaN the number, unless the opcode says NaN."""
+    """Build min or max: of a number and NaN the number, unless the opcode says NaN."""
 
     def build(kinds: list[str], modifiers: list[str]) -> Built:
         function = with_nan if "NaN" in modifiers or not is_float(kinds[0]) else plain
@@ -102,7 +104,7 @@ def _product(kinds: list[str], modifiers: list[str]) -> Built:
 
 
 def _upper_half(kind: str) -> Callable:
-    """The upper half of a product of whole numbers."""
+    """Return a function for the upper half of a product of whole numbers."""
     if bits(kind) <= 32:
         wide, shift = dtype(kind[0] + "64"), dtype(kind[0] + "64")(bits(kind))
         return lambda a, b: ((a.astype(wide) * b.astype(wide)) >> shift).astype(dtype(kind))
@@ -149,7 +151,7 @@ def _shift(left: bool) -> Callable[..., Built]:
 
 
 def _field(kinds: list[str], modifiers: list[str]) -> Built:
-    """bfe: `length` bits from `position` on; of a signed type, extended by their highest."""
+    """Build bfe: `length` bits from `position` on; a signed type extends the highest of them."""
     kind, width = kinds[0], bits(kinds[0])
 
     def function(value: np.ndarray, position: np.ndarray, length: np.ndarray) -> np.ndarray:
@@ -165,7 +167,7 @@ def _field(kinds: list[str], modifiers: list[str]) -> Built:
 
 
 def _permute(kinds: list[str], modifiers: list[str]) -> Built:
-    """prmt: each byte of the result is one of eight, or its sign spread."""
+    """Build prmt: each byte of the result is one of eight bytes, or that byte's sign spread."""
 
     def function(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
         both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
@@ -240,16 +242,15 @@ def _convert(kinds: list[str], modifiers: list[str]) -> Built:
 
 
 def _saturated(value: np.ndarray, limits: np.iinfo) -> np.ndarray:
-    """Floats within the range of a whole type, NaN as 0 (the largest of 64 bits is not a float64)."""
-    if limits.bits == 64:
+    """Return floats clipped to the range of a whole type, NaN as 0."""
+    if limits.bits == 64:  # whose largest number is no float64
         raise Unknown("PTX instruction not known: cvt from float to 64 bits")
     whole = np.nan_to_num(value.astype(np.float64), nan=0.0, posinf=np.inf, neginf=-np.inf)
     return np.clip(whole, limits.min, limits.max)
 
 
 def _pack(into: str) -> Callable:
-    """Two numbers as one register, the first operand in its upper half."""
-
+    """Return a function that packs two numbers into one register, the first in its upper half."""
     kind = into.removesuffix("x2")
 
     def function(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
@@ -274,7 +275,7 @@ def _count_bits(kinds: list[str], modifiers: list[str]) -> Built:
 
 
 def _whole_quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Towards zero; what a device gives for b = 0 is undefined."""
+    """Divide towards zero. For b = 0 a device's result is undefined."""
     one = b.dtype.type(1)
     safe = np.where(b == 0, one, b)
     down = a // safe

@@ -1,4 +1,7 @@
-"""The inputs that each kernel is executed on: every type, ragged tails, one sample, odd sizes, both norms."""
+"""List the inputs that each kernel is executed on.
+
+They take every type, ragged tails, one sample, odd sizes, and both norms.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,20 @@ from .. import ops
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS, ALPHA = 8 / 255, 10 / 255
-# One full tile of 1024 elements and 128-bit accesses; a ragged tail; one odd sample; a sample of a pixel.
+# A full tile of 1024 elements and 128-bit accesses; a ragged tail; one odd sample; single pixels.
 _SHAPES = [(3, 3, 8, 16), (2, 3, 7, 5), (1, 1, 29, 31), (5, 3, 1, 1)]
 _CLASSES = [10, 3, 37, 1000]
 
 
 class Case(NamedTuple):
-    """One call of an op.
+    """Hold one call of an op.
 
     Attributes:
         kernel: its row in the audit's table.
         dtype: the type of gradients, logits or the network's input; the images are float32.
         sizes: shapes and layouts, and what else tells it from the kernel's other cases.
         op: what is called, with `args` and `options`, whose tensors it may write to.
-        rounding: as for `accuracy.error`; None: the bits of the reference in the inputs' own precision.
+        rounding: as for `accuracy.error`; None asks for the reference's bits.
     """
 
     kernel: str
@@ -47,7 +50,7 @@ def _normal(*shape: int, scale: float = 1.0, seed: int = 1, dtype: str = "fp32")
 
 
 def _whole(*shape: int, seed: int) -> Tensor:
-    """Sums of small whole numbers are exact in any order, and so are their signs."""
+    """Draw small whole numbers, whose sums are exact in any order and so have exact signs."""
     return torch.randint(-2, 3, shape, generator=_draws(seed)).float()
 
 
@@ -78,7 +81,7 @@ Extent = Literal["kernels", "types", "all"]
 
 
 def cases(extent: Extent) -> list[Case]:
-    """All cases, or the first of each kernel, or the first of each kernel and type."""
+    """Return all cases, or the first of each kernel, or the first of each kernel and type."""
     every = itertools.chain(
         _starts(), _steps(), _steps_in_place(), _logit_gradients(), _stems(), _losses(), _data(),
         _optimisers(),

@@ -1,4 +1,4 @@
-"""Instructions as functions of the lanes: operands are looked up once, before anything runs."""
+"""Turn instructions into functions of the lanes, with their operands looked up once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ BRANCH, EXIT, BARRIER, STRAIGHT = "branch", "exit", "barrier", "straight"
 
 
 class Step(NamedTuple):
-    """One instruction, ready to run.
+    """Hold one instruction, ready to run.
 
     Attributes:
         kind: how it changes the flow of control.
         act: what a STRAIGHT step does to the lanes.
         target: where a BRANCH goes.
-        guard: number of the predicate register that it needs, or None; `negated`: false in place of true.
+        guard: number of the predicate register that it needs, or None.
+        negated: it needs that register to be false, not true.
     """
 
     kind: str
@@ -37,7 +38,7 @@ class Step(NamedTuple):
 
 
 class Decoder:
-    """Turns the instructions of one program into steps."""
+    """Turn the instructions of one program into steps."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -62,7 +63,7 @@ class Decoder:
         return Step(STRAIGHT, *common, act=_act(self, instruction))
 
     def register(self, name: str) -> int:
-        """The number of a register."""
+        """Return the number of a register."""
         if name not in self._numbers:
             width = register_width(name, self.program.widths)
             if width is None:
@@ -72,7 +73,7 @@ class Decoder:
         return self._numbers[name]
 
     def read(self, operand: str, kind: str) -> Read:
-        """A function that gives the operand of every lane (or one for all) as numbers of a type."""
+        """Return a function for the operand of each lane, or one for all, as numbers of a type."""
         if operand.startswith("%") and ("." in operand or operand == "%laneid"):
             return lambda lanes: formats.decode(lanes.special[operand], kind)
         if register_width(operand, self.program.widths) is not None:
@@ -86,7 +87,7 @@ class Decoder:
         return lambda lanes: constant
 
     def write(self, operand: str, kind: str) -> Callable[[Lanes, np.ndarray, Mask], None]:
-        """A function that sets the operand of the lanes in a mask to numbers of a type."""
+        """Return a function that sets the operand of the lanes in a mask to numbers of a type."""
         if operand == "_":
             return lambda lanes, values, mask: None
         number = self.register(operand)
@@ -96,7 +97,7 @@ class Decoder:
         )
 
     def address(self, operand: str) -> Read:
-        """The address in brackets, as uint64."""
+        """Return a function for the address in brackets, uint64 [lanes]."""
         base, _, offset = operand.strip("[] ").partition("+")
         read_base = self.read(base.strip(), "u64" if self._is_wide(base.strip()) else "u32")
         step = np.uint64(int(offset or "0", 0) & 0xFFFFFFFFFFFFFFFF)
@@ -107,7 +108,7 @@ class Decoder:
 
 
 def _constant(operand: str, kind: str, shared: tuple[str, ...]) -> np.ndarray:
-    """A literal (0f3F800000, 0d..., -5, 0x7770U) or the address of shared memory."""
+    """Return a literal (0f3F800000, 0d..., -5, 0x7770U) or the address of shared memory."""
     width = formats.bits(kind)
     if operand in shared:
         value = 0
@@ -124,7 +125,7 @@ def _constant(operand: str, kind: str, shared: tuple[str, ...]) -> np.ndarray:
 
 
 def _act(decoder: Decoder, instruction: Instruction) -> Act:
-    """What an instruction does that does not change the flow of control."""
+    """Return what an instruction does, of those that leave the flow of control alone."""
     name, *modifiers = instruction.opcode.split(".")
     if name in ("ld", "st"):
         return _access(decoder, instruction, name, modifiers)
@@ -144,7 +145,7 @@ def _act(decoder: Decoder, instruction: Instruction) -> Act:
 
 
 def _compare_pairs(decoder: Decoder, instruction: Instruction) -> Act:
-    """setp on two numbers of 16 bits: a predicate for the lower ones, one for the upper ones."""
+    """Return setp on pairs of 16 bits: one predicate for the lower ones, one for the upper ones."""
     one = operation(instruction.opcode.removesuffix("x2"))
     kind = one.operands[0]
     into, *operands = instruction.operands
@@ -181,7 +182,7 @@ def _names(operand: str) -> list[str]:
 
 
 def _halves(decoder: Decoder, operands: tuple[str, ...], kind: str) -> Act:
-    """mov between one register and the several that make it up, lowest bits first."""
+    """Return mov between one register and the several that make it up, lowest bits first."""
     whole_width = formats.bits(kind)
     whole = UNSIGNED[whole_width]
     apart = operands[0][0] == "{"
@@ -216,7 +217,7 @@ def _active(lanes: Lanes, mask: Mask) -> np.ndarray | slice:
 
 
 def _access(decoder: Decoder, instruction: Instruction, name: str, modifiers: list[str]) -> Act:
-    """A load or store of one value or a vector."""
+    """Return a load or store of one value or a vector."""
     space, kind = modifiers[0], modifiers[-1]
     vector = [word for word in modifiers[1:-1] if re.fullmatch(r"v[248]", word)]
     # What steers caches changes no value.
@@ -279,7 +280,7 @@ def _parameter(decoder: Decoder, into: str, at: str, kind: str) -> Act:
 
 
 def _whole_warps(lanes: Lanes, mask: Mask, text: str) -> np.ndarray:
-    """The numbers of the warps whose lanes are all in `mask`; raise a Fault if it cuts one in two."""
+    """Return the warps whose lanes are in `mask`; raise a Fault if it holds a part of one."""
     if mask is None:
         return np.arange(lanes.count // WARP)
     warps = mask.reshape(-1, WARP)
@@ -294,7 +295,7 @@ _MATRIX = re.compile(
 
 
 def _matrix(decoder: Decoder, instruction: Instruction, name: str) -> Act:
-    """ldmatrix, stmatrix: 8x8 matrices of 16 bits, rows at the addresses of eight lanes each."""
+    """Return ldmatrix or stmatrix: 8x8 matrices of 16 bits, rows at eight lanes' addresses."""
     match = _MATRIX.fullmatch(instruction.opcode)
     if match is None:
         raise Unknown(f"PTX instruction not known: {instruction.text}")
@@ -338,7 +339,7 @@ _REDUCTIONS: dict[str, Callable] = {
 
 
 def _reduce(decoder: Decoder, instruction: Instruction, modifiers: list[str]) -> Act:
-    """redux.sync: one value from those of all lanes of a warp."""
+    """Return redux.sync: one value from those of all lanes of a warp."""
     into, operand, members = instruction.operands
     if modifiers[0] != "sync" or modifiers[1] not in _REDUCTIONS:
         raise Unknown(f"PTX instruction not known: {instruction.text}")
@@ -373,7 +374,7 @@ _SOURCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def _shuffle(decoder: Decoder, instruction: Instruction, modifiers: list[str]) -> Act:
-    """shfl.sync over a whole warp: the value of another lane, one's own where there is none."""
+    """Return shfl.sync over a whole warp: another lane's value, or one's own past the end."""
     into, operand, by, clamp, members = instruction.operands
     if modifiers[0] != "sync" or modifiers[1] not in _SOURCES or "|" in into:
         raise Unknown(f"PTX instruction not known: {instruction.text}")
@@ -402,7 +403,7 @@ def _shuffle(decoder: Decoder, instruction: Instruction, modifiers: list[str]) -
 
 
 def _members_check(decoder: Decoder, instruction: Instruction, members: str) -> Act:
-    """Raise a Fault if lanes that the instruction names as members do not take part in it."""
+    """Return a check that raises a Fault if lanes that an instruction names are not active."""
     read = decoder.read(members, "s32")
 
     def check(lanes: Lanes, mask: Mask) -> None:

@@ -21,7 +21,7 @@ from .memory import WARP, GlobalMemory
 
 @contextlib.contextmanager
 def executing(arch: str, seed: int = 0) -> Iterator[list[str]]:
-    """Execute every Triton kernel launched in the block as compiled for `arch`, and list their names.
+    """Execute every Triton kernel launched in the block as compiled for `arch`; list their names.
 
     A kernel may touch the storages of its arguments and of the op's: the optimisers' kernels read
     addresses from a table. Fresh tensors are NaN, so that an element nobody writes shows.
@@ -51,7 +51,7 @@ def executing(arch: str, seed: int = 0) -> Iterator[list[str]]:
 
 
 class _Operands(TorchDispatchMode):
-    """Knows the storages that the op at work was given."""
+    """Note the storages that the op at work was given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def _storage(name: str, t: Tensor) -> tuple[str, int, int]:
 
 
 def _bits(kind: str, value: Any) -> int:
-    """A launch's argument as the bits of the kernel's parameter."""
+    """Return a launch's argument as the bits of the kernel's parameter."""
     if isinstance(value, Tensor):
         return value.data_ptr()
     if kind in ("fp64", "fp32"):

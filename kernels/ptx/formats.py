@@ -1,7 +1,7 @@
-"""How a register's bits are read as numbers and numbers rounded to bits: IEEE formats, bfloat16, pairs.
+"""Read a register's bits as numbers, and round numbers to bits.
 
-A register is an unsigned NumPy array with a row a lane, or bool for a predicate. bfloat16 is computed
-with as float32, and a pair of floats in 64 bits (f32x2) has a second axis.
+A register is an unsigned NumPy array with an entry a lane; a predicate's is bool. bfloat16 is
+computed with as float32. A pair of floats in 64 bits (f32x2) has a second axis.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TYPE = re.compile(r"pred|[bus](?:8|16|32|64)|f(?:16|32|64)|bf16|bf16x2|f16x2|f32
 
 
 def bits(kind: str) -> int:
-    """Width of a PTX type: 32 for "s32" and "bf16x2", 1 for "pred"."""
+    """Return the width of a PTX type: 32 for "s32" and "bf16x2", 1 for "pred"."""
     if kind == "pred":
         return 1
     width, _, count = kind.lstrip("busf").partition("x")
@@ -25,7 +25,7 @@ def bits(kind: str) -> int:
 
 
 def dtype(kind: str) -> type:
-    """The NumPy type that a PTX type is computed with."""
+    """Return the NumPy type that a PTX type is computed with."""
     if kind == "pred":
         return np.bool_
     if kind in ("bf16", "f32x2"):
@@ -39,7 +39,7 @@ def is_float(kind: str) -> bool:
 
 
 def decode(raw: np.ndarray, kind: str) -> np.ndarray:
-    """The numbers in `raw`, a register of at least the type's width."""
+    """Return the numbers in `raw`, a register of at least the type's width."""
     width = bits(kind)
     if kind != "pred" and raw.dtype.itemsize * 8 != width:
         raw = raw.astype(UNSIGNED[width])
@@ -51,7 +51,7 @@ def decode(raw: np.ndarray, kind: str) -> np.ndarray:
 
 
 def encode(values: np.ndarray, kind: str, width: int) -> np.ndarray:
-    """The bits of `values`, computed with as `kind`, in a register of `width` bits."""
+    """Return the bits of `values`, which are of type `kind`, in a register of `width` bits."""
     values = np.asarray(values)
     if kind == "pred":
         return values
@@ -70,14 +70,14 @@ def encode(values: np.ndarray, kind: str, width: int) -> np.ndarray:
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 rounded to nearest even, as uint16; NaN becomes the canonical 0x7FFF."""
+    """Round float32 to nearest even, as uint16; NaN becomes the canonical 0x7FFF."""
     word = np.asarray(values, np.float32).view(np.uint32)
     rounded = word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))
     return np.where(np.isnan(values), np.uint16(0x7FFF), (rounded >> 16).astype(np.uint16))
 
 
 def flush(values: np.ndarray) -> np.ndarray:
-    """Subnormal float32 numbers as zeros of their sign: what `.ftz` does."""
+    """Turn subnormal float32 numbers into zeros of their sign, as `.ftz` does."""
     return np.where(
         np.abs(values) < np.finfo(np.float32).tiny,
         np.copysign(np.float32(0), values),
@@ -86,7 +86,7 @@ def flush(values: np.ndarray) -> np.ndarray:
 
 
 def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a b + c in float32, rounded once."""
+    """Compute a b + c in float32, rounded once."""
     product = a.astype(np.float64) * b.astype(np.float64)  # exact: 48 bits
     addend = c.astype(np.float64)
     total = product + addend
@@ -99,10 +99,10 @@ def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """a b + c in float64, rounded once, unless a product's error underflows.
+    """Compute a b + c in float64, rounded once, unless a product's error underflows.
 
-    Boldo, Melquiond: Emulation of FMA and correctly rounded sums: proved algorithms using rounding to
-    odd (IEEE Transactions on Computers 57, 2008), algorithm 1.
+    Boldo, Melquiond: Emulation of FMA and correctly rounded sums: proved algorithms using rounding
+    to odd (IEEE Transactions on Computers 57, 2008).
     """
     high, low = _product(a, b)
     t_high, t_low = _sum(low, c)
@@ -114,7 +114,7 @@ def fma64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def _residual(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """What rounding took from a + b: exact (Knuth's two-sum)."""
+    """Return what rounding took from a + b, exactly (Knuth's two-sum)."""
     part = total - a
     return (a - (total - part)) + (b - part)
 
@@ -125,7 +125,7 @@ def _sum(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """a b as the sum of two float64 (Dekker's product)."""
+    """Return a b as the sum of two float64 (Dekker's product)."""
 
     def split(v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scaled = v * 134217729.0
@@ -138,7 +138,7 @@ def _product(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _odd(total: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """total + rest rounded to odd: of the two neighbours, the one whose last bit is 1."""
+    """Round total + rest to odd: to the one of its two neighbours whose last bit is 1."""
     total = np.atleast_1d(total)
     word = total.view(np.int64)
     moved = np.where(np.isfinite(rest) & (rest != 0) & (word & 1 == 0), 1, 0)

@@ -1,4 +1,4 @@
-"""The state of the threads that run side by side, a row of every array a lane."""
+"""Hold the state of the threads that run side by side, an entry of every array a lane."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Mask = np.ndarray | None  # None: all lanes
 
 
 class Grid(NamedTuple):
-    """The launch: programs along x, y and z, threads and bytes of shared memory of each."""
+    """Hold a launch's programs along x, y and z, and the threads and shared bytes of each."""
 
     x: int
     y: int
@@ -29,12 +29,13 @@ class Grid(NamedTuple):
 
 
 class Lanes:
-    """Whole blocks of one launch.
+    """Hold whole blocks of one launch.
 
     Attributes:
         count: lanes; registers: their values, an unsigned or bool array each.
-        place: the row of each lane's block among `blocks`; epoch: barriers that each block has passed;
-            moment: barriers that each warp has passed, its block's and its own.
+        place: the row of each lane's block among `blocks`.
+        epoch: barriers that each block has passed.
+        moment: barriers that each warp has passed, its block's and its own.
         special: %tid.x and its like.
     """
 
@@ -55,7 +56,7 @@ class Lanes:
         self.thread = np.tile(np.arange(grid.threads), len(blocks))
         self.epoch = np.zeros(len(blocks), np.int64)
         self.moment = np.zeros(self.count // WARP, np.int64)
-        # What nobody wrote is poison: half the words NaN (and -1), half any bits, other ones each time.
+        # What nobody wrote is poison: half the words NaN (and -1), half random bits.
         poison = {width: _poison(draw, self.count, width) for width in (1, 16, 32, 64)}
         self.registers = [poison[width] for width in widths]
         words = _poison(draw, len(blocks) * -(-grid.shared // 4), 32)

@@ -1,8 +1,8 @@
-"""Run a program's blocks: in random order, and the warps of a block in random order between barriers.
+"""Run a program's blocks in random order, and a block's warps in random order between barriers.
 
-Lanes that stand at one instruction run it together. Of those that stand apart the ones furthest behind
-go first, so that they meet again where their paths do. A random half of the warps goes first to its
-barrier or end, then the other half: over some seeds every two warps run in either order.
+Lanes that stand at one instruction run it together. Of lanes that stand apart, those furthest
+behind go first, so that they meet again where their paths do. A random half of the warps goes first to its
+barrier or end, then the other half. Over some seeds any two warps run in either order.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def execute(
         memory: what the kernel may touch.
         seed: of the order of blocks and warps, and of the poison in what nobody wrote.
     Raises:
-        Fault: an access out of bounds or off alignment, a race, a barrier or a shuffle that not all of
-            its lanes reach, a loop without an end.
+        Fault: an access out of bounds or off alignment, a race, a barrier or a shuffle that not all
+            of its lanes reach, a loop without an end.
         ValueError: PTX that is not executed here.
     """
     names, steps, widths = _decoded(ptx)
@@ -62,7 +62,7 @@ def execute(
 
 
 class _Run:
-    """The control flow of some blocks."""
+    """Steer the control flow of some blocks."""
 
     def __init__(self, steps: list[Step], lanes: Lanes, draw: np.random.Generator) -> None:
         self._steps, self._lanes, self._draw = steps, lanes, draw

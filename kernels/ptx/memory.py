@@ -1,9 +1,9 @@
-"""The memory that lanes load from and store to: every access is checked, and races are found.
+"""Hold the memory that lanes load from and store to, check every access, and find races.
 
-Two accesses to one byte race if one of them writes and nothing orders them: two blocks of a launch are
-never ordered, two threads of a block are by the barriers between them, a thread is with itself. Threads
-of a block may write one value to one place: the compiler lets lanes that hold the same do so. A race is
-found whichever access came first, from notes of who touched what between which barriers.
+Two accesses to one byte race if one of them writes and nothing orders them. Nothing orders two
+blocks of a launch. Barriers order the threads of a block. Threads of a block may write one value to one
+place: the compiler lets lanes that hold the same value do so. Notes of who touched what between
+which barriers show a race, whichever access came first.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .formats import UNSIGNED
 
 
 class Fault(Exception):
-    """A kernel did what a device forbids or leaves undefined."""
+    """Say that a kernel did what a device forbids or leaves undefined."""
 
 
 class Threads(NamedTuple):
-    """Who accesses memory, an entry a lane."""
+    """Say who accesses memory, an entry a lane."""
 
     block: np.ndarray  # int64, the block's number in the grid
     thread: np.ndarray  # int64, its number in the block
@@ -40,7 +40,7 @@ class _Note(NamedTuple):
 
 
 class Region:
-    """Bytes that belong together: a tensor's storage, or the shared memory of the blocks of a batch."""
+    """Hold bytes that belong together: a tensor's storage, or some blocks' shared memory."""
 
     def __init__(self, name: str, content: np.ndarray) -> None:
         self.name = name
@@ -52,12 +52,12 @@ class Region:
         return len(self._content)
 
     def load(self, at: np.ndarray, words: int, width: int, who: Threads) -> np.ndarray:
-        """`words` values of `width` bits from each of the byte offsets `at`: [lanes, words]."""
+        """Return `words` values of `width` bits from each byte offset in `at`: [lanes, words]."""
         self._notes.append(_Note(at, words * width // 8, who, None))
         return self._view(width)[_spread(at, words, width)]
 
     def store(self, at: np.ndarray, values: np.ndarray, who: Threads) -> None:
-        """The values [lanes, words] to the byte offsets `at`."""
+        """Write values [lanes, words] to the byte offsets `at`."""
         width = values.dtype.itemsize * 8
         self._notes.append(_Note(at, values.shape[1] * width // 8, who, values))
         self._view(width)[_spread(at, values.shape[1], width)] = values
@@ -98,7 +98,7 @@ def _spread(at: np.ndarray, words: int, width: int) -> np.ndarray:
 
 
 def _units(note: _Note, grain: int) -> tuple[np.ndarray, ...]:
-    """An access in units of `grain` bytes: unit, value, whether it writes, and who."""
+    """Split accesses into units of `grain` bytes: unit, value, whether it writes, and who."""
     count = note.size // grain
     unit = (note.at[:, None] // grain + np.arange(count)).ravel()
     if note.values is None:
@@ -112,7 +112,7 @@ def _units(note: _Note, grain: int) -> tuple[np.ndarray, ...]:
 def _shared_places(
     place: tuple[np.ndarray, ...], who: np.ndarray, writes: np.ndarray, *differ: np.ndarray
 ) -> list[int]:
-    """Accesses, one for each place that several touch and one of them writes.
+    """Return accesses, one for each place that several touch and one of them writes.
 
     Args:
         place: columns that are equal for accesses of one place; who: who makes each access.
@@ -137,10 +137,10 @@ def _shared_places(
 
 
 class GlobalMemory:
-    """The device's memory: the storages that a launch may touch, at the addresses of the host."""
+    """Hold the storages that a launch may touch, at the addresses of the host."""
 
     def __init__(self, storages: list[tuple[str, int, int]]) -> None:
-        """Args: name, address and size in bytes of each; the same one may come twice."""
+        """Take the name, the address and the size in bytes of each; one may come twice."""
         distinct = {address: (name, size) for name, address, size in storages if size > 0}
         self._starts = np.array(sorted(distinct), dtype=np.int64)
         self._regions = []
@@ -150,7 +150,7 @@ class GlobalMemory:
             self._regions.append(Region(name, content))
 
     def load(self, address: np.ndarray, words: int, width: int, who: Threads) -> np.ndarray:
-        """As `Region.load`, from addresses. Raises Fault out of bounds or off alignment."""
+        """Load as `Region.load` does, from addresses; raise a Fault where that is not allowed."""
         found = np.empty((len(address), words), UNSIGNED[width])
         for region, lanes, at in self._places(address, words * width // 8):
             found[lanes] = region.load(at, words, width, _of(who, lanes))
@@ -162,7 +162,7 @@ class GlobalMemory:
             region.store(at, values[lanes], _of(who, lanes))
 
     def _places(self, address: np.ndarray, size: int):
-        """For each region that is touched: the region, the lanes that touch it, and where."""
+        """Yield each region that is touched, the lanes that touch it, and where."""
         check_alignment(address, size)
         address = address.view(np.int64)
         number = np.searchsorted(self._starts, address, side="right") - 1
@@ -188,17 +188,17 @@ def _of(who: Threads, lanes: np.ndarray | slice) -> Threads:
 
 
 class SharedMemory:
-    """The shared memory of several blocks, each of which sees its own from address 0."""
+    """Hold the shared memory of several blocks, each of which sees its own from address 0."""
 
     def __init__(self, content: np.ndarray) -> None:
-        """Args: content: uint8 [blocks, bytes]."""
+        """Take what it holds at first, uint8 [blocks, bytes]."""
         self._bytes = content.shape[1]
         self._region = Region("shared memory", content.reshape(-1))
 
     def load(
         self, address: np.ndarray, words: int, width: int, place: np.ndarray, who: Threads
     ) -> np.ndarray:
-        """As `Region.load`; `place`: the row of each lane's block."""
+        """Load as `Region.load` does; `place` is the row of each lane's block."""
         at = self._at(address, words * width // 8, place)
         return self._region.load(at, words, width, who)
 

@@ -1,7 +1,7 @@
-"""PTX text as a list of instructions: what Triton's compiler hands to the vendor's assembler.
+"""Read PTX, the text that Triton hands to the vendor's assembler, as a list of instructions.
 
-The language is that of NVIDIA's "Parallel Thread Execution ISA"; of it, one kernel without functions,
-without variables of its own and without local memory is read.
+The language is that of NVIDIA's "Parallel Thread Execution ISA". A text holds one kernel, without
+functions, without variables of its own and without local memory.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ _SHARED = re.compile(r"\.extern\s+\.shared\b[^;]*?(\w+)\[\s*\]\s*;")
 
 
 class Instruction(NamedTuple):
-    """One instruction.
+    """Hold one instruction.
 
     Attributes:
         opcode: "fma.rn.f32".
         operands: as written: "%r1", "0f3F800000", "{%r1, %r2}", "[%rd1 + 16]", a label.
-        guard: the predicate register without which it does nothing, or None; `negated`: with which.
+        guard: the predicate register that it needs, or None.
+        negated: it needs that register to be false, not true.
         text: the whole, for messages.
     """
 
@@ -41,7 +42,7 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """One kernel.
+    """Hold one kernel.
 
     Attributes:
         parameters: names, in the order of the launch's arguments.
@@ -88,7 +89,7 @@ def parse(ptx: str) -> Program:
 
 
 def _body(text: str, start: int) -> str:
-    """What stands between the kernel's braces, the first of which ends at `start`."""
+    """Return what stands between the kernel's braces, the first of which ends at `start`."""
     depth = 1
     for at in range(start, len(text)):
         depth += {"{": 1, "}": -1}.get(text[at], 0)
@@ -98,7 +99,7 @@ def _body(text: str, start: int) -> str:
 
 
 def _unlabelled(statement: str, labels: dict[str, int], position: int) -> str:
-    """The statement without the labels and the braces of a scope before it; notes the labels."""
+    """Take labels, which are noted, and a scope's braces off the beginning of a statement."""
     rest = statement.strip()
     while rest:
         if rest[0] in "{}":
@@ -131,5 +132,5 @@ def _instruction(statement: str) -> Instruction:
 
 
 def register_width(name: str, widths: dict[str, int]) -> int | None:
-    """Bits of the register `name`, or None if it is none."""
+    """Return the bits of the register `name`, or None if there is none."""
     return widths.get(name, widths.get(name.rstrip("0123456789")))

@@ -30,7 +30,7 @@ EXECUTED = "executed"
 def rows(
     archs: tuple[str, ...] = audit.ARCHS, extent: Extent = "types", seeds: int = 2
 ) -> list[dict]:
-    """Execute each kernel of the audit's table and list what came out, a row a case and architecture.
+    """Execute each kernel of the audit's table; return a row a case and architecture.
 
     Where TRITON_INTERPRET is set a second Python without it does the work, as for `audit.rows`.
 
@@ -40,8 +40,8 @@ def rows(
     Returns:
         kernel, dtype, sizes: see `cases.Case`; arch;
         launched: the names of the kernels that the op launched;
-        difference: the largest error against the reference in float64, and `allowed`, the largest that
-            the rule of `accuracy` allows it; of several outputs those of the one that is furthest off;
+        difference: the largest error against the reference in float64;
+        allowed: the largest error that the rule of `accuracy` allows that output;
         same_bits: whether all outputs are those of the reference in the inputs' own precision;
         outcome: EXECUTED, or what went wrong.
     Raises:
@@ -121,7 +121,7 @@ def _without_nan(t: Tensor) -> Tensor:
 
 
 def _widened(case: Case) -> Case:
-    """The case in float64; but for the network's input, which is float32 at most."""
+    """Return the case in float64, but for the network's input, which is float32 at most."""
 
     def wide(value: Any) -> Any:
         floats = isinstance(value, Tensor) and value.is_floating_point()
@@ -134,7 +134,7 @@ def _widened(case: Case) -> Case:
 
 
 def _call(case: Case) -> list[Tensor]:
-    """Call the op on copies; its outputs, and all its tensor arguments after the call."""
+    """Call the op on copies; return its outputs, and its tensor arguments after the call."""
 
     def own(value: Any) -> Any:
         return _copy(value) if isinstance(value, Tensor) else value
@@ -146,7 +146,7 @@ def _call(case: Case) -> list[Tensor]:
 
 
 def _copy(t: Tensor) -> Tensor:
-    """A copy with the strides and the alignment of `t`."""
+    """Return a copy with the strides and the alignment of `t`."""
     copy = torch.empty(0, dtype=t.dtype)
     return copy.set_(t.untyped_storage().clone(), t.storage_offset(), t.size(), t.stride())
 

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from engine.kernels import audit
 from engine.kernels.ptx import run
 
-from .test_audit import run_compiling
+from ..test_audit import run_compiling
 
 
 def check(rows, archs):
@@ -58,6 +58,9 @@ def outcome(kernel, change=lambda ptx: ptx, arguments=lambda values: values):
     driver.execute = changed
     return run.rows_of(first[kernel], ("sm_90",), 2)[0]["outcome"]
 
+def without(pattern, instead=""):
+    return lambda ptx: re.sub(pattern, instead, ptx, count=1)
+
 def without_barriers_unwatched(ptx):
     memory.Region.check_races = lambda self: None
     return ptx.replace("bar.sync", "// bar.sync")
@@ -73,16 +76,17 @@ def planted(outcomes):
 def test_planted_faults_show():
     found = planted("""{
     **{f"no barrier in {k}": outcome(k, lambda ptx: ptx.replace("bar.sync", "// bar.sync"))
-       for k in ("linf_step_bf16_grad", "l2_step", "l2_start", "loss_partial", "remember", "linf_input_grad_bf16_channels_last")},
-    **{f"every program is the first in {k}": outcome(k, lambda ptx: re.sub(r"(mov.u32\\s+%r\\d+), %ctaid.x", r"\\1, 0", ptx))
+       for k in ("linf_step_bf16_grad", "l2_step", "l2_start", "loss_partial", "remember",
+                 "linf_input_grad_bf16_channels_last")},
+    **{f"every program is the first in {k}": outcome(k, without(r"%ctaid.x", "0"))
        for k in ("linf_step", "l2_recall", "sgd_ema")},
     "n too large": outcome("linf_step", arguments=lambda values: [*values[:-1], values[-1] + 64]),
-    "no mask": outcome("linf_start", lambda ptx: re.sub(r"@%p\\d+ st.global", "st.global", ptx)),
+    "no mask": outcome("linf_start", without(r"@%p\\d+ (?=st.global)")),
     "odd address": outcome("linf_step", arguments=lambda values: [values[0] + 4, *values[1:]]),
-    "no store": outcome("linf_step", lambda ptx: re.sub(r"@%p\\d+ st.global[^;]*;", "", ptx, count=1)),
-    "no value": outcome("linf_step", lambda ptx: re.sub(r"@%p\\d+ ld.global[^;]*;", "", ptx, count=1)),
-    "another formula": outcome("linf_step", lambda ptx: ptx.replace("max.NaN", "min.NaN", 1)),
-    "not quite": outcome("cross_entropy_grad", lambda ptx: ptx.replace("0f3FB8AA3B", "0f3FB8AB3B")),
+    "no store": outcome("linf_step", without(r"@%p\\d+ st.global[^;]*;")),
+    "no value": outcome("linf_step", without(r"@%p\\d+ ld.global[^;]*;")),
+    "another formula": outcome("linf_step", without("max.NaN", "min.NaN")),
+    "not quite": outcome("cross_entropy_grad", without("0f3FB8AA3B", "0f3FB8AB3B")),
     }""")
     expected = {
         "no barrier": "fault: race: two threads of block",
