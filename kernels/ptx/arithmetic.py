@@ -1,8 +1,8 @@
 """Compute PTX's arithmetic instructions, for many lanes at a time.
 
 `operation` looks an opcode up: a function of NumPy arrays, and the types of operands and result.
-The approximate instructions (ex2, lg2, sqrt, rcp, division) give the rounded value here. A device's
-value may be off by the units in the last place that the PTX ISA allows.
+An approximate instruction (ex2.approx, div.full) gives a value that is off by up to two units in
+the last place, as a device's may be: a fixed number for each value.
 """
 
 from __future__ import annotations
@@ -46,7 +46,28 @@ def operation(opcode: str) -> Operation:
     built, used = _BUILDERS[name](kinds, modifiers)
     if set(modifiers) - used - _PLAIN:
         raise Unknown(f"PTX instruction not known: {opcode}")
+    if not {"approx", "full"}.isdisjoint(modifiers):
+        built = built._replace(function=_off(built.function, _UNITS.get(name, 2)))
     return _flushing(built) if "ftz" in modifiers else built
+
+
+# Units in the last place, after the maximum errors that the PTX ISA states for float32.
+_UNITS = {"ex2": 2, "lg2": 2, "div": 2, "rsqrt": 2, "sqrt": 1, "rcp": 1}
+
+
+def _off(function: Callable[..., np.ndarray], units: int) -> Callable[..., np.ndarray]:
+    """Return the function with its results moved by up to `units` units in the last place."""
+
+    def off(*values: np.ndarray) -> np.ndarray:
+        result = function(*values)
+        word = result.view(np.uint32)
+        # The upper bits of a product hash the word.
+        move = (word * np.uint32(2654435761) >> np.uint32(16)) % np.uint32(2 * units + 1)
+        moved = (word + move - np.uint32(units)).view(np.float32)
+        regular = np.isfinite(result) & (np.abs(result) >= np.finfo(np.float32).tiny)
+        return np.where(regular & np.isfinite(moved), moved, result)
+
+    return off
 
 
 def _flushing(built: Operation) -> Operation:

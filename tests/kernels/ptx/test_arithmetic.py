@@ -145,6 +145,24 @@ def test_floats_become_whole_numbers_within_the_range():
     assert apply("cvt.rzi.u32.f32", values).tolist() == [1, 0, 2, 2**32 - 1, 0, 0, 2**32 - 1]
 
 
+@pytest.mark.parametrize(
+    ("opcode", "exact", "units"),
+    [
+        ("ex2.approx.ftz.f32", np.exp2, 2),
+        ("sqrt.approx.f32", np.sqrt, 1),
+        ("rcp.approx.f32", np.reciprocal, 1),
+    ],
+)
+def test_approximate_results_are_off_by_a_unit_or_two(opcode, exact, units):
+    values = np.random.default_rng(0).uniform(0.5, 20, 5000).astype(np.float32)
+    found, rounded = apply(opcode, values), exact(values)
+    gaps = found.view(np.int32) - rounded.view(np.int32)
+    assert set(gaps.tolist()) == set(range(-units, units + 1))
+    assert np.array_equal(found, apply(opcode, values))
+    special = np.array([np.inf, np.nan], np.float32)
+    assert np.array_equal(apply(opcode, special), exact(special), equal_nan=True)
+
+
 def test_ftz_takes_subnormal_numbers_as_zero():
     small, one = np.array([1e-40, -1e-40], np.float32), np.ones(2, np.float32)
     assert apply("mul.f32", small, one).tolist() == small.tolist()
