@@ -44,9 +44,11 @@ def operation(opcode: str) -> Operation:
     if name not in _BUILDERS or not kinds:
         raise Unknown(f"PTX instruction not known: {opcode}")
     built, used = _BUILDERS[name](kinds, modifiers)
-    if set(modifiers) - used - _PLAIN:
+    approximate = not {"approx", "full"}.isdisjoint(modifiers)
+    pairs = {"bf16x2", "f16x2"} & {built.result, *built.operands}
+    if set(modifiers) - used - _PLAIN or pairs or (approximate and kinds[0] != "f32"):
         raise Unknown(f"PTX instruction not known: {opcode}")
-    if not {"approx", "full"}.isdisjoint(modifiers):
+    if approximate:
         built = built._replace(function=_off(built.function, _UNITS.get(name, 2)))
     return _flushing(built) if "ftz" in modifiers else built
 
@@ -249,6 +251,8 @@ def _convert(kinds: list[str], modifiers: list[str]) -> Built:
     into, kind = kinds
     if into in ("bf16x2", "f16x2"):
         return Operation(_pack(into), (kind, kind), "b32"), set()
+    if into == "bf16" and kind != "f32":
+        raise Unknown(f"PTX instruction not known: cvt.bf16.{kind}")
     rounding = next((word for word in modifiers if word in _ROUND), None)
     target = dtype(into)
 

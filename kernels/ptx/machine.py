@@ -23,7 +23,7 @@ _LANES = 4096
 _MOST_STEPS = 1_000_000
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def _decoded(ptx: str) -> tuple[tuple[str, ...], list[Step], list[int]]:
     program = parse(ptx)
     decoder = Decoder(program)

@@ -176,6 +176,10 @@ def test_ftz_takes_subnormal_numbers_as_zero():
     [
         "add.rz.f32",
         "add.sat.f32",
+        "add.f16x2",
+        "max.bf16x2",
+        "ex2.approx.f16",
+        "cvt.rn.bf16.f64",
         "fma.rn.bf16",
         "wgmma.mma_async",
         "cvt.rzi.s64.f32",
