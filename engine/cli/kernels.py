@@ -40,12 +40,12 @@ def _kernels(arguments: argparse.Namespace) -> int:
 
 def _audit(archs: tuple[str, ...], arguments: argparse.Namespace) -> int:
     """Compile the kernels and take the machine code apart."""
-    from ..benchmarks import store
+    from .. import results
     from ..kernels import audit
 
     if arguments.store:
         # What stands against it shows before anything is compiled.
-        store.place("audit")
+        results.place("audit")
     rows = audit.rows(archs)
     print_rows(rows, arguments.json, hidden=("op", "threads", "flat"))
     if arguments.store:

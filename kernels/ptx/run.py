@@ -42,7 +42,8 @@ def rows(
         launched: the names of the kernels that the op launched;
         difference: the largest error against the reference in float64;
         allowed: the largest error that the rule of `accuracy` allows that output;
-        same_bits: whether all outputs are those of the reference in the inputs' own precision;
+        same_bits: whether all outputs are those of the reference in the inputs' own precision (these
+            three are None where nothing came out);
         outcome: EXECUTED, or what went wrong.
     Raises:
         ValueError: an architecture that is not in `audit.ARCHS`.
@@ -70,7 +71,7 @@ def rows_of(case: Case, archs: Iterable[str], seeds: int) -> list[dict]:
 
 def _row(case: Case, arch: str, plain: list[Tensor], exact: list[Tensor], seeds: int) -> dict:
     row: dict[str, Any] = {"kernel": case.kernel, "dtype": case.dtype, "sizes": case.sizes}
-    row["arch"] = arch
+    row |= {"arch": arch, "launched": [], "difference": None, "allowed": None, "same_bits": None}
     launches: list[str] = []
     results: list[list[Tensor]] = []
     try:
@@ -78,9 +79,9 @@ def _row(case: Case, arch: str, plain: list[Tensor], exact: list[Tensor], seeds:
             with executing(arch, seed) as launches:
                 results.append(_call(case))
     except Unknown as unknown:
-        return {**row, "launched": launches, "outcome": f"not executed: {unknown}"}
+        return {**row, "outcome": f"not executed: {unknown}"}
     except Fault as fault:
-        return {**row, "launched": launches, "outcome": f"fault: {fault}"}
+        return {**row, "outcome": f"fault: {fault}"}
     row["launched"] = launches
     found = results[0]
     pairs = [
