@@ -41,9 +41,12 @@ def operation(opcode: str) -> Operation:
     name, *rest = opcode.split(".")
     kinds = [word for word in rest if TYPE.fullmatch(word)]
     modifiers = [word for word in rest if not TYPE.fullmatch(word)]
-    if name not in _BUILDERS or not kinds:
+    mixed = name in _MIXED and len(kinds) == 2
+    if name not in _BUILDERS or not (mixed or len(kinds) == (2 if name == "cvt" else 1)):
         raise Unknown(f"PTX instruction not known: {opcode}")
     built, used = _BUILDERS[name](kinds, modifiers)
+    if mixed:
+        built = _widening(built, kinds, _MIXED[name])
     approximate = not {"approx", "full"}.isdisjoint(modifiers)
     pairs = {"bf16x2", "f16x2"} & {built.result, *built.operands}
     if set(modifiers) - used - _PLAIN or pairs or (approximate and kinds[0] != "f32"):
@@ -70,6 +73,30 @@ def _off(function: Callable[..., np.ndarray], units: int) -> Callable[..., np.nd
         return np.where(regular & np.isfinite(moved), moved, result)
 
     return off
+
+
+# sub.f32.bf16: a float32 result, and so many first operands of 16 bits.
+_MIXED = {"add": 1, "sub": 1, "fma": 2}
+
+
+def _widening(built: Operation, kinds: list[str], count: int) -> Operation:
+    """Return the float32 operation on `count` operands of 16 bits and the rest of 32."""
+    wide, narrow = kinds
+    if wide != "f32" or narrow not in ("f16", "bf16"):
+        raise Unknown(f"PTX instruction not known: of {wide} with {narrow}")
+
+    def function(*values: np.ndarray) -> np.ndarray:
+        return built.function(*(v.astype(np.float32) for v in values))
+
+    operands = (narrow,) * count + built.operands[count:]
+    return Operation(function, operands, wide)
+
+
+def of_three(one: Operation) -> Operation:
+    """Return min or max of three operands, from that of two."""
+    return Operation(
+        lambda a, b, c: one.function(one.function(a, b), c), one.operands[:1] * 3, one.result
+    )
 
 
 def _flushing(built: Operation) -> Operation:

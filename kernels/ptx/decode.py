@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import formats
-from .arithmetic import Unknown, operation
+from .arithmetic import Unknown, of_three, operation
 from .formats import UNSIGNED
 from .lanes import Act, Lanes, Mask, Read
 from .memory import WARP, Fault, check_alignment
@@ -166,6 +166,8 @@ def _compare_pairs(decoder: Decoder, instruction: Instruction) -> Act:
 def _compute(decoder: Decoder, instruction: Instruction) -> Act:
     found = operation(instruction.opcode)
     into, *operands = instruction.operands
+    if instruction.opcode[:4] in ("min.", "max.") and len(operands) == 3:
+        found = of_three(found)
     if len(operands) != len(found.operands) or "|" in into:
         raise Unknown(f"PTX instruction not known: {instruction.text}")
     reads = [decoder.read(o, kind) for o, kind in zip(operands, found.operands, strict=True)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.kernels.ptx.arithmetic import Unknown, operation
-from engine.kernels.ptx.formats import fma32, fma64, to_bfloat16
+from engine.kernels.ptx.formats import decode, fma32, fma64, to_bfloat16
 
 
 def apply(opcode, *values):
@@ -171,12 +171,26 @@ def test_ftz_takes_subnormal_numbers_as_zero():
     assert np.signbit(flushed).tolist() == [False, True]
 
 
+def test_operands_of_16_bits_meet_those_of_32():
+    """sub.f32.bf16 on a device of compute capability 10 takes a bfloat16 and a float32."""
+    found = operation("sub.rn.f32.bf16")
+    assert found.operands == ("bf16", "f32")
+    half, one = np.array([0x3FC0], np.uint16), np.array([0.25], np.float32)
+    assert found.function(decode(half, "bf16"), one)[0] == 1.25
+    found = operation("fma.rn.f32.f16")
+    assert found.operands == ("f16", "f16", "f32")
+    half = np.array([1.5], np.float16)
+    assert found.function(half, half, one)[0] == 2.5
+
+
 @pytest.mark.parametrize(
     "opcode",
     [
         "add.rz.f32",
         "add.sat.f32",
         "add.f16x2",
+        "mul.f32.bf16",
+        "add.f64.f32",
         "max.bf16x2",
         "ex2.approx.f16",
         "cvt.rn.bf16.f64",

@@ -90,6 +90,18 @@ def test_a_loop_without_an_end_is_a_fault(monkeypatch):
         run("$L__BB0_1: bra.uni $L__BB0_1;", words(1), threads=32)
 
 
+def test_three_operands_have_a_largest():
+    out = words(64)
+    body = """
+        cvt.rn.f32.s32 %r5, %r2;
+        max.f32 %r6, %r5, 0f42000000, 0f41800000;
+        cvt.rzi.s32.f32 %r7, %r6;
+        st.global.b32 [%rd2], {%r7};
+    """
+    run(MINE + body, out)
+    assert out.tolist() == [max(i, 32) for i in range(64)]
+
+
 # ---- barriers and shuffles -------------------------------------------------------------------
 
 # The block's words turned round through shared memory.
