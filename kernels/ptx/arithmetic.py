@@ -48,7 +48,7 @@ def operation(opcode: str) -> Operation:
     if mixed:
         built = _widening(built, kinds, _MIXED[name])
     approximate = not {"approx", "full"}.isdisjoint(modifiers)
-    pairs = {"bf16x2", "f16x2"} & {built.result, *built.operands}
+    pairs = "bf16x2" in (built.result, *built.operands)
     if set(modifiers) - used - _PLAIN or pairs or (approximate and kinds[0] != "f32"):
         raise Unknown(f"PTX instruction not known: {opcode}")
     if approximate:

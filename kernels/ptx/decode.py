@@ -78,7 +78,7 @@ class Decoder:
             return lambda lanes: formats.decode(lanes.special[operand], kind)
         if register_width(operand, self.program.widths) is not None:
             number = self.register(operand)
-            if kind not in ("bf16", "f32x2", "pred"):
+            if kind != "bf16" and kind != "pred" and not kind.endswith("x2"):
                 width, into = self.widths[number], formats.dtype(kind)
                 if width == formats.bits(kind):
                     return lambda lanes: lanes.registers[number].view(into)

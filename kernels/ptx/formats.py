@@ -1,7 +1,7 @@
 """Read a register's bits as numbers, and round numbers to bits.
 
 A register is an unsigned NumPy array with an entry a lane; a predicate's is bool. bfloat16 is
-computed with as float32. A pair of floats in 64 bits (f32x2) has a second axis.
+computed with as float32. A pair of numbers in one register (f32x2, s16x2) has a second axis.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 _FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
-TYPE = re.compile(r"pred|[bus](?:8|16|32|64)|f(?:16|32|64)|bf16|bf16x2|f16x2|f32x2")
+_PAIRS = {"f32x2": np.float32, "f16x2": np.float16, "s16x2": np.int16, "u16x2": np.uint16}
+TYPE = re.compile(r"pred|[bus](?:8|16|32|64)|f(?:16|32|64)|bf16|bf16x2|" + "|".join(_PAIRS))
 
 
 def bits(kind: str) -> int:
@@ -28,8 +29,10 @@ def dtype(kind: str) -> type:
     """Return the NumPy type that a PTX type is computed with."""
     if kind == "pred":
         return np.bool_
-    if kind in ("bf16", "f32x2"):
+    if kind == "bf16":
         return np.float32
+    if kind in _PAIRS:
+        return _PAIRS[kind]
     width = bits(kind)
     return (_FLOAT if kind[0] == "f" else SIGNED if kind[0] == "s" else UNSIGNED)[width]
 
@@ -45,8 +48,8 @@ def decode(raw: np.ndarray, kind: str) -> np.ndarray:
         raw = raw.astype(UNSIGNED[width])
     if kind == "bf16":
         return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if kind == "f32x2":
-        return np.ascontiguousarray(raw).reshape(-1, 1).view(np.float32)
+    if kind in _PAIRS:
+        return np.ascontiguousarray(raw).reshape(-1, 1).view(_PAIRS[kind])
     return raw if raw.dtype == dtype(kind) else raw.view(dtype(kind))
 
 
@@ -57,8 +60,8 @@ def encode(values: np.ndarray, kind: str, width: int) -> np.ndarray:
         return values
     if kind == "bf16":
         values = to_bfloat16(values)
-    elif kind == "f32x2":
-        values = np.ascontiguousarray(values).view(np.uint64)[:, 0]
+    elif kind in _PAIRS:
+        values = np.ascontiguousarray(values).view(UNSIGNED[width])[:, 0]
     if values.dtype.itemsize * 8 < width:
         # Into a wider register: signed numbers keep their sign.
         wider = SIGNED if values.dtype.kind == "i" else UNSIGNED

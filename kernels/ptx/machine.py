@@ -1,8 +1,8 @@
 """Run a program's blocks in random order, and a block's warps in random order between barriers.
 
 Lanes that stand at one instruction run it together. Of lanes that stand apart, those furthest
-behind go first, so that they meet again where their paths do. A random half of the warps goes first to its
-barrier or end, then the other half. Over some seeds any two warps run in either order.
+behind go first, so that they meet again where their paths do. A random half of the warps goes first
+to its barrier or end, then the other half. Over some seeds any two warps run in either order.
 """
 
 from __future__ import annotations

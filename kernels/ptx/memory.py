@@ -1,8 +1,8 @@
 """Hold the memory that lanes load from and store to, check every access, and find races.
 
 Two accesses to one byte race if one of them writes and nothing orders them. Nothing orders two
-blocks of a launch. Barriers order the threads of a block. Threads of a block may write one value to one
-place: the compiler lets lanes that hold the same value do so. Notes of who touched what between
+blocks of a launch. Barriers order the threads of a block. Threads of a block may write one value to
+one place: the compiler lets lanes that hold the same value do so. Notes of who touched what between
 which barriers show a race, whichever access came first.
 """
 

@@ -42,8 +42,8 @@ def rows(
         launched: the names of the kernels that the op launched;
         difference: the largest error against the reference in float64;
         allowed: the largest error that the rule of `accuracy` allows that output;
-        same_bits: whether all outputs are those of the reference in the inputs' own precision (these
-            three are None where nothing came out);
+        same_bits: whether all outputs are the reference's in the inputs' own precision; these three
+            are None where nothing came out;
         outcome: EXECUTED, or what went wrong.
     Raises:
         ValueError: an architecture that is not in `audit.ARCHS`.
@@ -65,7 +65,7 @@ def rows(
 def rows_of(case: Case, archs: Iterable[str], seeds: int) -> list[dict]:
     """Execute one case; needs a Triton that compiles."""
     with backends.use("reference"):
-        plain, exact = _call(case), _call(_widened(case))
+        plain, exact = _call(_copied(case)), _call(_copied(_widened(case)))
     return [_row(case, arch, plain, exact, seeds) for arch in archs]
 
 
@@ -76,8 +76,9 @@ def _row(case: Case, arch: str, plain: list[Tensor], exact: list[Tensor], seeds:
     results: list[list[Tensor]] = []
     try:
         for seed in range(seeds):
-            with executing(arch, seed) as launches:
-                results.append(_call(case))
+            own = _copied(case)
+            with executing(arch, seed, _tensors(own.args, own.options)) as launches:
+                results.append(_call(own))
     except Unknown as unknown:
         return {**row, "outcome": f"not executed: {unknown}"}
     except Fault as fault:
@@ -134,16 +135,25 @@ def _widened(case: Case) -> Case:
     return case._replace(args=args, options=options)
 
 
-def _call(case: Case) -> list[Tensor]:
-    """Call the op on copies; return its outputs, and its tensor arguments after the call."""
+def _copied(case: Case) -> Case:
+    """Return the case with tensors of its own, to be written to."""
 
     def own(value: Any) -> Any:
         return _copy(value) if isinstance(value, Tensor) else value
 
     args, options = tree_map(own, (case.args, case.options))
+    return case._replace(args=args, options=options)
+
+
+def _call(case: Case) -> list[Tensor]:
+    """Call the op; return its outputs, and its tensor arguments after the call."""
     with torch.no_grad():
-        outputs = case.op(*args, **options)
-    return [t for t in tree_leaves((outputs, args, options)) if isinstance(t, Tensor)]
+        outputs = case.op(*case.args, **case.options)
+    return _tensors(outputs, case.args, case.options)
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
 
 
 def _copy(t: Tensor) -> Tensor:

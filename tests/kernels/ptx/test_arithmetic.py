@@ -188,7 +188,7 @@ def test_operands_of_16_bits_meet_those_of_32():
     [
         "add.rz.f32",
         "add.sat.f32",
-        "add.f16x2",
+        "fma.rn.f16x2",
         "mul.f32.bf16",
         "add.f64.f32",
         "max.bf16x2",

@@ -90,6 +90,20 @@ def test_a_loop_without_an_end_is_a_fault(monkeypatch):
         run("$L__BB0_1: bra.uni $L__BB0_1;", words(1), threads=32)
 
 
+def test_pairs_are_computed_half_by_half():
+    out = words(64)
+    body = """
+        mov.b32 %r5, 0x7FFF0001;
+        mad.lo.s32 %r6, %r2, 65536, %r2;
+        add.s16x2 %r7, %r5, %r6;
+        st.global.b32 [%rd2], {%r7};
+    """
+    run(MINE + body, out)
+    lane = torch.arange(64)
+    assert torch.equal(out.view(torch.int16).view(64, 2)[:, 0].long(), lane + 1)
+    assert torch.equal(out.view(torch.int16).view(64, 2)[:, 1].long() & 0xFFFF, lane + 0x7FFF)
+
+
 def test_three_operands_have_a_largest():
     out = words(64)
     body = """
