@@ -21,8 +21,8 @@ from .memory import WARP, GlobalMemory
 def executing(arch: str, seed: int = 0, tensors: Iterable[Tensor] = ()) -> Iterator[list[str]]:
     """Execute every Triton kernel launched in the block as compiled for `arch`; list their names.
 
-    A kernel may touch the storages of its arguments and of `tensors`. Fresh tensors are NaN, so that
-    an element nobody writes shows.
+    A kernel may touch the storages of its arguments and of `tensors`. Fresh tensors are NaN: an
+    element that nobody writes shows.
 
     Args:
         arch: one of `audit.ARCHS`.
