@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu bench-gpu docs tables pictures soak rivals check bench clean help
+.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu matrix bench-gpu docs tables pictures soak rivals check bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -46,6 +46,9 @@ test-all: .venv/ready ## the slow forms too
 
 test-gpu: .venv/ready ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs
+
+matrix: .venv/ready ## the fast tests with every supported PyTorch: make matrix WORDS="--torch 2.11.0 tests/test_step.py"
+	@$(BIN)/python -m tests.matrix $(WORDS)
 
 docs: .venv/docs-ready ## the site, into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict && echo build/site/index.html
