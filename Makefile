@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu matrix bench-gpu docs tables pictures soak rivals check bench clean help
+.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu gpu-check gpu-wheels matrix bench-gpu docs tables pictures soak rivals check bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -46,6 +46,17 @@ test-all: .venv/ready ## the slow forms too
 
 test-gpu: .venv/ready ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs
+
+gpu-check: ## prove the CUDA path on a machine with a GPU: one call, no install, under 8 minutes
+	@$(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON)) -m tests.gpu_check $(WORDS)
+
+# What a machine with PyTorch, pytest, NumPy, SciPy and matplotlib still lacks.
+GPU_PYTHON ?= 3.12
+GPU_WHEELS ?= pydantic pydantic-core annotated-types typing-inspection typing-extensions tomli-w pyautoattack
+gpu-wheels: ## download what `make gpu-check` needs there into .whl: make gpu-wheels GPU_PYTHON=3.12
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  -c constraints.txt -d .whl $(GPU_WHEELS)
 
 matrix: .venv/ready ## the fast tests with every supported PyTorch: make matrix WORDS="--torch 2.11.0 tests/test_step.py"
 	@$(BIN)/python -m tests.matrix $(WORDS)
