@@ -73,8 +73,8 @@ def test_all_stages_run_with_stand_ins(tmp_path):
     ids=["good", "failing", "slow", "forbidden"],
 )
 def test_a_stage_is_bad_where_it_fails(tmp_path, capsys, code, said):
-    stage = Stage("it", 2, [sys.executable, "-c", code], forbidden="without a CUDA graph")
-    assert run(stage, tmp_path, tmp_path, dict(os.environ), left=100) == (said == "ok")
+    stage = Stage("it", 9, [sys.executable, "-c", code], forbidden="without a CUDA graph")
+    assert run(stage, tmp_path, tmp_path, dict(os.environ), limit=2) == (said == "ok")
     assert said in capsys.readouterr().out
     assert (tmp_path / "it.log").exists()
 
