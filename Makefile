@@ -75,7 +75,7 @@ pictures: .venv/docs-ready ## the picture of a live run, from a live run; one or
 	@$(BIN)/python -m benchmarks.pictures
 
 soak: .venv/ready ## kill and resume real runs: make soak KILLS=50
-	@$(BIN)/python -m tests.soak --kills $(or $(KILLS),50)
+	@$(BIN)/python -m tests.runs.soak --kills $(or $(KILLS),50)
 
 rivals: .venv/ready ## packages that `engine bench step` compares with; they pin what they do not need
 	@$(BIN)/pip install -q --no-deps torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 robustbench==1.1.1 six tqdm \

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 
-from engine import recipe as recipes
-from engine import runner
+from engine import recipes
+from engine.performance import timing
 from engine.progress import stderr
-from engine.recipe import Recipe
-from engine.runs import Run
-
-from . import measure
+from engine.recipes import Recipe
+from engine.runs import build, images, train
+from engine.runs.folder import Run
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
     changes = {**setting.changes, "validation.every": "1"}
     chosen = {name: recipes.load(name, changes) for name in setting.recipes}
     for recipe in chosen.values():
-        runner.check(recipe, evaluated=False)
+        build.check(recipe, evaluated=False)
     before = torch.get_num_threads()
     try:
         return _rows(setting, chosen, _outcomes(setting, chosen, changes))
@@ -93,14 +92,14 @@ def _outcomes(
     found: dict[str, list[Outcome]] = {name: [] for name in chosen}
     for recipe in chosen.values():
         # What a process loads at its first step is no training's own.
-        runner.step_of(recipe)()
+        build.step_of(recipe)()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(setting.seeds):
             for name in chosen:
                 stderr.print(f"{name}, seed {seed}", highlight=False)
                 recipe = recipes.load(name, {**changes, "seed": str(seed)})
                 one = Run.create(recipe, Path(folder) / f"{name}-s{seed}")
-                runner.train(one)
+                train.train(one)
                 found[name].append(outcome(one.metrics(), setting.target))
     return found
 
@@ -116,30 +115,30 @@ def _rows(
     setting: Setting, chosen: Mapping[str, Recipe], found: Mapping[str, list[Outcome]]
 ) -> list[dict[str, Any]]:
     timings = {
-        name: measure.quantiles([one.seconds for one in outcomes])
+        name: timing.quantiles([one.seconds for one in outcomes])
         for name, outcomes in found.items()
     }
     last = timings[setting.recipes[-1]]
     rows = []
     for name, outcomes in found.items():
-        recipe, timing = chosen[name], timings[name]
-        all_reach = all(map(math.isfinite, (*timing.samples, *last.samples)))
+        recipe, measured = chosen[name], timings[name]
+        all_reach = all(map(math.isfinite, (*measured.samples, *last.samples)))
         rows.append(
             {
                 "recipe": name,
                 "data": recipe.data.name,
-                "images": len(runner.split(recipe).train[0]),
+                "images": len(images.split(recipe).train[0]),
                 "epochs": recipe.optim.epochs,
                 "passes": recipe.objective.passes(recipe.attack).total,
                 "threads": torch.get_num_threads(),
                 "target": setting.target,
                 "seeds": setting.seeds,
-                "reached": sum(map(math.isfinite, timing.samples)),
-                "p20_s": _known(timing.p20 / 1e3),
-                "p50_s": _known(timing.p50 / 1e3),
-                "p80_s": _known(timing.p80 / 1e3),
+                "reached": sum(map(math.isfinite, measured.samples)),
+                "p20_s": _known(measured.p20 / 1e3),
+                "p50_s": _known(measured.p50 / 1e3),
+                "p80_s": _known(measured.p80 / 1e3),
                 "epochs_to_target": _known(statistics.median(one.epochs for one in outcomes)),
-                "share_of_last": round(timing.over(last), 3) if all_reach else None,
+                "share_of_last": round(measured.over(last), 3) if all_reach else None,
                 "clean": statistics.mean(one.clean for one in outcomes),
                 "pgd": statistics.mean(one.pgd for one in outcomes),
             }

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import runner
+from engine.device import machine
 from engine.errors import EngineError
 
 from . import rivals
@@ -145,7 +145,7 @@ def _around_attack(attack: Callable[..., Tensor]) -> Loop:
 
 def _by_channel(attack_pgd: _Function) -> Callable[..., Tensor]:
     # It works on normalised images, within limits that are its file's; ours are in [0, 1].
-    low, high = torch.tensor([0.0, 1.0], device=runner.device())
+    low, high = torch.tensor([0.0, 1.0], device=machine.device())
     vars(attack_pgd.module).update(lower_limit=low, upper_limit=high)
 
     def attack(net: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, k: int) -> Tensor:
@@ -200,12 +200,12 @@ def _errors(clone: str, what: str) -> Iterator[None]:
 
 
 def _on_a_gpu() -> bool:
-    return runner.device().type == "cuda"
+    return machine.device().type == "cuda"
 
 
 def _here() -> contextlib.AbstractContextManager[Any]:
     """`Tensor.cuda` goes to the benchmark's device, as it does by itself where that is a GPU."""
-    where = runner.device()
+    where = machine.device()
     return _replaced(Tensor, "cuda", lambda tensor, *_, **__: tensor.to(where), not _on_a_gpu())
 
 

@@ -20,16 +20,19 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from engine import plan, precision, runner
-from engine import recipe as recipes
-from engine.checkpoint import Checkpoints
+from engine import recipes
 from engine.data import datasets
+from engine.device import machine, precision
+from engine.performance import plan, timing
 from engine.progress import TrainingBar, bar, stderr
-from engine.recipe import Recipe
-from engine.runs import Run
-from engine.trainer import Hooks
+from engine.recipes import Recipe
+from engine.runs import build, train
+from engine.runs.folder import Run
+from engine.runs.images import split
+from engine.training.checkpoint import Checkpoints
+from engine.training.trainer import Hooks
 
-from . import measure, rivals
+from . import rivals
 
 PLAIN = "plain PyTorch, PGD-10"
 
@@ -94,7 +97,7 @@ class Training:
 
     def __init__(self, recipe: Recipe, folder: Path, shown: TrainingBar) -> None:
         run = Run.create(recipe, folder)
-        self._step, self._loader = runner.prepare(recipe, recipe.optim.epochs)
+        self._step, self._loader = build.prepare(recipe, recipe.optim.epochs)
         checkpoints = Checkpoints(folder / "checkpoints", keep=recipe.checkpoint.keep)
 
         def keep(name: str, model: torch.nn.Module, row: dict[str, Any]) -> None:
@@ -107,7 +110,7 @@ class Training:
                 raise _Turn
 
         hooks = Hooks(shown.step, run.log, keep, safe_point)
-        self._trainer = runner.build_trainer(recipe, self._step, self._loader, hooks)
+        self._trainer = train.build_trainer(recipe, self._step, self._loader, hooks)
         self.steps = len(self._loader)
         self.images = self.steps * recipe.optim.batch_size
         self.passes = recipe.objective.passes(recipe.attack).total
@@ -132,11 +135,11 @@ class Plain:
     """The plain loop on a PGD recipe's data and network; its face is `Training`'s."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._where = runner.device()
-        parts = runner.split(recipe)
+        self._where = machine.device()
+        parts = split(recipe)
         images, labels = parts.train
         torch.manual_seed(recipe.seed)
-        network = runner.build_model(recipe, images, len(parts.classes), images.shape[1:])
+        network = build.build_model(recipe, images, len(parts.classes), images.shape[1:])
         # As networks come.
         network = rivals.plain(network.to(self._where, memory_format=torch.contiguous_format))
         attack, eps = recipe.attack, recipe.threat.eps
@@ -156,7 +159,7 @@ class Plain:
         self.flops = plan.count(lambda: self._train(1)).total()
 
     def epoch(self) -> None:
-        self.seconds += measure.timed(lambda: self._train(self.steps))
+        self.seconds += timing.timed(lambda: self._train(self.steps))
 
     def _train(self, steps: int) -> None:
         for x, y in itertools.islice(self._loader, steps):
@@ -186,8 +189,8 @@ def run(quick: bool) -> list[dict[str, Any]]:
     chosen = {name: setting.recipe(*about) for name, about in setting.trainings.items()}
     plain = setting.recipe(setting.plain, {})
     for recipe in (*chosen.values(), plain):
-        runner.check(recipe, evaluated=False)
-    images = len(runner.split(plain).train[0])
+        build.check(recipe, evaluated=False)
+    images = len(split(plain).train[0])
     stderr.print(
         f"{plain.data.name}: {images:,} images, {setting.epochs} epochs of each in turn",
         highlight=False,
@@ -201,7 +204,7 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 
 def _measure(setting: Setting, chosen: Mapping[str, Recipe], plain: Recipe) -> list[dict[str, Any]]:
-    where = runner.device()
+    where = machine.device()
     arithmetic = precision.resolve(plain.step.precision, where)
     peak = 0.0
     with tempfile.TemporaryDirectory() as folder, bar() as progress, contextlib.ExitStack() as held:
@@ -216,14 +219,14 @@ def _measure(setting: Setting, chosen: Mapping[str, Recipe], plain: Recipe) -> l
             held.callback(training.close)
         times: dict[str, list[float]] = {name: [] for name in trainings}
         for _ in range(setting.epochs):
-            peak = max(peak, measure.peak_gflops(where, arithmetic))
+            peak = max(peak, timing.peak_gflops(where, arithmetic))
             for name, training in trainings.items():
-                times[name].append(measure.timed(training.epoch))
-    timings = {name: measure.quantiles(values) for name, values in times.items()}
+                times[name].append(timing.timed(training.epoch))
+    timings = {name: timing.quantiles(values) for name, values in times.items()}
     rows = []
     for name, training in trainings.items():
-        timing = timings[name]
-        rate = 1e3 / timing.p50
+        measured = timings[name]
+        rate = 1e3 / measured.p50
         gflops = 1e-9 * training.flops * training.steps * rate
         rows.append(
             {
@@ -233,16 +236,16 @@ def _measure(setting: Setting, chosen: Mapping[str, Recipe], plain: Recipe) -> l
                 "epochs": setting.epochs,
                 "threads": torch.get_num_threads(),
                 "passes": training.passes,
-                "p20_ms": round(timing.p20, 1),
-                "p50_ms": round(timing.p50, 1),
-                "p80_ms": round(timing.p80, 1),
+                "p20_ms": round(measured.p20, 1),
+                "p50_ms": round(measured.p50, 1),
+                "p80_ms": round(measured.p80, 1),
                 "images_per_s": round(training.images * rate),
                 "passes_per_s": float(round(training.images * training.passes * rate)),
                 "gflop_per_step": round(training.flops / 1e9, 4),
                 "gflop_per_s": round(gflops, 2),
                 "share_of_peak": round(gflops / peak, 4),
                 "share_in_steps": round(training.seconds / sum(times[name]), 4),
-                "speedup_vs_plain": round(timings[PLAIN].over(timing), 2),
+                "speedup_vs_plain": round(timings[PLAIN].over(measured), 2),
                 "peak_gflop_per_s": round(peak, 1),
             }
         )

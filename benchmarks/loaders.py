@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from engine import recipe as recipes
-from engine import runner
+from engine import recipes
+from engine.adversary.memory import AdversaryMemory
 from engine.data import loaders
 from engine.data.loaders import Batch, Loader
 from engine.data.loaders.dali import unavailable
-from engine.memory import AdversaryMemory
+from engine.device import machine
+from engine.performance.timing import quantiles
+from engine.runs import build
 from engine.threat import Linf
-
-from .measure import quantiles
 
 # More than any loader here reads ahead: DALI two batches, torch two for each of two processes.
 _AHEAD = 5
@@ -50,7 +50,7 @@ def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (_SAMPLES, *setting.shape), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, 10, (_SAMPLES,), generator=draw)
-    batch, where = recipe.optim.batch_size, runner.device()
+    batch, where = recipe.optim.batch_size, machine.device()
     options: dict[str, Any] = {"device": where, "pad": 4, "flip": True}
     memory = AdversaryMemory(_SAMPLES, setting.shape, Linf(0.1), device=where)
 
@@ -122,13 +122,13 @@ def _step_ms(recipe: recipes.Recipe, images: torch.Tensor, labels: torch.Tensor)
     Residual networks take a quarter of a minute a step on two cores: there it is timed on a part of the
     batch, and counted as often.
     """
-    where = runner.device()
+    where = machine.device()
     parts = 8 if recipe.model.name.startswith("preact") and where.type == "cpu" else 1
-    model = runner.build_model(recipe, images, 10, images.shape[1:]).to(where)
-    memory = runner.memory_for(recipe, images, where)
+    model = build.build_model(recipe, images, 10, images.shape[1:]).to(where)
+    memory = build.memory_for(recipe, images, where)
     size = recipe.optim.batch_size // parts
     batch = next(loaders.build("null", images, labels, size, device=where).epoch(0))
-    step = runner.build_step(recipe, model, steps=100, memory=memory)
+    step = build.build_step(recipe, model, steps=100, memory=memory)
     step.train()
     times = []
     # The first call pays for what is made once.

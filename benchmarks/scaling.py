@@ -22,15 +22,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine import distributed, plan, plots, runner
-from engine import recipe as recipes
+from engine import pictures, recipes
 from engine.data.loaders import Batch
-from engine.distributed import World
+from engine.device import distributed, machine
+from engine.device.distributed import World
 from engine.errors import EngineError
 from engine.models.small import FastAtMnist
-from engine.step import Step
+from engine.performance import plan, timing
+from engine.runs import build
+from engine.training.step import Step
 
-from . import measure
+from . import scaling_picture
 
 RECIPE = "fashion-mnist"
 METHODS = ("local-ball", "pgd")
@@ -134,7 +136,7 @@ def step_of(point: Point, where: torch.device, world: World = _ALONE) -> tuple[S
     overrides = {"objective.name": point.method, "attack.steps": str(point.k)}
     recipe = recipes.load(RECIPE, overrides)
     if where.type == "meta":
-        recipe = runner.without_gpu(recipe, where)
+        recipe = build.without_gpu(recipe, where)
     shape = (1, point.size, point.size)
     torch.manual_seed(0)
     with where:
@@ -147,9 +149,9 @@ def step_of(point: Point, where: torch.device, world: World = _ALONE) -> tuple[S
             index,
             torch.zeros((n, 3), dtype=torch.int32),
         )
-        memory = runner.memory_for(recipe, torch.empty((point.batch, *shape)), where)
+        memory = build.memory_for(recipe, torch.empty((point.batch, *shape)), where)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    step = runner.build_step(recipe, model, steps=_STEPS, memory=memory, rank=world.rank)
+    step = build.build_step(recipe, model, steps=_STEPS, memory=memory, rank=world.rank)
     step.train()
     return step, batch
 
@@ -184,7 +186,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def _axis(setting: Setting, axis: str) -> list[dict[str, Any]]:
-    where = runner.device()
+    where = machine.device()
     points = {
         (method, value): replace(setting.base, method=method, **{axis: value})
         for method in METHODS
@@ -198,7 +200,7 @@ def _axis(setting: Setting, axis: str) -> list[dict[str, Any]]:
             step, batch = step_of(points[case], where)
             stack.callback(step.close)
             calls[key] = partial(_call, step, batch)
-        times = measure.side_by_side(calls, seconds=setting.seconds, sample_ms=0.0)
+        times = timing.side_by_side(calls, seconds=setting.seconds, sample_ms=0.0)
     rows = []
     for key, (method, value) in cases.items():
         price, batch_size = prices[method, value], points[method, value].batch
@@ -213,14 +215,14 @@ def _axis(setting: Setting, axis: str) -> list[dict[str, Any]]:
 
 def _processes(setting: Setting) -> list[dict[str, Any]]:
     """Rows for each number of processes, all of them alive together and working in turn."""
-    where, base = runner.device(), setting.base
+    where, base = machine.device(), setting.base
     sizes = [n for n in setting.processes if where.type == "cpu" or n <= torch.cuda.device_count()]
     with ExitStack() as stack:
         calls: dict[str, Callable[[], object]] = {}
         for size in sizes:
             tell = stack.enter_context(together(size, base))
             calls |= {_key(method, size): partial(tell, method) for method in METHODS}
-        times = measure.side_by_side(calls, seconds=setting.seconds, sample_ms=0.0)
+        times = timing.side_by_side(calls, seconds=setting.seconds, sample_ms=0.0)
     rows = []
     for method in METHODS:
         for size in sizes:
@@ -232,7 +234,7 @@ def _processes(setting: Setting) -> list[dict[str, Any]]:
                     size,
                     method,
                     where.type,
-                    measure.quantiles(samples),
+                    timing.quantiles(samples),
                     predict(share).flops,
                     base.batch,
                 )
@@ -245,7 +247,7 @@ def _row(
     value: int,
     method: str,
     where: str,
-    time: measure.Timing | float,
+    time: timing.Timing | float,
     flops: int,
     batch: int,
 ) -> dict[str, Any]:
@@ -321,14 +323,14 @@ def together(size: int, base: Point) -> Iterator[Callable[[str], None]]:
 
 def _serve(pipe: Connection, rank: int, size: int, port: int, base: Point) -> None:
     """A process of `together`: a stretch of steps at every word, until the pipe is closed."""
-    from engine.cli.shared import keep_freed_memory
+    from engine.device.machine import keep_freed_memory
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
     keep_freed_memory()
-    world, where = distributed.join(), runner.device()
+    world, where = distributed.join(), machine.device()
     steps = {m: step_of(replace(base, method=m), where, world) for m in METHODS}
     pipe.send(None)
     try:
@@ -358,17 +360,17 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     rows = found["rows"]
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     times = [row[key] for row in rows for key in ("p20_ms", "p50_ms", "p80_ms") if row[key]]
-    with plots.style():
-        figure, panels = plots.panels(len(axes), down=2, width=4.0, height=3.3)
+    with pictures.style():
+        figure, panels = pictures.panels(len(axes), down=2, width=4.0, height=3.3)
         for ax, axis in zip(panels, axes, strict=True):
             mine = [row for row in rows if row["axis"] == axis]
             if axis == PROCESSES:
-                plots.draw_throughput(ax, mine)
+                scaling_picture.draw_throughput(ax, mine)
             else:
-                plots.draw_scaling(ax, mine, getattr(Point(), axis))
+                scaling_picture.draw_scaling(ax, mine, getattr(Point(), axis))
                 # One height for all: the base setting lies at the same one everywhere.
                 ax.set_ylim(0.7 * min(times), 1.4 * max(times))
             ax.set_title(_LABELS[axis][0])
             ax.set_xlabel(_LABELS[axis][1])
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        plots.save_png(figure, path)
+        pictures.save_png(figure, path)

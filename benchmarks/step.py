@@ -17,25 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import (
-    PGD,
-    TRADES,
-    AdversaryMemory,
-    Attack,
-    LocalBall,
-    Schedule,
-    models,
-    precision,
-    runner,
-)
-from engine.capture import CudaGraphs, unavailable
+from engine import PGD, TRADES, AdversaryMemory, Attack, LocalBall, Schedule, models
 from engine.data.loaders import Batch, ResidentLoader
+from engine.device import machine, precision
+from engine.device.capture import CudaGraphs, unavailable
 from engine.objectives import Objective, Passes
-from engine.optim import Optimiser
-from engine.step import Step
+from engine.performance import timing
 from engine.threat import Linf
+from engine.training.optimiser import Optimiser
+from engine.training.step import Step
 
-from . import clones, measure, rivals
+from . import clones, rivals
 
 EPS = 0.1
 log = logging.getLogger(__name__)
@@ -107,7 +99,7 @@ def network(setting: Setting, *, ours: bool = True) -> nn.Module:
     torch.manual_seed(0)
     _, channels, size, _ = setting.shape
     built = models.build(setting.network, in_channels=channels, image_size=size, classes=10)
-    built = built.to(runner.device())
+    built = built.to(machine.device())
     return built.to(memory_format=torch.channels_last) if ours else rivals.plain(built)  # type: ignore[call-overload]
 
 
@@ -190,7 +182,7 @@ def bare_passes(model: nn.Module, x: Tensor, passes: Passes) -> Callable[[], Non
 
 def _data(setting: Setting) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1)
-    n, where = 4 * setting.shape[0], runner.device()
+    n, where = 4 * setting.shape[0], machine.device()
     x = torch.rand((n, *setting.shape[1:]), generator=draw)
     return x.to(where), torch.randint(0, 10, (n,), generator=draw).to(where)
 
@@ -265,7 +257,7 @@ def run(quick: bool, cloned: Mapping[str, Path] | None = None) -> list[dict[str,
     """
     found = [(setting, _cloned(setting, cloned or {})) for setting in settings(quick)]
     # By itself PyTorch would round in the rivals' convolutions on a GPU.
-    with precision.arithmetic("fp32", runner.device()):
+    with precision.arithmetic("fp32", machine.device()):
         return [row for setting, own in found for row in _measure(setting, own)]
 
 
@@ -279,7 +271,7 @@ def _cloned(setting: Setting, folders: Mapping[str, Path]) -> list[tuple[clones.
 
 
 def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> list[dict[str, Any]]:
-    where = runner.device()
+    where = machine.device()
     x, y = (t[: setting.shape[0]] for t in _data(setting))
     calls: dict[str, Callable[[], object]] = {}
     for method in setting.methods:
@@ -307,7 +299,7 @@ def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> lis
             notes.append(
                 f"{clone.label} disagrees with our step, or draws its start in ways not known here: no ratio"
             )
-    times = measure.side_by_side(calls, device=where, seconds=setting.seconds, sample_ms=0.0)
+    times = timing.side_by_side(calls, device=where, seconds=setting.seconds, sample_ms=0.0)
     rows = []
     for method in setting.methods:
         key = _key(method)

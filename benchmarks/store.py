@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from engine import files
+from engine.device.machine import environment
 from engine.errors import EngineError
-from engine.runs import environment
 
 from .tables import RESULTS
 

@@ -206,17 +206,18 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plans(recipes: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
+def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
     """A Markdown table of `engine plan` for CIFAR-10 on every GPU it knows: predictions."""
-    from engine import plan, recipe
+    from engine import recipes
+    from engine.performance import plan
 
     lines = [
         "| recipe | GPU | passes | step ms | images/s | training, min | bound by compute | by memory | of PGD-10 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for gpu in plan.GPUS:
-        for name in recipes:
-            found = plan.plan(recipe.load(name), gpu)
+        for name in names:
+            found = plan.plan(recipes.load(name), gpu)
             cells = [
                 f"`{name}`",
                 gpu,
@@ -234,14 +235,15 @@ def plans(recipes: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong"
 
 def full_scale() -> str:
     """A Markdown table of the recipes for MNIST and CIFAR: what they are, and `engine plan`'s prediction."""
-    from engine import plan, recipe
+    from engine import recipes
+    from engine.performance import plan
 
     lines = [
         "| recipe | network | Linf | objective, k | passes | epochs | H100, min (predicted) |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in recipe.names():
-        loaded = recipe.load(name)
+    for name in recipes.names():
+        loaded = recipes.load(name)
         if loaded.data.name not in ("mnist", "cifar10", "cifar100"):
             continue
         eps = loaded.threat.eps
@@ -313,7 +315,7 @@ def stored() -> dict[str, tuple[str, str]]:
 
 def write(root: Path) -> list[str]:
     """Put every table between its marks, `<!-- NAME -->` and `<!-- /NAME -->`, and draw the pictures; what was written."""
-    from engine import compare
+    from engine.compare import picture
 
     from . import scaling as scaled
 
@@ -333,7 +335,7 @@ def write(root: Path) -> list[str]:
             before + begin + "\n" + table + "\n\n" + end + rest.split(end, 1)[1], encoding="utf-8"
         )
         written.append(f"{document}: {name}")
-    drawn = [(path, compare.draw) for path in sorted(RESULTS.glob("compare-*.json"))]
+    drawn = [(path, picture.draw) for path in sorted(RESULTS.glob("compare-*.json"))]
     drawn += [(path, scaled.draw) for path in RESULTS.glob("scaling.json")]
     for path, draw in drawn:
         kept = json.loads(path.read_text(encoding="utf-8"))

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from . import rng
-from .adversary import Attack
-from .capture import CudaGraphs, unavailable
+from .adversary.attack import Attack
+from .adversary.memory import AdversaryMemory
 from .data.loaders import ResidentLoader, TensorLoader
+from .device.capture import CudaGraphs, unavailable
+from .device.precision import Precision
 from .errors import EngineError
-from .evaluation import Report, evaluate, evaluation_mode
-from .memory import AdversaryMemory
+from .evaluation.robust_accuracy import Report, evaluate, evaluation_mode
 from .objectives import LocalBall, Objective
-from .optim import Optimiser, OptimiserName
-from .precision import Precision
-from .schedule import Schedule
-from .step import Step
 from .threat import ThreatModel
-from .trainer import Hooks, Result, Trainer
+from .training.optimiser import Optimiser, OptimiserName
+from .training.schedule import Schedule
+from .training.step import Step
+from .training.trainer import Hooks, Result, Trainer
 
 __all__ = ["Report", "attack", "evaluate", "train"]
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ..errors import EngineError
-from ..signals import terminate
+from ..training.signals import terminate
 from . import bench, compare, data, doctor, evaluate, export, kernels, plan, profile, report, train
 from .shared import Parser, exit_status
 

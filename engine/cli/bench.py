@@ -6,14 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import EngineError
-from .shared import (
-    Commands,
-    add_command,
-    add_output,
-    keep_freed_memory,
-    print_rows,
-    store_rows,
-)
+from .shared import Commands, add_command, add_output, print_rows, store_rows
 
 # By the name people type, the module of engine.benchmarks whose `run(quick=...)` returns rows.
 BENCHMARKS = {
@@ -49,6 +42,8 @@ def add(commands: Commands) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from importlib import import_module
+
+    from ..device.machine import keep_freed_memory
 
     if arguments.clone and (arguments.what != "step" or arguments.against is not None):
         raise EngineError("--clone goes with `engine bench step`, without --against")

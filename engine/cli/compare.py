@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError
-from .shared import Commands, add_command, keep_freed_memory, parse_overrides
+from .shared import Commands, add_command, parse_overrides
 
 
 def add(commands: Commands) -> None:
@@ -36,12 +37,13 @@ def add(commands: Commands) -> None:
 
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from .. import compare
+    from ..compare import protocol, scores, session
+    from ..device.machine import keep_freed_memory
 
     if arguments.from_store:
         from ..benchmarks import tables
 
-        rows = compare.stored(tables.RESULTS)
+        rows = scores.stored(tables.RESULTS)
         if not rows:
             raise EngineError("engine compare: no results are stored")
     else:
@@ -50,7 +52,7 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
         if arguments.jobs < 1:
             raise EngineError(f"--jobs must be at least 1, got {arguments.jobs}")
         keep_freed_memory()
-        protocol = compare.read(
+        chosen = protocol.read(
             arguments.recipes,
             parse_overrides(rest),
             methods=_list("--methods", arguments.methods, str),
@@ -58,11 +60,11 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
             epochs=_list("--epochs", arguments.epochs, int),
             minutes=_list("--minutes", arguments.minutes, float),
         )
-        rows = compare.run(protocol, out=arguments.out, workers=arguments.jobs)["rows"]
+        rows = session.run(chosen, out=arguments.out, workers=arguments.jobs)["rows"]
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
-        compare.show(rows, arguments.target)
+        _show(rows, arguments.target)
     return 0
 
 
@@ -71,3 +73,42 @@ def _list(flag: str, text: str | None, kind: type) -> list[Any]:
         return [kind(word) for word in (text or "").split(",") if word]
     except ValueError:
         raise EngineError(f"{flag} {text}: numbers with commas between them, please") from None
+
+
+def _show(rows: Sequence[Mapping[str, Any]], target: float | None = None) -> None:
+    """The rows as a table on stdout."""
+    from rich.table import Table
+
+    from ..compare.scores import robust, time_to
+    from ..progress import stdout
+
+    reached = {} if target is None else time_to(rows, target)
+    table = Table(
+        "method", "k", "passes", "epochs", "seeds", "clean %", "robust %", "train s", "front"
+    )
+    if target is not None:
+        table.add_column(f"s to {target:.1%}")
+    for row in rows:
+        clean = row["val_clean_mean"] if row["clean_mean"] is None else row["clean_mean"]
+        cells = [
+            row["method"],
+            str(row["k"]),
+            str(row["passes_per_step"]),
+            str(row["epochs"]),
+            str(row["seeds"]),
+            _percent(clean),
+            _percent(robust(row), robust(row, "_sd")),
+            f"{row['train_seconds_mean']:.1f}",
+            "*" if row["pareto"] else "",
+        ]
+        if target is not None:
+            seconds = reached[row["method"]]
+            cells.append("-" if seconds is None else f"{seconds:.1f}")
+        table.add_row(*cells)
+    stdout.print(table)
+
+
+def _percent(mean: float | None, deviation: float | None = None) -> str:
+    if mean is None:
+        return "-"
+    return f"{100 * mean:.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")

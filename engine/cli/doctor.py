@@ -29,10 +29,10 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise EngineError(f"unknown argument {rest[0]} (see engine doctor --help)")
     from rich.table import Table
 
-    from .. import apex, kernels, models
-    from .. import recipe as recipes
+    from .. import kernels, models, recipes
+    from ..device import apex
+    from ..device.machine import environment
     from ..progress import stdout
-    from ..runs import environment
 
     found = {
         "environment": {**environment(), "apex": apex.status()},
@@ -57,10 +57,10 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _audit(name: str, overrides: dict[str, str], as_json: bool) -> int:
     from dataclasses import asdict
 
-    from .. import audit
-    from .. import recipe as recipes
+    from .. import recipes
+    from ..performance import capture_audit
 
-    found = audit.audit(recipes.load(name, overrides))
+    found = capture_audit.audit(recipes.load(name, overrides))
     if as_json:
         print(json.dumps({**asdict(found), "ok": found.ok}))
         return 0 if found.ok else 1

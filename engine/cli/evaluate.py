@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..errors import EngineError
-from .shared import Commands, add_command, keep_freed_memory, parse_overrides, print_row, print_rows
+from .shared import Commands, add_command, parse_overrides, print_row, print_rows
 
 
 def add(commands: Commands) -> None:
@@ -29,9 +29,11 @@ def add(commands: Commands) -> None:
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from .. import recipe as recipes
-    from .. import report, runner
-    from ..runs import Run
+    from .. import recipes
+    from ..device.machine import keep_freed_memory
+    from ..report import page
+    from ..runs import evaluate
+    from ..runs.folder import Run
 
     overrides = parse_overrides(rest)
     if stray := [
@@ -46,15 +48,15 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
         raise EngineError("--transfer belongs to --masking")
     if arguments.masking:
         surrogate = Run.open(arguments.transfer) if arguments.transfer else None
-        masking = runner.check_masking(run, arguments.checkpoint, surrogate)
-        report.build(run)
+        masking = evaluate.check_masking(run, arguments.checkpoint, surrogate)
+        page.build(run)
         if arguments.json:
             print(json.dumps(masking))
         else:
             print_rows(masking["checks"], as_json=False)
         return 0 if masking["passed"] else 1
-    found = runner.evaluate_run(run, arguments.checkpoint)
-    report.build(run)
+    found = evaluate.evaluate_run(run, arguments.checkpoint)
+    page.build(run)
     row = {
         "recipe": recipe.name,
         "clean": found.clean,

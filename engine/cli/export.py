@@ -17,8 +17,8 @@ def add(commands: Commands) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from ..export import export
-    from ..runs import Run
+    from ..runs.export import export
+    from ..runs.folder import Run
 
     for path in export(Run.open(arguments.run_dir), arguments.out):
         print(path)

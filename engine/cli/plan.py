@@ -24,8 +24,8 @@ def add(commands: Commands) -> None:
 def _plan(arguments: argparse.Namespace, rest: list[str]) -> int:
     from dataclasses import asdict
 
-    from .. import plan
-    from .. import recipe as recipes
+    from .. import recipes
+    from ..performance import plan
     from ..progress import stdout
 
     found = plan.plan(recipes.load(arguments.recipe, parse_overrides(rest)), arguments.gpu)

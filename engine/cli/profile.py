@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..errors import EngineError
-from .shared import Commands, add_command, keep_freed_memory, parse_overrides
+from .shared import Commands, add_command, parse_overrides
 
 
 def add(commands: Commands) -> None:
@@ -28,24 +28,26 @@ def add(commands: Commands) -> None:
 def _profile(arguments: argparse.Namespace, rest: list[str]) -> int:
     from dataclasses import asdict
 
-    from .. import profiling, runner
-    from .. import recipe as recipes
+    from .. import recipes
+    from ..device.machine import keep_freed_memory
+    from ..performance import profile
     from ..progress import stdout
-    from ..runs import plain
+    from ..runs import build
+    from ..runs.folder import plain
 
     if arguments.steps < 1:
         raise EngineError(f"--steps must be at least 1, got {arguments.steps}")
     recipe = recipes.load(arguments.recipe, parse_overrides(rest))
     keep_freed_memory()
-    runner.check(recipe, evaluated=False)
+    build.check(recipe, evaluated=False)
     out = arguments.out or Path("runs") / f"profile-{plain(recipe.name)}"
-    if profiling.is_watched():
-        profiling.watched(recipe, steps=arguments.steps)
+    if profile.is_watched():
+        profile.watched(recipe, steps=arguments.steps)
         return 0
     if arguments.tool != "torch":
         words = [arguments.recipe, *rest, "--steps", str(arguments.steps)]
-        return profiling.run_tool(arguments.tool, words, out / arguments.tool)
-    found = profiling.profile(recipe, out, steps=arguments.steps)
+        return profile.run_tool(arguments.tool, words, out / arguments.tool)
+    found = profile.profile(recipe, out, steps=arguments.steps)
     if arguments.json:
         print(json.dumps(asdict(found)))
         return 0

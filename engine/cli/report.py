@@ -14,8 +14,8 @@ def add(commands: Commands) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from .. import report
-    from ..runs import Run
+    from ..report import page
+    from ..runs.folder import Run
 
-    print(report.build(Run.open(arguments.run_dir)))
+    print(page.build(Run.open(arguments.run_dir)))
     return 0

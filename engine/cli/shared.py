@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 from ..errors import EngineError
-from ..signals import Stopped
+from ..training.signals import Stopped
 
 
 class Parser(argparse.ArgumentParser):
@@ -128,18 +128,6 @@ def store_rows(what: str, words: Sequence[str], rows: list[dict[str, Any]]) -> N
     from ..benchmarks import store
 
     print(f"engine: stored in {store.write(what, words, rows)}", file=sys.stderr)
-
-
-def keep_freed_memory() -> None:
-    """Spare every step the page faults of memory that the C library would have given back.
-
-    It concerns the whole process, so the command line asks for it and the library does not.
-    """
-    from ..kernels import backends
-
-    native, _ = backends.load("native")
-    if native is not None:
-        native.keep_freed_memory()
 
 
 def exit_status(stopped: KeyboardInterrupt) -> int:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
-from .shared import Commands, exit_status, keep_freed_memory, parse_overrides, print_row
+from .shared import Commands, exit_status, parse_overrides, print_row
 
 if TYPE_CHECKING:
-    from ..distributed import World
-    from ..recipe import Recipe
-    from ..runs import Run
+    from ..device.distributed import World
+    from ..recipes import Recipe
+    from ..runs.folder import Run
 
 
 def add(commands: Commands) -> None:
@@ -36,15 +36,18 @@ def add(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from .. import recipe as recipes
+    from .. import recipes
+    from ..device.machine import keep_freed_memory
 
     overrides = parse_overrides(rest)
     if arguments.help:
         _train_help(arguments.recipe, overrides)
         return 0
-    from .. import distributed, report, runner
+    from ..device import distributed
     from ..progress import stderr
-    from ..runs import Run
+    from ..report import page
+    from ..runs import build, evaluate, train
+    from ..runs.folder import Run
 
     keep_freed_memory()
     evaluated = not arguments.no_eval
@@ -66,7 +69,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
             raise EngineError(f"which recipe? one of {', '.join(recipes.names())}, or a .toml file")
         recipe = recipes.load(arguments.recipe, overrides)
     # Everything that can be wrong with the input shows before a run folder exists.
-    runner.check(
+    build.check(
         recipe or run.recipe, evaluated=evaluated, processes=max(world.size, arguments.nproc)
     )
     if arguments.nproc > 1:
@@ -82,13 +85,13 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
         soft_wrap=True,
     )
     try:
-        result = runner.train(run, world)
+        result = train.train(run, world)
         distributed.leave()
         if not world.first:
             return 0
-        row = runner.summary(run, result, runner.evaluate_run(run) if evaluated else None)
+        row = evaluate.summary(run, result, evaluate.evaluate_run(run) if evaluated else None)
         if evaluated:
-            row["report"] = str(report.build(run))
+            row["report"] = str(page.build(run))
     except KeyboardInterrupt as stopped:
         if world.first:
             print(
@@ -102,8 +105,8 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _new_run(recipe: Recipe, path: Path | None, world: World) -> Run:
     """The run's folder, made by the first process; the one that is there where torchrun starts again."""
-    from .. import distributed
-    from ..runs import Run, plain
+    from ..device import distributed
+    from ..runs.folder import Run, plain
 
     if world.size == 1:
         return Run.create(recipe, path)
@@ -120,7 +123,7 @@ def _new_run(recipe: Recipe, path: Path | None, world: World) -> Run:
 
 def _launch(arguments: argparse.Namespace, rest: list[str], path: Path | None) -> int:
     """The same command in `--nproc` processes."""
-    from .. import distributed
+    from ..device import distributed
 
     words = ["train"]
     if arguments.resume is not None:
@@ -134,7 +137,7 @@ def _launch(arguments: argparse.Namespace, rest: list[str], path: Path | None) -
 def _train_help(name: str | None, overrides: dict[str, str]) -> None:
     from rich.table import Table
 
-    from .. import recipe as recipes
+    from .. import recipes
     from ..progress import stdout
 
     recipe = recipes.load(name, overrides) if name else recipes.Recipe()

@@ -1,6 +1,6 @@
 """Data sets as uint8 tensors: where they come from, how they are checked, how they are read."""
 
-from engine.data.datasets import FileCheck, ImageSet, Info, info, load, names, verify
-from engine.data.fetch import fetch
+from .datasets import FileCheck, ImageSet, Info, info, load, names, verify
+from .fetch import fetch
 
 __all__ = ["FileCheck", "ImageSet", "Info", "fetch", "info", "load", "names", "verify"]

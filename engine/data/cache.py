@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.errors import EngineError
-from engine.files import atomic
+from ..errors import EngineError
+from ..files import atomic
 
 VERSION = 1
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from engine.errors import EngineError
+from ..errors import EngineError
 
 
 @dataclass(frozen=True)

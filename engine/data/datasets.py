@@ -23,10 +23,10 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from engine.data import own, pickles, readers
-from engine.data.cache import Parsed, cached
-from engine.data.catalogue import DIGITS, SPECS, Part, Spec, find_spec
-from engine.errors import EngineError
+from ..errors import EngineError
+from . import own, pickles, readers
+from .cache import Parsed, cached
+from .catalogue import DIGITS, SPECS, Part, Spec, find_spec
 
 Split = Literal["train", "test"]
 SUMS = "SHA256SUMS"

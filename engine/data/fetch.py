@@ -29,8 +29,11 @@ from urllib.request import url2pathname
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from engine.data import readers
-from engine.data.datasets import (
+from ..errors import EngineError
+from ..files import atomic
+from ..progress import stderr
+from . import readers
+from .datasets import (
     SUMS,
     Spec,
     data_root,
@@ -42,9 +45,6 @@ from engine.data.datasets import (
     size_limit,
     system_folders,
 )
-from engine.errors import EngineError
-from engine.files import atomic
-from engine.progress import stderr
 
 _APT_SECONDS = 60
 # what a network that swallows packets costs: apt counts its time twice

@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.data import readers
-from engine.errors import EngineError
+from ..errors import EngineError
+from . import readers
 
 LIMIT = 16 << 30
 SPLITS = ("train", "test")

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.data import readers
-from engine.errors import EngineError
+from ..errors import EngineError
+from . import readers
 
 _MARK, _NEW_ARRAY, _ARRAY, _DTYPE = object(), object(), object(), object()
 _NAMES = {

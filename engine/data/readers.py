@@ -24,7 +24,7 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from engine.errors import EngineError
+from ..errors import EngineError
 
 _CHUNK = 1 << 20
 CIFAR_PIXELS = 3 * 32 * 32

@@ -8,8 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 
-from engine.errors import EngineError
-
+from ..errors import EngineError
 from .network import Network, Stem, stem_of
 from .resnet import PreActResNet18, ResNet18
 from .small import FastAtMnist, SmallCnn, TinyCnn

@@ -6,8 +6,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from engine.errors import EngineError
-
+from ..errors import EngineError
 from .dropout import Dropout
 from .network import Network
 

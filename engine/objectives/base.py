@@ -10,9 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adversary import Attack, ascend_after_training
+from ..adversary.ascent import ascend_after_training
+from ..adversary.attack import Attack
+from ..device.phases import TRAIN_FORWARD, phase
 from ..errors import EngineError
-from ..phases import TRAIN_FORWARD, phase
 from ..rng import state as rng_state
 from ..threat import ThreatModel
 

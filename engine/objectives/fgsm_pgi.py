@@ -19,8 +19,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary import Attack, ascend_from_training
-from ..phases import ATTACK_START, LOSS, phase
+from ..adversary.ascent import ascend_from_training
+from ..adversary.attack import Attack
+from ..device.phases import ATTACK_START, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 

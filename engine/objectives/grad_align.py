@@ -20,8 +20,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary import Attack
-from ..phases import ATTACK_BACKWARD, ATTACK_START, ATTACK_STEP, LOSS, phase
+from ..adversary.attack import Attack
+from ..device.phases import ATTACK_BACKWARD, ATTACK_START, ATTACK_STEP, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 

@@ -20,8 +20,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary import Attack, passes_without_training
-from ..phases import ATTACK_BACKWARD, ATTACK_FORWARD, ATTACK_START, ATTACK_STEP, LOSS, phase
+from ..adversary.ascent import passes_without_training
+from ..adversary.attack import Attack
+from ..device.phases import ATTACK_BACKWARD, ATTACK_FORWARD, ATTACK_START, ATTACK_STEP, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 

@@ -21,9 +21,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary import Attack, ascend_from_training, away_from, climb
+from ..adversary.ascent import ascend_from_training, away_from, climb
+from ..adversary.attack import Attack
+from ..device.phases import ATTACK_START, LOSS, phase
 from ..errors import EngineError
-from ..phases import ATTACK_START, LOSS, phase
 from ..threat import ThreatModel
 from .base import (
     Objective,

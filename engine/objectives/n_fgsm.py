@@ -14,8 +14,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary import Attack, climb, towards_errors
-from ..phases import ATTACK_START, LOSS, phase
+from ..adversary.ascent import climb, towards_errors
+from ..adversary.attack import Attack
+from ..device.phases import ATTACK_START, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 

@@ -9,8 +9,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels
-from ..adversary import Attack
-from ..phases import LOSS, phase
+from ..adversary.attack import Attack
+from ..device.phases import LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, attacked_pass, trained_passes
 

@@ -14,8 +14,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary import Attack, away_from, climb, passes_without_training
-from ..phases import ATTACK_FORWARD, ATTACK_START, LOSS, phase
+from ..adversary.ascent import away_from, climb, passes_without_training
+from ..adversary.attack import Attack
+from ..device.phases import ATTACK_FORWARD, ATTACK_START, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 
@@ -46,7 +47,7 @@ class TRADES(Objective):
         state: Tensor,
     ) -> Outcome:
         with phase(ATTACK_FORWARD), passes_without_training(model, attack.batch_norm):
-            # Detached, not under no_grad: see `engine.adversary` on autocast's cache.
+            # Detached, not under no_grad: see `engine.adversary.ascent` on autocast's cache.
             anchor = model(x).detach()
         if start is None:
             near = threat.at_most(_NEAR)

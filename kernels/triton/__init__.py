@@ -9,14 +9,12 @@ try:
 except ImportError as error:
     raise ImportError(f"Triton is not installed ({error})") from error
 
-from .attack_step import attack_step, attack_step_
+from .attack import attack_step, attack_step_, uniform_start
 from .data import augment, recall, remember
-from .input_grad_step import input_grad_step
 from .launch import INTERPRETING
-from .local_ball_loss import local_ball_loss, local_ball_loss_backward
-from .logit_grads import cross_entropy_grad, kl_grad
+from .logits import cross_entropy_grad, kl_grad, local_ball_loss, local_ball_loss_backward
 from .optimisers import adamw_ema_step, finish_capture, sgd_ema_step
-from .uniform_start import uniform_start
+from .stem import input_grad_step
 
 ORIGIN = f"Triton {triton.__version__}" + (", interpreted" if INTERPRETING else "")
 

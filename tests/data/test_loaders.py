@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from engine import Attack, EngineError, Linf, LocalBall, cli
+from engine.adversary.memory import AdversaryMemory
 from engine.data import loaders
 from engine.data.loaders import Sampling, dali
-from engine.memory import AdversaryMemory
-from engine.optim import Optimiser
-from engine.step import Step
-from engine.trainer import Trainer
+from engine.training.optimiser import Optimiser
+from engine.training.step import Step
+from engine.training.trainer import Trainer
 
 from ..conftest import Tiny, blobs
 

@@ -118,7 +118,7 @@ def test_a_broken_promise_shows():
     ragged, starved, wasteful = run_compiling("""
 import json, torch
 from engine.kernels import audit, ops
-from engine.kernels.triton.local_ball_loss import loss_kernel
+from engine.kernels.triton.logits import loss_kernel
 one, p = torch.ones(()), torch.zeros(128, 10)
 x, target = torch.zeros(3, 5), torch.zeros(128, dtype=torch.int64)
 wide = torch.zeros(128, 16)

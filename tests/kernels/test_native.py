@@ -233,8 +233,8 @@ def test_what_the_kernels_do_not_cover_goes_to_the_reference():
         args = (x_, z_, grad - 0.5, eps.to(x_.dtype), eps.to(x_.dtype), "Linf")
         expected = reference.attack_step(*args)
         assert torch.equal(native.attack_step(*args), expected)
-    assert not native._served(x, last)
-    assert not native._served(x.expand(4, 3, 6, 8)[:, :1].expand(4, 3, 6, 8))
+    assert not native.binding.served(x, last)
+    assert not native.binding.served(x.expand(4, 3, 6, 8)[:, :1].expand(4, 3, 6, 8))
 
 
 def test_extreme_crops_stay_inside_the_memory():

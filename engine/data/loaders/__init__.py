@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...memory import AdversaryMemory
+from ...adversary.memory import AdversaryMemory
 from .base import Batch, Loader, Sampling
 from .dali import DaliLoader
 from .resident import ResidentLoader

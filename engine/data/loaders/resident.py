@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import kernels, rng
-from ...capture import WARM_UP
-from ...memory import AdversaryMemory
+from ...adversary.memory import AdversaryMemory
+from ...device.capture import WARM_UP
 from .base import Batch, Loader, Sampling, check_images
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine import kernels
-from engine.kernels import reference
+from engine.kernels.reference.data import source_pixels
 
 from .support import (
     LAYOUTS,
@@ -111,7 +111,7 @@ def test_what_is_remembered_is_recalled(backend, device, shape, pad):
     again = kernels.recall(memory, index, where, x, eps)
     # What the crop shows of the padding is not stored, and comes back as x.
     h, w = shape[2:]
-    _, inside = reference._source_pixels(where.cpu(), h, w)
+    _, inside = source_pixels(where.cpu(), h, w)
     inside = inside.view(-1, 1, h, w).expand(x.shape)
     again, x, z = again.cpu(), x.cpu(), z.cpu()
     assert ((again - z).abs()[inside] <= 0.51 * eps / 127).all()

@@ -1,0 +1,80 @@
+"""Draw the scaling and throughput pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import (
+    NullLocator,
+)
+
+from engine.pictures import MARKERS, MUTED, NUMBERS, PANEL, SERIES
+
+_IDEAL: Any = {"color": MUTED, "linewidth": 0.8, "alpha": 0.7, "zorder": 1}
+
+
+def draw_scaling(ax: Axes, rows: Sequence[Mapping[str, Any]], base: int) -> None:
+    """A step's milliseconds along one axis: measured solid, predicted dashed; grey in proportion to the arithmetic.
+
+    Args:
+        rows: of that axis, as `engine bench scaling` gives them.
+        base: the value at which a grey line meets its curve.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for where, method in dict.fromkeys((row["where"], row["method"]) for row in rows):
+        line = _along_axis(rows, where, method)
+        number, predicted = methods.index(method), line[0]["p20_ms"] is None
+        values, times = ([row[key] for row in line] for key in ("value", "p50_ms"))
+        anchor = next(row for row in line if row["value"] == base)
+        per_flop = anchor["p50_ms"] / anchor["gflops"]
+        ax.plot(values, [per_flop * row["gflops"] for row in line], **_IDEAL)
+        if not predicted:
+            low, high = ([row[key] for row in line] for key in ("p20_ms", "p80_ms"))
+            ax.fill_between(values, low, high, color=SERIES[number], alpha=0.18, linewidth=0)
+        ax.plot(
+            values,
+            times,
+            marker=MARKERS[number],
+            color=SERIES[number],
+            linestyle=(0, (4, 1.8)) if predicted else "-",
+            markerfacecolor=PANEL if predicted else SERIES[number],
+            label=f"{method}, {where.removesuffix(' (predicted)')}: "
+            + ("predicted, never run" if predicted else "measured"),
+        )
+    ax.plot([], **_IDEAL, label="in proportion to the FLOPs")
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(NUMBERS)
+    ax.yaxis.set_minor_locator(NullLocator())
+    ticks = sorted({row["value"] for row in rows})
+    ax.set_xticks(ticks, [f"{value:,}" for value in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_ylabel("ms a step")
+
+
+def draw_throughput(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Images a second by processes; grey in proportion to them.
+
+    Args:
+        rows: as `engine bench scaling` gives them for processes, one process among them.
+    """
+    ticks = sorted({row["value"] for row in rows})
+    for number, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        line = _along_axis(rows, rows[0]["where"], method)
+        values, rates = ([row[key] for row in line] for key in ("value", "images_per_s"))
+        ax.plot([0, ticks[-1]], [0, ticks[-1] * rates[0] / values[0]], **_IDEAL)
+        ax.plot(values, rates, marker=MARKERS[number], color=SERIES[number])
+    ax.set_xticks(ticks)
+    ax.set_xlim(0, ticks[-1] + 0.3)
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_formatter(NUMBERS)
+    ax.set_ylabel("images a second")
+
+
+def _along_axis(
+    rows: Sequence[Mapping[str, Any]], where: str, method: str
+) -> list[Mapping[str, Any]]:
+    mine = [row for row in rows if (row["where"], row["method"]) == (where, method)]
+    return sorted(mine, key=lambda row: row["value"])

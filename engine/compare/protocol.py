@@ -1,0 +1,196 @@
+"""Read a comparison's protocol: its methods, seeds and budgets, and the runs they make."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import files, recipes
+from ..errors import EngineError
+from ..recipes import Recipe
+from ..runs import build
+from ..runs.folder import plain
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is compared.
+
+    Attributes:
+        methods: recipe trees by the method's name.
+        epochs, minutes: budgets: passes over the training set, replays counted, or training minutes by the
+            measured step.
+        chosen: the methods that are trained in this sitting; results of the others stay as they are stored.
+        score: "test": clean, PGD and AutoAttack accuracy on the test images; "validation": clean and PGD
+            accuracy on the held-out ones, for choosing settings without a look at the test set.
+    """
+
+    name: str
+    about: str
+    methods: Mapping[str, Mapping[str, Any]]
+    seeds: int = 3
+    epochs: tuple[int, ...] = ()
+    minutes: tuple[float, ...] = ()
+    chosen: frozenset[str] = frozenset()
+    score: Literal["test", "validation"] = "test"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a protocol."""
+
+    method: str
+    recipe: Recipe
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training set: a batch that is replayed is trained on again."""
+        return self.recipe.optim.epochs * self.recipe.optim.replays
+
+    @property
+    def folder(self) -> str:
+        return folder_name(self.method, self.epochs, self.recipe.seed)
+
+
+def folder_name(method: str, epochs: int, seed: int) -> str:
+    return f"{method}-e{epochs}-s{seed}"
+
+
+def read(
+    names: Sequence[str],
+    overrides: Mapping[str, str],
+    *,
+    methods: Sequence[str] = (),
+    seeds: int | None = None,
+    epochs: Sequence[int] = (),
+    minutes: Sequence[float] = (),
+) -> Protocol:
+    """A protocol from its file (a TOML file with `methods`), or from recipes.
+
+    Args:
+        names: one protocol file, or recipes by name or path.
+        overrides: applied to every method, on top.
+        methods: those to train now; default all.
+        seeds, epochs, minutes: in place of the protocol's own.
+    Raises:
+        EngineError: a file or recipe that is not there or not valid; a method it does not have; no seed; a
+            budget that is none.
+    """
+    protocol = _from_file(Path(names[0])) if len(names) == 1 and is_protocol(names[0]) else None
+    if protocol is None:
+        trees = [recipes.tree(name) for name in names]
+        by_name = {str(tree["name"]): tree for tree in trees}
+        if len(by_name) < len(names):
+            raise EngineError("engine compare: two of the recipes have one name")
+        protocol = Protocol("compare", "", by_name)
+    for name in methods:
+        if name not in protocol.methods:
+            near = recipes.nearest(name, list(protocol.methods))
+            raise EngineError(f"--methods {name}: {protocol.name} has no such method{near}")
+    wanted = replace(
+        protocol,
+        methods={n: recipes.overridden(tree, overrides) for n, tree in protocol.methods.items()},
+        seeds=protocol.seeds if seeds is None else seeds,
+        epochs=tuple(epochs) or (() if minutes else protocol.epochs),
+        minutes=tuple(minutes) or (() if epochs else protocol.minutes),
+        chosen=frozenset(methods or protocol.methods),
+    )
+    if wanted.seeds < 1:
+        raise EngineError(f"--seeds must be at least 1, got {wanted.seeds}")
+    if wanted.epochs and wanted.minutes:
+        raise EngineError("budgets are epochs or minutes, not both")
+    if not all(0 < budget < math.inf for budget in (*wanted.epochs, *wanted.minutes)):
+        raise EngineError("a budget of epochs or minutes must be above 0")
+    return wanted
+
+
+def is_protocol(name: str) -> bool:
+    path = Path(name)
+    return path.suffix == ".toml" and path.is_file() and "methods" in _toml(path)
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(files.read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise EngineError(f"cannot read {path}: {error}") from None
+
+
+def _from_file(path: Path) -> Protocol:
+    """A protocol file: `base` recipe, `common` on top of it, and what each of `methods` changes."""
+    spec = _toml(path)
+    known = {"about", "base", "common", "methods", "seeds", "epochs", "minutes", "score"}
+    if unknown := sorted(spec.keys() - known):
+        raise EngineError(
+            f"{path}: unknown field {unknown[0]!r}{recipes.nearest(unknown[0], list(known))}"
+        )
+    wrong = [
+        name
+        for name, fits in {
+            "base": isinstance(spec.get("base"), str),
+            "methods": bool(spec["methods"]) and _tables(spec["methods"]),
+            "common": isinstance(spec.get("common", {}), dict),
+            "seeds": isinstance(spec.get("seeds", 3), int),
+            "epochs": _numbers(spec.get("epochs", []), int),
+            "minutes": _numbers(spec.get("minutes", []), (int, float)),
+            "score": spec.get("score", "test") in ("test", "validation"),
+            "about": isinstance(spec.get("about", ""), str),
+        }.items()
+        if not fits
+    ]
+    if wrong:
+        raise EngineError(f"{path}: {wrong[0]} is missing or not what it should be")
+    for name in spec["methods"]:
+        # They become folders' names, and protocols come from strangers as well.
+        if name != plain(name):
+            raise EngineError(
+                f"{path}: methods have plain names, letters, digits and -_. : {name!r}"
+            )
+    common = recipes.merged(recipes.tree(spec["base"]), spec.get("common", {}))
+    methods = {
+        name: {**recipes.merged(common, change), "name": name}
+        for name, change in spec["methods"].items()
+    }
+    return Protocol(
+        path.stem,
+        spec.get("about", ""),
+        methods,
+        seeds=spec.get("seeds", 3),
+        epochs=tuple(spec.get("epochs", ())),
+        minutes=tuple(spec.get("minutes", ())),
+        score=spec.get("score", "test"),
+    )
+
+
+def _tables(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, dict) for v in value.values())
+
+
+def _numbers(value: object, kind: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(v, kind) and not isinstance(v, bool) for v in value
+    )
+
+
+def jobs(protocol: Protocol, step_ms: Mapping[str, float]) -> list[Job]:
+    """All runs, seeds first and methods within them: what stops early is still a comparison."""
+    found = []
+    for seed in range(protocol.seeds):
+        for name, tree in protocol.methods.items():
+            if name not in protocol.chosen:
+                continue
+            recipe = recipes.parse({**tree, "seed": seed}, source=name)
+            budgets = [recipe.optim.epochs]
+            if protocol.epochs:
+                budgets = [max(1, round(n / recipe.optim.replays)) for n in protocol.epochs]
+            elif protocol.minutes:
+                epoch = build.steps_per_epoch(recipe) * step_ms[name] / 60e3
+                budgets = [max(1, round(minutes / epoch)) for minutes in protocol.minutes]
+            for epochs in dict.fromkeys(budgets):
+                changed = recipes.merged(tree, {"seed": seed, "optim": {"epochs": epochs}})
+                found.append(Job(name, recipes.parse(changed, source=name)))
+    return found

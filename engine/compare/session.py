@@ -1,0 +1,263 @@
+"""Methods side by side: same data, network and evaluation, every seed, every budget; accuracy over training time.
+
+A protocol names the methods, the seeds and the budgets; each (method, budget, seed) is a run in a folder
+of its own, made by a process of its own. A finished run is never run again. The time axis is not the
+clock of each run, which shares the machine with whatever else is there: the steps of all methods are
+timed in turn, in one process, and a run's training time is its number of steps times its step's median.
+What was measured is kept in compare.json as it comes, so a comparison may take many sittings: a run that
+was cut short goes on, and one whose folder is gone but whose result is there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import files, recipes
+from ..device.machine import environment
+from ..errors import EngineError
+from ..performance import timing
+from ..progress import bar, stderr
+from ..runs import build
+from ..runs.folder import Run
+from .picture import draw
+from .protocol import Job, Protocol, folder_name, jobs
+from .scores import summarise
+
+_POLL_SECONDS = 0.5
+_STEPS_SECONDS = 20.0
+
+
+def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dict[str, Any]:
+    """Make every run that is not there yet, and summarise all of them.
+
+    Args:
+        out: folder of the runs, and of compare.json, compare.png and steps.json; default
+            runs/NAME-DATE-TIME.
+        workers: runs at a time; each gets its share of the CPU's cores.
+    Returns:
+        What compare.json holds: `about`, `environment`, `steps` (timings), `points` (a run each), `rows`
+        (a method at a budget each).
+    Raises:
+        EngineError: a method that cannot be run; a folder with runs of other recipes; a run that failed
+            (after all others are done).
+    """
+    out = out or Path("runs") / f"{protocol.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    recipe_of = {n: recipes.parse(tree, source=n) for n, tree in protocol.methods.items()}
+    for recipe in recipe_of.values():
+        build.check(recipe, evaluated=protocol.score == "test")
+    steps = _step_times(protocol, out / "steps.json")
+    plan = jobs(protocol, {name: row["p50_ms"] for name, row in steps.items()})
+    known = _known(protocol, out / "compare.json")
+    waiting = [job for job in plan if not _finished(job, out) and job.folder not in known]
+
+    def summed_up() -> dict[str, Any]:
+        # Stored ones of methods, budgets and seeds that were not asked for this time too: nothing measured is lost.
+        of_folder = {
+            folder: _timed(point, recipe_of[point["method"]], steps[point["method"]])
+            for folder, point in known.items()
+        }
+        for job in plan:
+            if _finished(job, out):
+                of_folder[job.folder] = _point(job, out, steps[job.method])
+        points = list(of_folder.values())
+        found = {
+            "protocol": protocol.name,
+            "about": protocol.about,
+            "score": protocol.score,
+            "environment": environment(),
+            "recipes": {name: _plain(tree, name) for name, tree in protocol.methods.items()},
+            "steps": steps,
+            "points": points,
+            "rows": summarise(points),
+        }
+        files.write_json(out / "compare.json", found)
+        if points:
+            draw(found, out / "compare.png")
+        return found
+
+    failed = _make(waiting, out, protocol.score, workers, summed_up)
+    found = summed_up()
+    if failed:
+        raise EngineError("; ".join(failed))
+    return found
+
+
+def _plain(tree: Mapping[str, Any], name: str) -> str:
+    """A method's recipe in full, seed and budget aside."""
+    return recipes.dump(recipes.parse({**tree, "seed": 0}, source=name))
+
+
+def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
+    """Points of an earlier sitting, by their run's folder, of methods whose recipes are what they were."""
+    if not path.exists():
+        return {}
+    try:
+        kept = json.loads(files.read_text(path))
+        same = {
+            name
+            for name, text in kept.get("recipes", {}).items()
+            if name in protocol.methods
+            and recipes.parse(tomllib.loads(text))
+            == recipes.parse({**protocol.methods[name], "seed": 0}, source=name)
+        }
+        known = {
+            folder_name(point["method"], point["epochs"], point["seed"]): point
+            for point in kept["points"]
+            if point["method"] in same and kept.get("score") == protocol.score
+        }
+        others = len(kept["points"]) - len(known)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{path} is damaged ({error!r}): move it away") from None
+    if others:
+        aside = path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.json")
+        shutil.copy(path, aside)
+        stderr.print(
+            f"{others} results in {path} are of methods that are not in {protocol.name}, or not as it has "
+            f"them: they are left out, and kept in {aside}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    return known
+
+
+def _finished(job: Job, out: Path) -> bool:
+    folder = out / job.folder
+    if not (folder / "summary.json").exists():
+        return False
+    if Run.open(folder).recipe != job.recipe:
+        raise EngineError(f"{folder} holds a run of another recipe: choose another --out")
+    return True
+
+
+def _make(
+    plan: list[Job], out: Path, score: str, workers: int, finished: Callable[[], object]
+) -> list[str]:
+    """Run all of `plan`, calling `finished` after each; what failed, a line each."""
+    failed: list[str] = []
+    waiting = list(plan)
+    running: dict[subprocess.Popen, Job] = {}
+    total = sum(job.recipe.optim.epochs for job in plan)
+    with bar() as progress:
+        shown = progress.add_task("epochs of all runs", total=total, note="")
+        done = 0
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    job = waiting.pop(0)
+                    running[_start(job, out, score, workers)] = job
+                time.sleep(_POLL_SECONDS)
+                for process in [p for p in running if p.poll() is not None]:
+                    job = running.pop(process)
+                    done += job.recipe.optim.epochs
+                    if process.returncode:
+                        failed.append(f"{job.folder}: {_last_line(out / job.folder)}")
+                    else:
+                        finished()
+                    stderr.print(
+                        f"{'failed' if process.returncode else 'done'}: {out / job.folder}",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
+                under_way = sum(_epochs_done(out / job.folder) for job in running.values())
+                names = ", ".join(job.folder for job in running.values())
+                progress.update(shown, completed=done + under_way, note=names)
+        finally:
+            for process in running:
+                process.terminate()
+                process.wait()
+    return failed
+
+
+def _start(job: Job, out: Path, score: str, workers: int) -> subprocess.Popen:
+    folder = out / job.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "recipe.toml").exists() and Run.open(folder).recipe == job.recipe:
+        words = ["--resume", str(folder)]
+    else:
+        shutil.rmtree(folder)
+        wanted = folder / "wanted.toml"
+        files.write_text(wanted, recipes.dump(job.recipe))
+        words = [str(wanted), "--run-dir", str(folder)]
+    words = [sys.executable, "-m", "engine", "train", *words, "--json"]
+    if score == "validation":
+        words.append("--no-eval")
+    threads = job.recipe.threads or max(1, (os.cpu_count() or 1) // workers)
+    with (folder / "log.txt").open("w") as log:
+        return subprocess.Popen(
+            words, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
+        )
+
+
+def _epochs_done(folder: Path) -> int:
+    try:
+        return (folder / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def _last_line(folder: Path) -> str:
+    lines = (folder / "log.txt").read_text(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "died without a word")
+
+
+def _step_times(protocol: Protocol, path: Path) -> dict[str, dict[str, float]]:
+    """Each method's training step on this machine, timed in turn; kept, and taken again for other methods."""
+    recipe_of = {n: recipes.parse(tree, source=n) for n, tree in protocol.methods.items()}
+    wanted = {name: recipes.dump(recipe) for name, recipe in recipe_of.items()}
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["recipes"] == wanted:
+            return kept["steps"]
+    stderr.print("timing the steps of all methods in turn", highlight=False)
+    calls = {name: build.step_of(recipe) for name, recipe in recipe_of.items()}
+    timings = timing.side_by_side(calls, seconds=_STEPS_SECONDS, sample_ms=0)
+    steps = {
+        name: {"p20_ms": t.p20, "p50_ms": t.p50, "p80_ms": t.p80} for name, t in timings.items()
+    }
+    files.write_json(path, {"environment": environment(), "recipes": wanted, "steps": steps})
+    return steps
+
+
+def _point(job: Job, out: Path, step: Mapping[str, float]) -> dict[str, Any]:
+    run = Run.open(out / job.folder)
+    summary, recipe = run.read_json("summary.json"), job.recipe
+    last: dict[str, Any] = next((r for r in reversed(run.metrics()) if "val_pgd" in r), {})
+    found = {
+        "method": job.method,
+        "dataset": recipe.data.name,
+        "network": recipe.model.name,
+        "norm": recipe.threat.norm,
+        "eps": recipe.threat.eps,
+        "objective": recipe.objective.name,
+        "k": recipe.attack.steps,
+        "start": recipe.attack.start,
+        "epochs": job.epochs,
+        "seed": recipe.seed,
+        **{key: summary.get(key) for key in ("clean", "pgd", "autoattack", "examples")},
+        "val_clean": last.get("val_clean"),
+        "val_pgd": last.get("val_pgd"),
+        "rolled_back": summary.get("rolled_back"),
+        "passes_per_step": summary["passes_per_step"],
+        "steps": summary["steps"],
+        "clock_seconds": summary["train_seconds"],
+        "peak_memory_mb": summary.get("peak_memory_mb"),
+    }
+    return _timed(found, recipe, step)
+
+
+def _timed(
+    point: Mapping[str, Any], recipe: recipes.Recipe, step: Mapping[str, float]
+) -> dict[str, Any]:
+    """The point with which AutoAttack it was evaluated by, and its training time by the measured step."""
+    version = recipe.evaluation.autoattack
+    seconds = point["steps"] * step["p50_ms"] / 1e3
+    return {**point, "autoattack_version": version, "seconds": seconds}

@@ -1,0 +1,113 @@
+"""The arithmetic of the network's passes, and the loss scale that float16 needs.
+
+Weights, momentum, moving average and the attack's iterates are float32 throughout. bf16 and fp16 run the
+network under autocast; tf32 lets convolutions and matrix products round their float32 inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import EngineError
+
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve(name: str, device: torch.device) -> str:
+    """What "auto" means on `device`: bf16 on GPUs that have it, fp32 elsewhere.
+
+    Raises:
+        EngineError: for a precision that the device does not have.
+    """
+    cuda = device.type == "cuda"
+    if name == "auto":
+        return (
+            "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        )
+    if name == "tf32" and not (cuda and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise EngineError("step.precision = tf32 needs an NVIDIA GPU, Ampere or newer: take fp32")
+    return name
+
+
+@contextlib.contextmanager
+def passes(precision: str, device: torch.device) -> Iterator[None]:
+    """Network passes in the block run in `precision`, as `resolve` gave it.
+
+    A weight is cast once a block: the casts live in autocast's cache, which the block's end empties. So
+    a captured graph holds its casts, never one made before.
+    """
+    with arithmetic(precision, device):
+        if precision in _AUTOCAST:
+            with torch.autocast(device.type, _AUTOCAST[precision]):
+                yield
+        else:
+            yield
+
+
+@contextlib.contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """float32 products in the block, those of backward passes too, are exact (fp32) or rounded (tf32).
+
+    By itself PyTorch rounds in convolutions and not in matrix products. Autocast would not do for backward
+    passes, which take the types of their forward passes; these two flags hold for whatever runs.
+    """
+    if device.type != "cuda" or precision in _AUTOCAST:
+        yield
+        return
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
+
+
+class LossScale:
+    """A loss scale that lives on the device: constant one, or float16's dynamic one.
+
+    Gradients are unscaled and searched for inf and NaN in one pass; a step with any leaves weights,
+    momentum and moving average alone. Dynamic: it halves the scale as well, and `interval` steps without
+    double it (as in Micikevicius et al., arXiv 1710.03740). BatchNorm statistics of a skipped step stay.
+
+    Attributes:
+        scale: float32 0-d, what the loss is multiplied by: the seed of the backward pass.
+        found_inf: float32 0-d, 1 where the last gradients held an inf or a NaN.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        dynamic: bool,
+        initial: float = 2.0**16,
+        interval: int = 2000,
+    ) -> None:
+        self.dynamic, self.interval = dynamic, interval
+        self.scale = torch.full((), initial if dynamic else 1.0, device=device)
+        self.found_inf = torch.zeros((), device=device)
+        self._tracker = torch.zeros((), dtype=torch.int32, device=device)
+
+    def unscale_(self, grads: list[Tensor]) -> None:
+        """Divide by the scale, in place, and set `found_inf`."""
+        self.found_inf.zero_()
+        torch._amp_foreach_non_finite_check_and_unscale_(
+            grads, self.found_inf, self.scale.reciprocal() if self.dynamic else self.scale
+        )
+
+    def update(self) -> None:
+        """After the optimiser's step."""
+        if self.dynamic:
+            torch._amp_update_scale_(
+                self.scale, self._tracker, self.found_inf, 2.0, 0.5, self.interval
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes."""
+        return {"scale": self.scale, "found_inf": self.found_inf, "tracker": self._tracker}

@@ -1,0 +1,369 @@
+"""Robust accuracy: PGD with restarts of our own, AutoAttack by its authors' package, pointwise worst case."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels, rng
+from ..adversary.ascent import ascend, towards_errors
+from ..errors import EngineError
+from ..threat import ThreatModel
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """No progress shown."""
+
+
+@dataclass
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        threat: the ball that was attacked in.
+        examples: number of test images.
+        clean: accuracy in [0, 1]; pgd and autoattack the same, None where the attack was not run.
+        worst_case: share of images that withstood every attack that was run.
+        after: AutoAttack's robust accuracy after each of its attacks.
+        seconds: wall-clock seconds in all.
+        notes: warnings of AutoAttack's own checks.
+    """
+
+    threat: ThreatModel
+    examples: int
+    clean: float
+    pgd: float | None
+    autoattack: float | None
+    worst_case: float
+    pgd_steps: int
+    pgd_restarts: int
+    autoattack_version: str
+    seconds: float
+    after: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def standard_error(self, accuracy: float) -> float:
+        """Binomial standard error of an accuracy measured on `examples` images."""
+        return math.sqrt(accuracy * (1 - accuracy) / max(self.examples, 1))
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, x: Tensor, *, batch_size: int = 1000) -> Tensor:
+    """Predicted classes, int64 [N], of [0, 1] images x [N, ...]; the model's mode is left alone."""
+    if len(x) == 0:
+        return torch.zeros(0, dtype=torch.int64, device=x.device)
+    return torch.cat([model(chunk).argmax(dim=1) for chunk in x.split(batch_size)])
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    steps: int = 50,
+    restarts: int = 10,
+    seed: int = 0,
+    batch_size: int = 500,
+    progress: Progress = silent,
+) -> Tensor:
+    """PGD on the cross-entropy with restarts; an image that falls at any iterate of any restart counts as broken.
+
+    Step size eps / 4 (2.5 eps / steps below ten steps). Broken images leave the batch, so the
+    cost follows the robust accuracy.
+
+    Args:
+        model: in evaluation mode, [0, 1] images to logits.
+        x: float32 [N, ...] in [0, 1]; y: int64 [N].
+    Returns:
+        bool [N], True where the prediction was right throughout.
+    """
+    alpha = threat.eps * max(0.25, 2.5 / steps)
+    robust = predictions(model, x, batch_size=batch_size) == y
+    for restart in range(restarts):
+        alive = robust.nonzero().flatten()
+        progress("pgd", restart, restarts)
+        for number, indices in enumerate(alive.split(batch_size)):
+            state = rng.state(seed, x.device, step=restart * 1_000_003 + number)
+            robust[_break(model, x, y, indices, threat, alpha, steps, state)] = False
+    progress("pgd", restarts, restarts)
+    return robust
+
+
+def _break(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    indices: Tensor,
+    threat: ThreatModel,
+    alpha: float,
+    steps: int,
+    state: Tensor,
+) -> Tensor:
+    """The members of `indices` that one restart of PGD breaks."""
+    centre, labels = x[indices], y[indices]
+    z = kernels.uniform_start(centre, threat.eps, state, norm=threat.norm, stream=rng.RESTART)
+    broken: list[Tensor] = []
+    for step in range(steps + 1):
+        if step < steps:
+            following, logits = ascend(
+                model,
+                centre,
+                z,
+                towards_errors(labels),
+                eps=threat.eps,
+                alpha=alpha,
+                norm=threat.norm,
+            )
+        else:
+            with torch.no_grad():
+                following, logits = z, model(z)
+        alive = logits.argmax(dim=1) == labels
+        broken.append(indices[~alive])
+        if not alive.any():
+            break
+        # Copying the batch costs; it pays once a tenth of it has fallen.
+        if (~alive).sum() * 10 >= len(alive):
+            indices, centre, labels = indices[alive], centre[alive], labels[alive]
+            following = following[alive]
+        z = following
+    return torch.cat(broken).unique()
+
+
+def autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    version: str = "standard",
+    seed: int = 0,
+    batch_size: int = 500,
+    progress: Progress = silent,
+) -> tuple[Tensor, dict[str, float], list[str]]:
+    """AutoAttack (Croce & Hein, arXiv 2003.01690) by the package pyautoattack.
+
+    Args:
+        model: in evaluation mode, [0, 1] images to logits.
+        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N].
+        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first two, where
+            APGD-CE has the package's five restarts (standard: one).
+    Returns:
+        bool [N], True where robust; robust accuracy after each attack; the package's own warnings.
+    Raises:
+        EngineError: for fewer than four classes, which its targeted loss needs.
+    """
+    from pyautoattack import AutoAttack
+
+    classes = model(x[:1]).shape[1]
+    if classes < 4:
+        raise EngineError(f"AutoAttack needs at least 4 classes, the model has {classes}")
+    attacks = ["apgd-ce", "apgd-t"] if version == "apgd" else None
+    after: dict[str, float] = {}
+    listener = _Listener(after, progress, batches=math.ceil(len(x) / batch_size))
+    logger = logging.getLogger("auto-attack")
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(listener)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            judge = AutoAttack(
+                model,
+                norm=threat.norm,
+                eps=threat.eps,
+                seed=seed,
+                device=x.device,
+                version="custom" if attacks else "standard",
+                attacks=attacks,
+            )
+            # Nine targets is the standard for ten classes and more.
+            judge.apgd_targeted.n_target_classes = min(9, classes - 1)
+            judge.fab.n_target_classes = min(9, classes - 1)
+            _, found = judge.run_standard_evaluation(x, y, batch_size=batch_size)
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(level)
+        logger.propagate = propagate
+    notes = listener.warnings + [
+        str(w.message) for w in caught if "autoattack" in str(w.filename).lower()
+    ]
+    return found == y, after, notes
+
+
+class _Listener(logging.Handler):
+    """Reads AutoAttack's log lines: accuracy after each attack, progress, warnings."""
+
+    _AFTER = re.compile(r"robust accuracy after ([\w-]+): ([\d.]+)%")
+    _BATCH = re.compile(r"^([\w-]+) - (\d+)/(\d+) -")
+
+    def __init__(self, after: dict[str, float], progress: Progress, batches: int) -> None:
+        super().__init__(logging.DEBUG)
+        self.after, self.progress, self.batches = after, progress, batches
+        self.warnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self.warnings.append(line)
+        if match := self._AFTER.match(line):
+            self.after[match[1].lower()] = float(match[2]) / 100
+        if match := self._BATCH.match(line):
+            self.progress(match[1], int(match[2]), int(match[3]))
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode and no weight gradients in the block, each module's and weight's own state afterwards."""
+    modes = [(m, m.training) for m in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    model.eval()
+    for p, _ in wanted:
+        # Activations kept only for weight gradients would cost memory in every attack.
+        p.requires_grad_(False)
+    try:
+        yield model
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        for p, flag in wanted:
+            p.requires_grad_(flag)
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    pgd_steps: int = 50,
+    pgd_restarts: int = 10,
+    autoattack_version: str = "standard",
+    batch_size: int = 500,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Report:
+    """Clean accuracy, PGD with restarts and AutoAttack on the same images.
+
+    Args:
+        model: any module from [0, 1] images to logits; its mode is restored afterwards.
+        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; on the model's device.
+        threat: the ball to attack in.
+        pgd_steps, pgd_restarts: of `pgd`, at least 1 each.
+        autoattack_version: "standard" (four attacks), "apgd" (the first two) or "none".
+        batch_size: images in memory at once.
+        seed: of both attacks.
+        progress: called with (attack, done, total).
+    Returns:
+        Accuracies, and what was left after each of AutoAttack's attacks.
+    Raises:
+        EngineError: if the images leave [0, 1], there are none, the model returns no logits [N, K], or
+            has fewer than the four classes that AutoAttack needs.
+    """
+    _check(x, y)
+    began = time.perf_counter()
+    with evaluation_mode(model):
+        with torch.no_grad():
+            logits = model(x[:1])
+        if logits.dim() != 2:
+            raise EngineError(f"the model must return logits [N, K], got {tuple(logits.shape)}")
+        clean = predictions(model, x, batch_size=batch_size) == y
+        by_pgd = pgd(
+            model,
+            x,
+            y,
+            threat,
+            steps=pgd_steps,
+            restarts=pgd_restarts,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        worst, by_aa = by_pgd, None
+        after: dict[str, float] = {}
+        notes: list[str] = []
+        if autoattack_version != "none":
+            by_aa, after, notes = autoattack(
+                model,
+                x,
+                y,
+                threat,
+                version=autoattack_version,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            worst = by_pgd & by_aa
+    return Report(
+        threat=threat,
+        examples=len(x),
+        clean=share(clean),
+        pgd=share(by_pgd),
+        autoattack=None if by_aa is None else share(by_aa),
+        worst_case=share(worst),
+        pgd_steps=pgd_steps,
+        pgd_restarts=pgd_restarts,
+        autoattack_version=autoattack_version,
+        seconds=time.perf_counter() - began,
+        after=after,
+        notes=notes,
+    )
+
+
+def robustbench_fields(
+    report: Report, *, name: str, architecture: str, dataset: str
+) -> dict[str, Any]:
+    """The fields of a RobustBench model-info file that an evaluation can fill, plus what it measured."""
+
+    def percent(value: float | None) -> str | None:
+        return None if value is None else f"{100 * value:.2f}"
+
+    return {
+        "name": name,
+        "dataset": dataset,
+        "architecture": architecture,
+        "threat_model": report.threat.norm,
+        "eps": report.threat.eps,
+        "clean_acc": percent(report.clean),
+        "reported": percent(report.worst_case),
+        "autoattack_acc": percent(report.autoattack),
+        "additional_data": False,
+        "number_forward_passes": "1",
+        "footnote": f"first {report.examples} test images",
+        "pgd_acc": percent(report.pgd),
+        "pgd": f"PGD-{report.pgd_steps}-{report.pgd_restarts}",
+        "autoattack_version": report.autoattack_version,
+        "after_each_attack": {k: percent(v) for k, v in report.after.items()},
+        "worst_case_acc": percent(report.worst_case),
+        "standard_error": percent(report.standard_error(report.worst_case)),
+        "examples": report.examples,
+        "eval_seconds": round(report.seconds, 2),
+        "notes": report.notes,
+    }
+
+
+def share(mask: Tensor) -> float:
+    """The share of True in bool [N]."""
+    return float(mask.double().mean())
+
+
+def _check(x: Tensor, y: Tensor) -> None:
+    if len(x) == 0 or len(x) != len(y):
+        raise EngineError(f"cannot evaluate {len(x)} images with {len(y)} labels")
+    if x.dtype != torch.float32 or float(x.min()) < 0 or float(x.max()) > 1:
+        raise EngineError(
+            "images must be float32 in [0, 1]: put the normalisation inside the model, not in the data"
+        )

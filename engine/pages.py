@@ -1,0 +1,48 @@
+"""Render the HTML pages from their templates, in the project's colours."""
+
+from __future__ import annotations
+
+import base64
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from . import pictures
+
+
+def render(name: str, **context: Any) -> str:
+    """A page from `templates/NAME.html.j2`, in the project's colours."""
+    folder = resources.files("engine").joinpath("templates")
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda part: folder.joinpath(part).read_text("utf-8")),
+    )
+    environment.filters |= {"seconds": _seconds, "percent": _percent, "image": _data_uri}
+    colours = {
+        "light": Markup(pictures.css_variables()),
+        "dark": Markup(pictures.css_variables(dark=True)),
+    }
+    page = environment.get_template(f"{name}.html.j2").render(**colours, **context)
+    return page.strip() + "\n"
+
+
+def _data_uri(pixels: np.ndarray) -> str:
+    return "data:image/png;base64," + base64.b64encode(pictures.png_of(pixels)).decode()
+
+
+def _seconds(value: float) -> str:
+    if value < 100:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"

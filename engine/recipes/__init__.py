@@ -1,0 +1,29 @@
+"""Recipes: readable TOML files, validated into typed values, any field open to the command line."""
+
+from .fields import Recipe
+from .reading import (
+    dump,
+    load,
+    merged,
+    names,
+    nearest,
+    objectives,
+    options,
+    overridden,
+    parse,
+    tree,
+)
+
+__all__ = [
+    "Recipe",
+    "dump",
+    "load",
+    "merged",
+    "names",
+    "nearest",
+    "objectives",
+    "options",
+    "overridden",
+    "parse",
+    "tree",
+]

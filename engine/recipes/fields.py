@@ -1,0 +1,170 @@
+"""Define the fields of a recipe, with their ranges, units and descriptions."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
+
+from ..adversary.attack import Attack
+from ..data.loaders import LoaderName
+from ..data.own import absolute
+from ..device.precision import Precision
+from ..objectives import AnyObjective, LocalBall
+from ..threat import Number, ThreatModel
+from ..training.optimiser import OptimiserName
+from ..training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Data:
+    name: Annotated[
+        str,
+        AfterValidator(absolute),
+        Field(description="dataset: see `engine data list`; or the path of your own"),
+    ] = "digits"
+    validation: Annotated[
+        int,
+        Field(ge=1, description="training images held out to choose the best checkpoint [count]"),
+    ] = 1000
+    train_examples: Annotated[
+        int | None,
+        Field(ge=1, description="use only the first N training images; left out: all [count]"),
+    ] = None
+    pad: Annotated[
+        int, Field(ge=0, description="random crop after zero-padding by this [pixels]")
+    ] = 0
+    flip: Annotated[bool, Field(description="mirror half of the images")] = False
+    cutout: Annotated[
+        int, Field(ge=0, description="side of a random square set to 0; 0: none [pixels]")
+    ] = 0
+    loader: Annotated[
+        LoaderName,
+        Field(
+            description="what makes batches: the device itself (resident), NVIDIA DALI, torch's "
+            "DataLoader; null repeats one batch, for benchmarks; auto: resident where it fits"
+        ),
+    ] = "auto"
+    workers: Annotated[
+        int, Field(ge=0, description="threads of DALI, processes of torch's DataLoader [count]")
+    ] = 2
+
+
+@dataclass(frozen=True)
+class Model:
+    name: Annotated[str, Field(description="network: see `engine doctor`")] = "tiny-cnn"
+    normalise: Annotated[
+        bool,
+        Field(description="subtract the dataset's mean and divide by its deviation, in the model"),
+    ] = False
+
+
+@dataclass(frozen=True)
+class Optim:
+    name: Annotated[
+        OptimiserName,
+        Field(
+            description="optimiser: ours (sgd, adamw), torch's fused ones, or NVIDIA apex's where it "
+            "is built"
+        ),
+    ] = "adamw"
+    lr: Annotated[Number, Field(gt=0, description="peak learning rate")] = 3e-3
+    weight_decay: Annotated[Number, Field(ge=0, description="weight decay")] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1, description="sgd: momentum [0..1)")] = 0.9
+    batch_size: Annotated[int, Field(ge=1, description="batch size [images]")] = 256
+    epochs: Annotated[int, Field(ge=1, description="passes over the training set [count]")] = 10
+    replays: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="steps in a row on every batch (Free-AT's m); an epoch has as many times more "
+            "steps [count]",
+        ),
+    ] = 1
+    ema: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="decay of the weights' moving average, which is evaluated; 0: none",
+        ),
+    ] = 0.0
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    precision: Annotated[
+        Precision,
+        Field(
+            description="arithmetic of the network's passes: auto is bf16 on GPUs that have it, fp32 "
+            "elsewhere"
+        ),
+    ] = "auto"
+    capture: Annotated[
+        Literal["auto", "on", "off"],
+        Field(description="one CUDA graph for the whole step: auto is on where there is a GPU"),
+    ] = "auto"
+    compile: Annotated[
+        bool,
+        Field(description="torch.compile the network's passes (slower on the CPUs measured)"),
+    ] = False
+    sync_batch_norm: Annotated[
+        bool,
+        Field(
+            description="several GPUs: BatchNorm over the whole batch in training passes, not each "
+            "process's part"
+        ),
+    ] = False
+
+
+@dataclass(frozen=True)
+class Validation:
+    steps: Annotated[int, Field(ge=1, description="PGD steps on the validation split [count]")] = 10
+    every: Annotated[int, Field(ge=1, description="epochs between validations [count]")] = 1
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    seconds: Annotated[
+        Number,
+        Field(ge=0, description="between the checkpoints that `--resume` goes on from [seconds]"),
+    ] = 60.0
+    keep: Annotated[int, Field(ge=1, description="how many of them are kept [count]")] = 2
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    examples: Annotated[
+        int | None, Field(ge=1, description="first N test images; left out: all [count]")
+    ] = None
+    pgd_steps: Annotated[int, Field(ge=1, description="PGD steps [count]")] = 50
+    pgd_restarts: Annotated[int, Field(ge=1, description="PGD restarts [count]")] = 10
+    autoattack: Annotated[
+        Literal["standard", "apgd", "none"],
+        Field(description="AutoAttack: standard, only its two APGD attacks, or none"),
+    ] = "standard"
+    batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All there is to know about a run."""
+
+    name: str = "unnamed"
+    seed: Annotated[int, Field(ge=0, lt=1 << 31, description="seed of everything random")] = 0
+    threads: Annotated[
+        int | None, Field(ge=1, description="CPU threads; left out: torch's own choice [count]")
+    ] = None
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    threat: ThreatModel = field(default_factory=ThreatModel)
+    attack: Attack = field(default_factory=Attack)
+    objective: AnyObjective = field(default_factory=LocalBall)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    step: StepOptions = field(default_factory=StepOptions)
+    validation: Validation = field(default_factory=Validation)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    evaluation: Evaluation = field(default_factory=Evaluation)

@@ -1,0 +1,248 @@
+"""Recipes: readable TOML files, validated into typed values, with any field open to the command line."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import tomli_w
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import PydanticUndefined
+
+from .. import files
+from ..device import apex
+from ..errors import EngineError
+from ..objectives import AnyObjective, LocalBall
+from .fields import Recipe
+
+# A recipe is a page of text; a larger one is something else.
+_RECIPE_BYTES = 1 << 20
+_ADAPTER = TypeAdapter(Recipe)
+_DEFAULT_OBJECTIVE = LocalBall().name
+
+
+def names() -> list[str]:
+    """The recipes that come with the engine."""
+    folder = resources.files("engine").joinpath("recipes")
+    return sorted(
+        p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")
+    )
+
+
+def load(name_or_path: str, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """A recipe by name or by path, with `overrides` ("attack.steps" -> "2") on top.
+
+    Raises:
+        EngineError: unknown recipe or field (with the nearest name), or a value out of range.
+    """
+    return parse(overridden(tree(name_or_path), overrides or {}), source=f"recipe {name_or_path!r}")
+
+
+def tree(name_or_path: str) -> dict[str, Any]:
+    """A recipe's fields as nested dictionaries, what it extends included, not yet validated."""
+    return _read(name_or_path, seen=())
+
+
+def overridden(tree: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """`tree` with the command line's words ("attack.steps" -> "2") on top."""
+    changed = copy.deepcopy(dict(tree))
+    for key, text in overrides.items():
+        _set(changed, key, text)
+    return changed
+
+
+def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """A recipe from nested dictionaries."""
+    _reject_unknown(tree)
+    tree = dict(tree)
+    if isinstance(tree.get("objective"), Mapping):
+        tree["objective"] = {"name": _DEFAULT_OBJECTIVE, **tree["objective"]}
+    try:
+        recipe = _ADAPTER.validate_python(tree)
+        recipe.objective.check(recipe.attack)
+        if recipe.threat.norm == "Linf" and recipe.threat.eps > 1:
+            raise EngineError(
+                f"threat.eps = {recipe.threat.eps:g} is more than a pixel's whole range [0, 1]: "
+                f'{recipe.threat.eps:g}/255 is written "{recipe.threat.eps:g}/255"'
+            )
+        apex.check_precision(recipe.optim.name, recipe.step.precision)
+    except ValidationError as error:
+        raise EngineError(f"{source}: {_one_line(error)}") from None
+    except EngineError as error:
+        raise EngineError(f"{source}: {error}") from None
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as TOML, every field written out."""
+    return tomli_w.dumps(_without_none(_ADAPTER.dump_python(recipe, mode="json")))
+
+
+def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        text = files.read_text(path, _RECIPE_BYTES, "recipe ")
+    elif name_or_path in names():
+        text = resources.files("engine").joinpath("recipes", f"{name_or_path}.toml").read_text()
+    else:
+        raise EngineError(
+            f"unknown recipe {name_or_path!r}{nearest(name_or_path, names())}; "
+            f"recipes: {', '.join(names())}, or a path ending in .toml"
+        )
+    try:
+        tree = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise EngineError(f"recipe {name_or_path}: not valid TOML: {error}") from None
+    tree.setdefault("name", path.stem)
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str) or parent not in names() or parent in seen:
+        raise EngineError(f"recipe {name_or_path}: extends {parent!r}, which is no recipe by name")
+    return merged(_read(parent, (*seen, parent)), tree)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `over` in place of its own, table by table."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        # Another objective's options mean nothing here: a new name starts from its own defaults.
+        fresh = key == "objective" and isinstance(value, dict) and "name" in value
+        if isinstance(value, dict) and isinstance(old, dict) and not fresh:
+            value = {**old, **value}
+        result[key] = value
+    return result
+
+
+def _set(tree: dict[str, Any], key: str, text: str) -> None:
+    """Put the command line's `text` where `key` ("attack.steps", or "attack.batch-norm") points."""
+    parts = key.replace("-", "_").split(".")
+    known = {name: annotation for name, annotation, _, _ in options(_objective_of(tree))}
+    dotted = ".".join(parts)
+    if parts == ["objective", "name"]:
+        tree["objective"] = {"name": text}
+        return
+    if dotted not in known:
+        raise EngineError(f"unknown option {f'--{key}'!r}{nearest(dotted, list(known), '--')}")
+    value: Any = text
+    kind = _bare(known[dotted])
+    if get_origin(kind) is tuple:
+        value = tuple(part for part in text.split(",") if part)
+    elif text.lower() == "none" and type(None) in get_args(kind):
+        value = None
+    for part in parts[:-1]:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise EngineError(f"recipe: {part} must be a table")
+    tree[parts[-1]] = value
+
+
+def objectives() -> dict[str, type]:
+    """Objective classes by the name that recipes use."""
+    union = get_args(get_args(AnyObjective)[0]) or (get_args(AnyObjective)[0],)
+    return {cls.__dataclass_fields__["name"].default: cls for cls in union}
+
+
+def _objective_name(tree: Mapping[str, Any]) -> Any:
+    section = tree.get("objective")
+    return (
+        section.get("name", _DEFAULT_OBJECTIVE)
+        if isinstance(section, Mapping)
+        else _DEFAULT_OBJECTIVE
+    )
+
+
+def _objective_of(tree: Mapping[str, Any]) -> type:
+    name = _objective_name(tree)
+    return objectives().get(name, LocalBall) if isinstance(name, str) else LocalBall
+
+
+@cache
+def options(objective: type = LocalBall) -> tuple[tuple[str, Any, Any, str], ...]:
+    """Every field a recipe has: (dotted name, type, default, description with unit)."""
+
+    def walk(cls: type, prefix: str) -> Iterator[tuple[str, Any, Any, str]]:
+        hints = get_type_hints(cls, include_extras=True)
+        for f in fields(cls):
+            hint = objective if f.name == "objective" else hints[f.name]
+            if is_dataclass(hint):
+                yield from walk(hint, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+                continue
+            default, description = f.default, ""
+            for meta in getattr(hint, "__metadata__", ()):
+                description = getattr(meta, "description", None) or description
+            info = getattr(cls, "__pydantic_fields__", {}).get(f.name)
+            if info is not None and info.default is not PydanticUndefined:
+                default = info.default
+            yield f"{prefix}{f.name}", hint, default, description
+
+    return tuple(walk(Recipe, ""))
+
+
+def nearest(word: str, known: list[str], prefix: str = "") -> str:
+    """`, did you mean X?` where something is close, else nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _bare(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _reject_unknown(tree: Mapping[str, Any]) -> None:
+    chosen = _objective_name(tree)
+    if not isinstance(chosen, str) or chosen not in objectives():
+        known_names = list(objectives())
+        raise EngineError(
+            f"recipe: unknown objective {chosen!r}{nearest(str(chosen), known_names)}; "
+            f"objectives: {', '.join(known_names)}"
+        )
+    known = [name for name, *_ in options(_objective_of(tree))]
+    sections = {name.split(".")[0] for name in known if "." in name}
+    for key, value in tree.items():
+        if key in sections:
+            if not isinstance(value, Mapping):
+                raise EngineError(f"recipe: {key} must be a table")
+            for inner in value:
+                if f"{key}.{inner}" not in known:
+                    raise EngineError(
+                        f"recipe: unknown field {f'{key}.{inner}'!r}{nearest(f'{key}.{inner}', known)}"
+                    )
+        elif key not in known:
+            choices = [*sections, *(n for n in known if "." not in n)]
+            raise EngineError(f"recipe: unknown field {key!r}{nearest(key, choices)}")
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    where = [str(p) for p in first["loc"]]
+    # The discriminator of the objective's union is no field of the user's.
+    where = [
+        p
+        for i, p in enumerate(where)
+        if not (i == 1 and where[0] == "objective" and p in objectives())
+    ]
+    seen = [
+        p for p in where if not p.startswith(("function-", "constrained-", "float", "int", "none"))
+    ]
+    got = first.get("input")
+    shown = "" if isinstance(got, dict) else f", got {got!r}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    return f"{'.'.join(seen) or 'recipe'}: {message}{shown}"
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, float) and math.isnan(value):
+        raise ValueError("NaN in a recipe")
+    return value

@@ -1,0 +1,260 @@
+"""The report of a run: one HTML page that needs nothing beside it, and the same pictures as PNGs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from .. import files, pictures, recipes
+from ..errors import EngineError
+from ..pages import _seconds, render
+from ..recipes import Recipe
+from ..runs.folder import Run
+from ..threat import as_written
+from .views import View, curves_view, views_of_model
+
+
+def build(run: Run) -> Path:
+    """Write `report.html` and `pictures/*.png` from what lies in the run folder; returns the page's path.
+
+    What cannot be shown (no evaluation yet, no checkpoint, no test images on this machine) is
+    replaced by a sentence that says why, and its old picture goes.
+
+    Raises:
+        EngineError: for files that are damaged or not a run's, or a folder that cannot be written.
+    """
+    try:
+        return _build(run)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+        jinja2.UndefinedError,
+    ) as error:
+        # Only a stranger's or a damaged folder gets here: what the engine writes it can read.
+        what = str(error).split("\n")[0]
+        raise EngineError(
+            f"{run.path}: its files are not what a run writes ({type(error).__name__}: {what})"
+        ) from error
+
+
+def _build(run: Run) -> Path:
+    rows, found = run.metrics(), run.read_json("evaluation.json")
+    summary, environment = run.read_json("summary.json"), run.read_json("environment.json")
+    best = summary.get("best_epoch") or _best_epoch(rows)
+    with pictures.style():
+        views = [
+            curves_view(run.recipe, rows, best),
+            *views_of_model(run, found),
+        ]
+        for view in views:
+            _save(view, run.path / "pictures" / f"{view.name}.png")
+    context = {
+        "recipe": run.recipe,
+        "folder": run.path.name,
+        "best": best,
+        "headline": _headline(run.recipe),
+        "numbers": _numbers(found),
+        "facts": _facts(run.recipe, rows, summary, best),
+        "cascade": _cascade(found),
+        "evaluation": found,
+        "masking": run.read_json("masking.json"),
+        "worst_case": _worst_case(found),
+        "views": {view.name: view for view in views},
+        "first_fields": _first_fields(run.recipe),
+        "all_fields": _all_fields(run.recipe),
+        "environment": {k: v for k, v in environment.items() if v is not None},
+        "radius": as_written,
+    }
+    page = run.path / "report.html"
+    files.write_text(page, render("report", **context))
+    return page
+
+
+def _save(view: View, path: Path) -> None:
+    if view.png is not None:
+        pictures.save_png(view.png, path)
+        return
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise EngineError(f"cannot remove {path}: {error.strerror}") from error
+
+
+def _best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The epoch that the trainer would have kept: the last of the highest validation PGD accuracies."""
+    validated = [r for r in rows if "val_pgd" in r]
+    return max(validated, key=lambda r: (r["val_pgd"], r["epoch"]))["epoch"] if validated else None
+
+
+def _headline(recipe: Recipe) -> str:
+    attack, objective = recipe.attack, recipe.objective
+    weights = {
+        "k": attack.steps,
+        "λ": getattr(objective, "local_weight", None),
+        "μ": getattr(objective, "global_weight", None),
+        "ρ": getattr(objective, "rho", None),
+    }
+    # No-break spaces keep a name and its value on one line.
+    options = [f"{k}\u00a0=\u00a0{v:g}" for k, v in weights.items() if v is not None]
+    if share := _balls_share(objective):
+        options.append(f"balls {share}")
+    epochs = f"{recipe.optim.epochs} epoch{'s' * (recipe.optim.epochs != 1)}"
+    start = " started from the adversary memory" if attack.start == "memory" else ""
+    return (
+        f"{recipe.model.name} on {recipe.data.name}, {epochs} of {objective.name} training "
+        f"({', '.join(options)}{start}) against {recipe.threat.norm} perturbations "
+        f"of at most {as_written(recipe.threat.eps)}."
+    )
+
+
+def _balls_share(objective: Any) -> str:
+    """What part of a batch gets local balls; "" for all of it or where there are none."""
+    share = getattr(objective, "local_share", 1.0)
+    return f"for {share:g} of each batch" if share < 1 else ""
+
+
+def _numbers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The three big numbers; a value of None has not been measured."""
+    version = found.get("autoattack_version")
+    shown = (
+        ("clean", "Clean accuracy", "clean_acc", "test images as they are"),
+        ("pgd", "PGD accuracy", "pgd_acc", _pgd_words(found.get("pgd"))),
+        (
+            "autoattack",
+            "AutoAttack accuracy",
+            "autoattack_acc",
+            "its two APGD attacks only" if version == "apgd" else "standard: four attacks",
+        ),
+    )
+    numbers = []
+    for name, title, key, how in shown:
+        value = None if found.get(key) is None else float(found[key]) / 100
+        error = None
+        if value is not None:
+            error = math.sqrt(value * (1 - value) / max(int(found["examples"]), 1))
+        numbers.append({"name": name, "title": title, "value": value, "error": error, "how": how})
+    return numbers
+
+
+def _pgd_words(name: str | None) -> str:
+    """`PGD-50-10` in words."""
+    if name is None:
+        return "with restarts"
+    _, steps, restarts = name.split("-")
+    return f"{steps} steps, {restarts} restart{'s' * (restarts != '1')}"
+
+
+def _worst_case(found: Mapping[str, Any]) -> float | None:
+    """Share that withstood every attack, where it says more than either alone."""
+    worst = found.get("worst_case_acc")
+    if worst in (None, found.get("autoattack_acc"), found.get("pgd_acc")):
+        return None
+    return float(worst) / 100
+
+
+def _facts(
+    recipe: Recipe,
+    rows: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    best: int | None,
+) -> list[tuple[str, str, str]]:
+    """(value, what it is, how it was measured)."""
+    seconds = summary.get("train_seconds", rows[-1].get("train_seconds") if rows else None)
+    facts = []
+    if seconds is not None:
+        facts.append((_seconds(seconds), "training time", "steps and data, evaluation excluded"))
+    passes = recipe.objective.passes(recipe.attack)
+    parts = f"{passes.forward:g} forward, {passes.input_grad:g} input, {passes.weight_grad:g} weight gradient"
+    facts.append((str(passes.total), "passes a step", parts))
+    if rows and "images_per_second" in rows[-1]:
+        rate = sum(r["images_per_second"] for r in rows) / len(rows)
+        facts.append((f"{rate:,.0f}", "images a second", "mean over the epochs"))
+    if best is not None:
+        facts.append(
+            (f"{best} of {recipe.optim.epochs}", "best epoch", "by validation PGD accuracy")
+        )
+    return facts
+
+
+def _cascade(found: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Accuracy in percent: clean, then after each of AutoAttack's attacks."""
+    after = found.get("after_each_attack") or {}
+    if not after:
+        return []
+    names = {"apgd-ce": "APGD, cross-entropy", "apgd-t": "APGD, targeted", "fab-t": "FAB, targeted"}
+    stages = [("no attack", float(found["clean_acc"]))]
+    stages += [(f"+ {names.get(k, k.capitalize())}", float(v)) for k, v in after.items()]
+    return stages
+
+
+def _first_fields(recipe: Recipe) -> list[tuple[str, str]]:
+    """What a reader asks for first."""
+    attack, optim, objective = recipe.attack, recipe.optim, recipe.objective
+    start = "its last adversary (memory)" if attack.start == "memory" else "a random point"
+    alpha = as_written(attack.step_size(recipe.threat.eps))
+    fields = [
+        ("Data", f"{recipe.data.name}{_augmentation(recipe)}"),
+        ("Network", recipe.model.name),
+        ("Threat", f"{recipe.threat.norm}, eps {as_written(recipe.threat.eps)}"),
+        ("Attack in training", f"{attack.steps} steps of {alpha}, from {start}"),
+        ("Objective", objective.name),
+    ]
+    for name, symbol in (("local_weight", "λ"), ("global_weight", "μ"), ("rho", "ρ")):
+        if hasattr(objective, name):
+            fields.append(
+                (
+                    f"{name.replace('_', ' ').capitalize()} {symbol}",
+                    _shown(getattr(objective, name)),
+                )
+            )
+    if share := _balls_share(objective):
+        fields.append(("Local balls", share))
+    average = f", averaged weights ({optim.ema:g})" if optim.ema else ""
+    fields += [
+        ("Optimiser", f"{optim.name}, {recipe.schedule.name} to {optim.lr:g}{average}"),
+        ("Length", f"{optim.epochs} epochs, batches of {optim.batch_size}"),
+        ("Seed", str(recipe.seed)),
+    ]
+    return fields
+
+
+def _augmentation(recipe: Recipe) -> str:
+    done = [f"crops after padding by {recipe.data.pad}"] if recipe.data.pad else []
+    done += ["mirrored"] if recipe.data.flip else []
+    return f" ({', '.join(done)})" if done else ""
+
+
+def _all_fields(recipe: Recipe) -> list[dict[str, Any]]:
+    """Every field: name, value, whether it differs from the default, description."""
+    fields = []
+    for name, _, default, description in recipes.options(type(recipe.objective)):
+        value: Any = recipe
+        for part in name.split("."):
+            value = getattr(value, part)
+        fields.append(
+            {
+                "name": name,
+                "value": _shown(value),
+                "changed": value != default,
+                "description": description,
+            }
+        )
+    return fields
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "left out"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(_shown(v) for v in value) if isinstance(value, tuple) else str(value)

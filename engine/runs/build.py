@@ -1,0 +1,251 @@
+"""From a recipe to a trained, evaluated, reported run."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import models
+from ..adversary.memory import AdversaryMemory
+from ..data import loaders
+from ..data.loaders import Batch, Loader, ResidentLoader
+from ..device import apex, capture, precision
+from ..device.capture import Recorder
+from ..device.distributed import World
+from ..device.machine import device
+from ..errors import EngineError
+from ..recipes import Recipe
+from ..training.optimiser import Optimiser, OptimiserName
+from ..training.step import Step
+from .images import split, test_set
+
+ALONE = World()
+# By the name of an optimiser that is not ours the one of ours with as many moments.
+_OURS: dict[OptimiserName, OptimiserName] = {
+    "torch-sgd": "sgd",
+    "torch-adamw": "adamw",
+    "apex-sgd": "sgd",
+    "apex-adam": "adamw",
+    "apex-lamb": "adamw",
+}
+
+
+def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torch.Size) -> Any:
+    """The recipe's network for images [C, H, W] = `shape`; `images` give the statistics to normalise by."""
+    if shape[1] != shape[2]:
+        raise EngineError(
+            f"images of {shape[1]}x{shape[2]} pixels: the networks here take square ones"
+        )
+    mean = std = None
+    if recipe.model.normalise:
+        if images is None:
+            # Overwritten by the checkpoint's own.
+            mean, std = (0.0,) * shape[0], (1.0,) * shape[0]
+        else:
+            scaled = images[:10_000].float() / 255.0
+            mean = tuple(scaled.mean(dim=(0, 2, 3)).tolist())
+            std = tuple(scaled.std(dim=(0, 2, 3)).tolist())
+    model = models.build(
+        recipe.model.name,
+        in_channels=shape[0],
+        image_size=shape[-1],
+        classes=classes,
+        mean=mean,
+        std=std,
+    )
+    # Convolutions run faster on it, on CPUs (docs/performance.md) and on tensor cores alike.
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None:
+    """Meet every mistake in a recipe before a run folder exists.
+
+    Args:
+        processes: that will share each batch.
+    Raises:
+        EngineError: for data that is absent or damaged, a network that does not fit it, a batch
+            larger than the training set, more test images than there are, and as `build_step` does.
+    """
+    _check_device(recipe, device())
+    parts = split(recipe)
+    images, _ = parts.train
+    build_model(recipe, images, len(parts.classes), images.shape[1:])
+    side = min(images.shape[2:])
+    if recipe.data.pad >= side:
+        raise EngineError(f"data.pad = {recipe.data.pad} is as large as the images")
+    if recipe.data.cutout > 2 * side:
+        raise EngineError(f"data.cutout = {recipe.data.cutout} is more than the whole image")
+    if recipe.data.loader == "dali" and (missing := loaders.dali.unavailable()):
+        raise EngineError(f"data.loader = dali: {missing}")
+    if recipe.optim.batch_size > len(images):
+        raise EngineError(
+            f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training images"
+        )
+    World(size=processes).share(recipe.optim.batch_size)
+    if recipe.step.sync_batch_norm and not torch.cuda.is_available():
+        raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
+    if evaluated:
+        test_set(recipe)
+
+
+def _check_device(recipe: Recipe, where: torch.device) -> None:
+    precision.resolve(recipe.step.precision, where)
+    if recipe.step.capture == "on" and (missing := capture.unavailable(where)):
+        raise EngineError(f"step.capture = on: {missing}")
+    if recipe.optim.name.startswith("apex"):
+        apex.check(recipe.optim.name, where)
+
+
+def build_step(
+    recipe: Recipe,
+    model: Any,
+    *,
+    steps: int,
+    memory: AdversaryMemory | None = None,
+    take: Callable[[Tensor], Batch] | None = None,
+    recorder: Recorder | None = None,
+    rank: int = 0,
+) -> Step:
+    """The recipe's step for `model`, on the model's device.
+
+    Args:
+        steps: of the whole run: the schedule's length.
+        take: makes the batches on the device, see `Step`.
+        recorder: captures the step; left out: CUDA graphs where the recipe wants them.
+        rank: this process's among those that share the run.
+    Raises:
+        EngineError: for a precision, an optimiser or a capture that this device does not have.
+    """
+    optim, where = recipe.optim, next(model.parameters()).device
+    _check_device(recipe, where)
+    if recorder is None and recipe.step.capture != "off" and not capture.unavailable(where):
+        recorder = capture.CudaGraphs(where)
+    return Step(
+        model,
+        objective=recipe.objective,
+        threat=recipe.threat,
+        attack=recipe.attack,
+        optimiser=Optimiser(
+            model,
+            lr=recipe.schedule.rates(optim.lr, steps),
+            name=optim.name,
+            momentum=optim.momentum,
+            weight_decay=optim.weight_decay,
+            ema=optim.ema,
+        ),
+        memory=memory,
+        radii=recipe.schedule.radii(recipe.threat.eps, steps),
+        take=take,
+        precision=recipe.step.precision,
+        seed=recipe.seed,
+        rank=rank,
+        device=where,
+        compile=recipe.step.compile,
+        recorder=recorder,
+    )
+
+
+def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
+    """The recipe with stand-ins for what `where`, the CPU or the meta device, lacks.
+
+    On the CPU: no CUDA graph, fp32 for tf32, ours for apex's optimisers. The meta device has shapes and no
+    numbers: there ours for torch's, which read some, and float32 throughout, as every operator has it there.
+    """
+    step, name = recipe.step, recipe.optim.name
+    meta = where.type == "meta"
+    if meta or name.startswith("apex"):
+        name = _OURS.get(name, name)
+    exact = "fp32" if meta or step.precision == "tf32" else step.precision
+    return replace(
+        recipe,
+        step=replace(step, capture="off", precision=exact),
+        optim=replace(recipe.optim, name=name),
+    )
+
+
+def memory_for(
+    recipe: Recipe, images: Tensor, where: torch.device | str = "cpu"
+) -> AdversaryMemory | None:
+    """The adversary memory of training images [N, C, H, W], if the recipe's attack starts from one."""
+    if recipe.attack.start != "memory":
+        return None
+    return AdversaryMemory(
+        len(images), images.shape[1:], recipe.threat, seed=recipe.seed, device=where
+    )
+
+
+def steps_per_epoch(recipe: Recipe) -> int:
+    """Training steps in one pass over the recipe's training set."""
+    return len(split(recipe).train[0]) // recipe.optim.batch_size * recipe.optim.replays
+
+
+def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Loader]:
+    """The recipe's training step and its batches, on the device, for a schedule of `epochs`.
+
+    Several processes each take their share of every batch.
+    """
+    torch.manual_seed(recipe.seed)
+    where = device()
+    parts = split(recipe)
+    images, labels = parts.train
+    model = build_model(recipe, images, len(parts.classes), images.shape[1:]).to(where)
+    if recipe.step.sync_batch_norm:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    memory = memory_for(recipe, images, where)
+    loader = loaders.build(
+        recipe.data.loader,
+        images,
+        labels,
+        world.share(recipe.optim.batch_size),
+        device=where,
+        memory=memory,
+        workers=recipe.data.workers,
+        rank=world.rank,
+        world=world.size,
+        **sampling_of(recipe),
+    )
+    take = loader.take if isinstance(loader, ResidentLoader) else None
+    step = build_step(
+        recipe, model, steps=epochs * len(loader), memory=memory, take=take, rank=world.rank
+    )
+    return step, loader
+
+
+def sampling_of(recipe: Recipe) -> dict[str, Any]:
+    """How the recipe draws its batches, as a loader's options."""
+    data = recipe.data
+    return {
+        "seed": recipe.seed,
+        "pad": data.pad,
+        "flip": data.flip,
+        "cutout": data.cutout,
+        "replays": recipe.optim.replays,
+    }
+
+
+def step_of(recipe: Recipe) -> Callable[[], None]:
+    """One training step of the recipe on its own data, as often as it is called: for timing."""
+    step, loader = prepare(recipe, epochs=1 + 10_000 // steps_per_epoch(recipe))
+    step.train()
+
+    def batches() -> Iterator[Batch | None]:
+        for epoch in itertools.count():
+            if isinstance(loader, ResidentLoader):
+                loader.begin(epoch)
+                yield from itertools.repeat(None, len(loader))
+            else:
+                yield from loader.epoch(epoch)
+
+    stream = batches()
+
+    def call() -> None:
+        step(next(stream))
+        if step.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return call

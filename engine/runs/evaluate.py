@@ -1,0 +1,115 @@
+"""Evaluate a run's checkpoints and write what was found into its folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..device.machine import device, peak_memory_mb
+from ..errors import EngineError
+from ..evaluation import masking, robust_accuracy
+from ..progress import EvaluationBar, bar
+from ..training.trainer import Result
+from .build import build_model
+from .folder import Run
+from .images import _load, test_set
+
+# Enough for differences of five points, and affordable.
+_MASKING_EXAMPLES = 500
+
+
+def load_model(run: Run, checkpoint: str = "best") -> Any:
+    """The run's network with a checkpoint's weights, in evaluation mode."""
+    data = _load(run.recipe.data.name, "test")
+    model = build_model(run.recipe, None, len(data.classes), data.images.shape[1:])
+    run.load_into(model, checkpoint)
+    return model.to(device()).eval()
+
+
+def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
+    """Evaluate a checkpoint on the test images and write evaluation.json."""
+    recipe = run.recipe
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    x, y = test_set(recipe)
+    with bar() as progress:
+        report = robust_accuracy.evaluate(
+            load_model(run, checkpoint),
+            x,
+            y,
+            recipe.threat,
+            pgd_steps=recipe.evaluation.pgd_steps,
+            pgd_restarts=recipe.evaluation.pgd_restarts,
+            autoattack_version=recipe.evaluation.autoattack,
+            batch_size=recipe.evaluation.batch_size,
+            seed=recipe.seed,
+            progress=EvaluationBar(progress),
+        )
+    fields = robust_accuracy.robustbench_fields(
+        report, name=recipe.name, architecture=recipe.model.name, dataset=recipe.data.name
+    )
+    run.write_json("evaluation.json", {**fields, "checkpoint": checkpoint})
+    return report
+
+
+def check_masking(
+    run: Run, checkpoint: str = "best", surrogate: Run | None = None
+) -> dict[str, Any]:
+    """Look for masked gradients on the first test images; writes and returns masking.json.
+
+    Args:
+        surrogate: a run on the same dataset, whose adversaries are transferred to this one.
+    Raises:
+        EngineError: for a surrogate of another dataset.
+    """
+    recipe = run.recipe
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    if surrogate is not None and surrogate.recipe.data.name != recipe.data.name:
+        raise EngineError(
+            f"{surrogate.path} is of {surrogate.recipe.data.name}: transfer needs one dataset"
+        )
+    x, y = (t[:_MASKING_EXAMPLES] for t in test_set(recipe))
+    other = None if surrogate is None else load_model(surrogate)
+    model = load_model(run, checkpoint)
+    with bar() as progress, robust_accuracy.evaluation_mode(model):
+        found = masking.checks(
+            model,
+            x,
+            y,
+            recipe.threat,
+            surrogate=other,
+            seed=recipe.seed,
+            progress=EvaluationBar(progress),
+        )
+    report = {**masking.report(found, len(x)), "checkpoint": checkpoint}
+    if surrogate is not None:
+        report["surrogate"] = surrogate.recipe.name
+    run.write_json("masking.json", report)
+    return report
+
+
+def summary(run: Run, result: Result, report: robust_accuracy.Report | None) -> dict[str, Any]:
+    """The closing table of a run, as written to summary.json."""
+    recipe = run.recipe
+    row: dict[str, Any] = {"recipe": recipe.name}
+    if report is not None:
+        row |= {
+            "clean": report.clean,
+            "pgd": report.pgd,
+            "autoattack": report.autoattack,
+            "examples": report.examples,
+            "eval_seconds": round(report.seconds, 2),
+        }
+    row |= {
+        "train_seconds": round(result.train_seconds, 2),
+        "passes_per_step": recipe.objective.passes(recipe.attack).total,
+        "steps": result.steps,
+        "best_epoch": result.best_epoch,
+        "rolled_back": result.rolled_back,
+        "peak_memory_mb": peak_memory_mb(),
+        "run_dir": str(run.path),
+    }
+    run.write_json("summary.json", row)
+    return row

@@ -1,0 +1,73 @@
+"""Give the training, validation and test images of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..data import datasets
+from ..device.machine import device
+from ..errors import EngineError
+from ..recipes import Recipe
+
+# One dataset serves the check, the training, the evaluation and the report of a process.
+_load = lru_cache(maxsize=4)(datasets.load)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training and validation images of a recipe: uint8 [N, C, H, W], int64 [N]."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    classes: tuple[str, ...]
+
+
+def split(recipe: Recipe) -> Split:
+    """The training set cut in two by a permutation that depends on the dataset alone.
+
+    So every seed and every recipe on a dataset validates on the same images.
+    """
+    data = _load(recipe.data.name, "train")
+    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    held_out, rest = order[: recipe.data.validation], order[recipe.data.validation :]
+    if recipe.data.train_examples is not None:
+        rest = rest[: recipe.data.train_examples]
+    if len(rest) == 0:
+        raise EngineError(
+            f"data.validation = {recipe.data.validation} leaves none of the {len(order)} images to train on"
+        )
+    return Split(
+        (data.images[rest], data.labels[rest]),
+        (data.images[held_out], data.labels[held_out]),
+        data.classes,
+    )
+
+
+def test_size(recipe: Recipe) -> int:
+    """How many test images the recipe's dataset has."""
+    return len(_load(recipe.data.name, "test").images)
+
+
+def classes(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the dataset's classes."""
+    return _load(recipe.data.name, "test").classes
+
+
+def test_set(recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """The first `evaluation.examples` test images as floats in [0, 1], on the device."""
+    data = _load(recipe.data.name, "test")
+    n = recipe.evaluation.examples
+    if n is not None and n > len(data.images):
+        raise EngineError(
+            f"evaluation.examples = {n}, but {recipe.data.name} has {len(data.images)} test images"
+        )
+    return as_floats(data.images[:n], data.labels[:n], device())
+
+
+def as_floats(images: Tensor, labels: Tensor, where: torch.device) -> tuple[Tensor, Tensor]:
+    """uint8 images as float32 in [0, 1], both on the device."""
+    return images.to(where).float() / 255.0, labels.to(where)

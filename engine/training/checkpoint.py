@@ -1,0 +1,149 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped.
+
+Each is a safetensors file and a JSON manifest with its SHA-256, written in this order, each atomically: a
+checkpoint is there once its manifest is. Nothing in them is executed when they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import files
+from ..errors import EngineError
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+# A manifest holds a few numbers and as many file names.
+_MANIFEST_BYTES = 1 << 20
+
+
+class Checkpoints:
+    """The checkpoints of one run, RUN/checkpoints/STEP.safetensors and STEP.json.
+
+    Args:
+        keep: how many are kept [count]; older ones are removed.
+        seconds: between checkpoints, see `due`.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, seconds: float = 60.0) -> None:
+        self.folder, self.keep, self.seconds = folder, keep, seconds
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether `seconds` have passed since the last checkpoint, or since the start."""
+        return time.monotonic() - self._last >= self.seconds
+
+    def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Write the checkpoint of `step`, then remove what is too old.
+
+        Args:
+            tensors: anywhere; copied to the CPU. about: plain JSON values.
+        Raises:
+            EngineError: where it cannot be written; older checkpoints are still there.
+        """
+        with files.atomic(self._path(step)) as temporary:
+            save_tensors(tensors, temporary)
+            manifest = {
+                "version": VERSION,
+                "step": step,
+                "sha256": _digest(temporary),
+                "about": about,
+            }
+        files.write_json(self._path(step, ".json"), manifest)
+        self._last = time.monotonic()
+        for old in self.steps()[: -self.keep]:
+            self._remove(old)
+
+    def try_save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """`save`, but a full disk is a warning: training goes on, and the next one is due in time."""
+        try:
+            self.save(step, tensors, about)
+        except EngineError as error:
+            self._last = time.monotonic()
+            log.warning("no checkpoint at step %d: %s", step, error)
+
+    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint that is whole, as `save` had it; None: there is none.
+
+        A damaged one is named in a warning and set aside (`.damaged`), and the one before it is used.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self._load(step)
+            except EngineError as error:
+                log.warning("%s; set aside, the one before it is used", error)
+                for suffix in (".json", ".safetensors"):
+                    path = self._path(step, suffix)
+                    if path.exists():
+                        path.replace(path.with_name(path.name + ".damaged"))
+        return None
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order."""
+        return sorted(int(p.stem) for p in self.folder.glob("*.json") if p.stem.isdecimal())
+
+    def _load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        path = self._path(step)
+        manifest = _manifest(self._path(step, ".json"))
+        try:
+            if _digest(path) != manifest["sha256"]:
+                raise EngineError(
+                    f"checkpoint {path} is damaged: its SHA-256 is not the manifest's"
+                )
+            return load_file(path), manifest["about"]
+        except (OSError, SafetensorError) as error:
+            raise EngineError(f"checkpoint {path} is damaged: {error}") from None
+
+    def _remove(self, step: int) -> None:
+        # The manifest first: what is left of a removal cut short is no checkpoint.
+        for suffix in (".json", ".safetensors"):
+            self._path(step, suffix).unlink(missing_ok=True)
+
+    def _path(self, step: int, suffix: str = ".safetensors") -> Path:
+        return self.folder / f"{step:010d}{suffix}"
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None
+) -> None:
+    """safetensors' `save_file` of tensors from anywhere; its I/O errors are OSErrors as they are elsewhere."""
+    held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        save_file(held, path, metadata=about)
+    except SafetensorError as error:
+        raise OSError(None, str(error)) from None
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """A manifest's fields, checked."""
+    try:
+        found = json.loads(files.read_text(path, _MANIFEST_BYTES, "checkpoint "))
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"checkpoint {path} is damaged: {error}") from None
+    fits = (
+        isinstance(found, dict)
+        and isinstance(found.get("sha256"), str)
+        and isinstance(found.get("about"), dict)
+    )
+    if not fits:
+        raise EngineError(f"checkpoint {path} is damaged: fields are missing")
+    if found.get("version") != VERSION:
+        raise EngineError(
+            f"checkpoint {path} is of version {found.get('version')!r}, this engine reads {VERSION}"
+        )
+    return found
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,222 @@
+"""The optimiser and the moving average of the weights, stepped together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..device import apex
+from ..device.capture import WARM_UP
+from ..device.phases import BOOKKEEPING, phase
+from ..device.precision import LossScale
+
+OptimiserName = Literal[
+    "sgd", "adamw", "torch-sgd", "torch-adamw", "apex-sgd", "apex-adam", "apex-lamb"
+]
+_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8
+
+
+class Optimiser:
+    """Momentum SGD or AdamW, and an average of the weights; every changing number lies on the device.
+
+    `sgd` and `adamw` are ours, average included: one op, one pass over memory. `torch-*` are torch's
+    fused ones; `apex-*` NVIDIA's, where apex is built (not in a captured step, apart from Adam).
+
+    Args:
+        model: its parameters that require gradients are trained.
+        lr: learning rate of every step of the run, [T].
+        momentum: of the SGDs, [0, 1).
+        weight_decay: added to the gradient by SGD, decoupled in Adam's kin.
+        ema: decay of the moving average, 0 for none. Early on the decay is lower,
+            (1 + step) / (10 + step), so that the average does not drag its random start along.
+    Attributes:
+        average: the averaged model, or the model itself without averaging; what is evaluated.
+    Raises:
+        EngineError: apex's without a CUDA device, or where apex is not there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: Sequence[float],
+        name: OptimiserName = "sgd",
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        ema: float = 0.0,
+    ) -> None:
+        self.name, self.momentum, self.weight_decay, self.ema = name, momentum, weight_decay, ema
+        self.params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self.average = copy.deepcopy(model).requires_grad_(False) if ema > 0 else model
+        self.rates = [float(rate) for rate in lr]
+        self.steps = 0
+
+        device = self.params[0].device
+        decays = [min(ema, (1 + t) / (10 + t)) for t in range(len(self.rates))]
+        rows = list(zip(self.rates, decays, (1 - d for d in decays), strict=True))
+        # Warming up for a capture runs past the end of a short schedule.
+        rows += rows[-1:] * WARM_UP
+        self._plan = torch.tensor(rows, device=device).view(-1, 3)
+        # This step's row of the plan, looked up on the device.
+        self._now = torch.zeros(1, 3, device=device)
+        self.lr, self._decay, self._towards = self._now[0].unbind()
+        self._count = torch.zeros((), device=device)
+        self._never = torch.zeros((), device=device)
+
+        trained = {id(p) for p in self.params}
+        pairs = list(zip(model.parameters(), self.average.parameters(), strict=True))
+        self._averages: list[Tensor] = [e for p, e in pairs if id(p) in trained] if ema > 0 else []
+        buffers = list(zip(model.buffers(), self.average.buffers(), strict=True)) if ema > 0 else []
+        self._floating = _columns([pair for pair in buffers if pair[0].is_floating_point()])
+        self._counting = _columns([pair for pair in buffers if not pair[0].is_floating_point()])
+
+        moments = {"sgd": 1, "adamw": 2}.get(name, 0)
+        self._moments = [[torch.zeros_like(p) for p in self.params] for _ in range(moments)]
+        self._theirs = None if moments else self._foreign(name)
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    @property
+    def uncapturable(self) -> str | None:
+        """Why a step with this optimiser cannot be captured in a CUDA graph; None: it can."""
+        if self.name in ("apex-sgd", "apex-lamb"):
+            return f"optim.name = {self.name} takes its learning rate from the host"
+        return None
+
+    @torch.no_grad()
+    def step(self, at: Tensor, scale: LossScale | None = None) -> None:
+        """Apply the gradients in place; a parameter without one keeps still.
+
+        Args:
+            at: int64 [1] on the device, the number of this step from 0, below T.
+            scale: what the loss was scaled by; where a gradient is not finite nothing changes (apex's
+                optimisers cannot keep still, so theirs are not searched).
+        """
+        used = [i for i, p in enumerate(self.params) if p.grad is not None]
+        grads: list[Tensor] = [self.params[i].grad for i in used]  # type: ignore[misc]
+        with phase(BOOKKEEPING):
+            torch.index_select(self._plan, 0, at, out=self._now)
+            self._count.add_(1)
+            if scale is not None and not self.name.startswith("apex"):
+                scale.unscale_(grads)
+                self._count.sub_(scale.found_inf)
+        if self._theirs is None:
+            self._ours(used, grads, self._never if scale is None else scale.found_inf)
+        else:
+            self._others(scale)
+        with phase(BOOKKEEPING):
+            if self._averages:
+                _follow(*self._floating, self._towards)
+                if self._counting[0]:
+                    torch._foreach_copy_(self._counting[1], self._counting[0])
+            if scale is not None:
+                scale.update()
+        self.steps += 1
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget momentum and moments: the weights have been put somewhere else."""
+        for name, t in self.tensors().items():
+            if not name.startswith(("plan", "now", "never", "average.")):
+                t.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that changes, the model's own tensors left out."""
+        found = {"plan": self._plan, "now": self._now, "count": self._count, "never": self._never}
+        for number, moments in enumerate(self._moments):
+            found |= {f"moment{number}.{i}": m for i, m in enumerate(moments)}
+        if self._theirs is not None:
+            for i, p in enumerate(self.params):
+                for key, value in self._theirs.state[p].items():
+                    if isinstance(value, Tensor):
+                        found[f"{key}.{i}"] = value
+            for i, group in enumerate(self._theirs.param_groups):
+                if isinstance(group.get("step"), Tensor):
+                    found[f"step.{i}"] = group["step"]
+        if self._averages:
+            found |= {f"average.{name}": t for name, t in self.average.named_parameters()}
+            found |= {f"average.{name}": t for name, t in self.average.named_buffers()}
+        return found
+
+    def _ours(self, used: list[int], grads: list[Tensor], found_inf: Tensor) -> None:
+        def pick(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensors[i] for i in used] if tensors else []
+
+        update: Any = kernels.sgd_ema_step
+        special: dict[str, Any] = {"momentum": self.momentum}
+        if self.name == "adamw":
+            update = kernels.adamw_ema_step
+            special = {"count": self._count, "betas": _BETAS, "adam_eps": _ADAM_EPS}
+        update(
+            pick(self.params),
+            grads,
+            *map(pick, self._moments),
+            pick(self._averages),
+            lr=self.lr,
+            found_inf=found_inf,
+            weight_decay=[self.weight_decay] * len(used),
+            ema_decay=self._decay,
+            **special,
+        )
+
+    def _foreign(self, name: str) -> torch.optim.Optimizer:
+        """An optimiser of torch's or apex's, its state made beforehand: a graph needs it to stay put.
+
+        For torch's fused SGD that also mends a fault: where the first step overflows it leaves a
+        momentum that nothing was ever written to.
+        """
+        on_gpu = self.params[0].is_cuda
+        decay: dict[str, Any] = {"weight_decay": self.weight_decay}
+        sgd: dict[str, Any] = {"momentum": self.momentum, **decay}
+        adam: dict[str, Any] = {"betas": _BETAS, "eps": _ADAM_EPS, **decay}
+        if name == "torch-sgd":
+            theirs: Any = torch.optim.SGD(self.params, lr=self.lr, fused=True, **sgd)
+            for p in self.params:
+                theirs.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        elif name == "torch-adamw":
+            theirs = torch.optim.AdamW(
+                self.params, lr=self.lr, fused=True, capturable=on_gpu, **adam
+            )
+            for p in self.params:
+                theirs.state[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        else:
+            apex.check(name, self.params[0].device)
+            theirs = apex.build(name, self.params, self.lr, **(sgd if name == "apex-sgd" else adam))
+        return theirs
+
+    def _others(self, scale: LossScale | None) -> None:
+        assert self._theirs is not None
+        if not self.name.startswith("apex"):
+            self._theirs.found_inf = None if scale is None else scale.found_inf  # type: ignore[attr-defined]
+        if self.uncapturable:
+            for group in self._theirs.param_groups:
+                group |= {"lr": self.rates[self.steps], "step": self.steps}
+        self._theirs.step()
+        if self._averages:
+            towards = self._towards
+            if scale is not None:
+                towards = towards * (1.0 - scale.found_inf)
+            _follow(self.params, self._averages, towards)
+
+
+def _follow(sources: list[Tensor], averages: list[Tensor], towards: Tensor) -> None:
+    """average += towards (source - average), `towards` read on the device."""
+    if sources:
+        difference = list(torch._foreach_sub(sources, averages))
+        torch._foreach_mul_(difference, towards)
+        torch._foreach_add_(averages, difference)
+
+
+def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [first for first, _ in pairs], [second for _, second in pairs]

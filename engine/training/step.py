@@ -1,0 +1,356 @@
+"""One training step, a function from (batch, state) to new state: eager, or captured and replayed.
+
+The step owns every tensor that it changes and says nothing to the host. Whatever varies from step to
+step (learning rate, decay of the average, random numbers, loss scale, metrics) it reads from the
+device, at a counter that it advances itself. So the same function runs eagerly, or is recorded once
+in a CUDA graph and launched with one call a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .. import rng
+from ..adversary.attack import Attack
+from ..adversary.memory import AdversaryMemory
+from ..data.loaders import Batch
+from ..device import apex, distributed
+from ..device.capture import WARM_UP, Recorder
+from ..device.phases import BOOKKEEPING, DATA, OPTIMISER, TRAIN_BACKWARD, phase
+from ..device.precision import LossScale, arithmetic, passes, resolve
+from ..errors import EngineError
+from ..models import dropout
+from ..models.compiled import compiled
+from ..objectives import Objective, Outcome
+from ..threat import ThreatModel
+from .optimiser import Optimiser
+
+log = logging.getLogger(__name__)
+
+# Loss, accuracy, and what an objective tells of itself.
+_MOST_TERMS = 15
+
+
+class Step:
+    """A training step.
+
+    Args:
+        model: images [0, 1] to logits; trained in place.
+        optimiser: made for `model`, with the learning rates of all steps.
+        memory: the adversary memory, if attacks start from it.
+        radii: eps of every step of the run, where it is not the threat's throughout
+            (`Schedule.radii`); the memory then stores in units of the eps at hand.
+        take: makes a batch on the device from the random state, with no word to the host (a resident
+            loader's); the step then asks for no batch, and a captured one makes its own.
+        precision: of the network's passes, see `engine.device.precision`.
+        seed, rank: of everything random; each process of a run draws its own.
+        compile: the network's passes go through torch.compile.
+        recorder: captures the step at its first call; None: run it eagerly.
+    Attributes:
+        state: int64 [2] (seed, step) on the device; `done`: the same number of steps, on the host.
+        threat, training: what the network shall withstand, and what the step at hand trains against.
+        images: how many the means are of, in `batches` batches.
+        why_eager: why a recorder is there and the step runs eagerly all the same, else None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        objective: Objective,
+        threat: ThreatModel,
+        attack: Attack,
+        optimiser: Optimiser,
+        memory: AdversaryMemory | None = None,
+        radii: list[float] | None = None,
+        take: Callable[[Tensor], Batch] | None = None,
+        precision: str = "fp32",
+        seed: int = 0,
+        rank: int = 0,
+        device: torch.device | str = "cpu",
+        compile: bool = False,
+        recorder: Recorder | None = None,
+    ) -> None:
+        objective.check(attack)
+        self.why_eager: str | None = None
+        self._recorder = recorder
+        self._replay: Callable[[], None] | None = None
+        self._static: Batch | None = None
+        if recorder is not None and optimiser.uncapturable:
+            self._stay_eager(optimiser.uncapturable)
+        self.network = compiled(model) if compile else model
+        # Among several processes the gradients of its loss are averaged.
+        with self._recorder.context() if self._recorder else contextlib.nullcontext():
+            self._compute = distributed.averaged(self.network, objective)
+        self.model, self.objective, self.threat, self.attack = model, objective, threat, attack
+        self.optimiser, self.memory, self.take = optimiser, memory, take
+        self.device = torch.device(device)
+        self.precision = resolve(precision, self.device)
+        apex.check_precision(optimiser.name, self.precision)
+        self.scale = LossScale(self.device, dynamic=self.precision == "fp16")
+        self.state = rng.state(rng.of_rank(seed, rank), device)
+        dropout.follow(model, self.state)
+        self.training, self.radii = threat, radii
+        if radii is not None:
+            if len(radii) != len(optimiser.rates):
+                raise EngineError(
+                    f"{len(radii)} radii for a schedule of {len(optimiser.rates)} steps"
+                )
+            # The last step leaves its successor's; warming up for a capture runs on from there.
+            self._radii = torch.tensor([*radii, *radii[-1:] * WARM_UP], device=device)
+            self._radius = self._radii[0].clone()
+            self.training = threat.growing(self._radius)
+            if memory is not None:
+                memory.threat = self.training
+        self.done = 0
+        # The number of steps that were skipped, then a sum for each of `_terms`.
+        self._terms: tuple[str, ...] = ()
+        self._sums = torch.zeros(_MOST_TERMS + 1, device=device)
+        self.images = self.batches = 0
+
+    # ---- the step --------------------------------------------------------------------------------
+
+    def run(self, batch: Batch) -> None:
+        """The whole step, on the device."""
+        with arithmetic(self.precision, self.device):
+            self._run(batch)
+
+    def _run(self, batch: Batch) -> None:
+        x, y = batch.x, batch.y
+        with passes(self.precision, self.device):
+            start = batch.start
+            if start is None and self.memory is not None:
+                start = self.memory.recall(_samples(batch), x, batch.where)
+            outcome: Outcome = self._compute(
+                x, y, self.training, self.attack, start=start, state=self.state
+            )
+        self.optimiser.zero_grad()
+        with phase(TRAIN_BACKWARD):
+            outcome.loss.backward(self.scale.scale.to(outcome.loss.dtype))
+        adversary = outcome.adversary
+        if not isinstance(adversary, Tensor):
+            adversary = adversary()
+        with phase(OPTIMISER):
+            self.optimiser.step(self.state[1:], self.scale)
+        with phase(BOOKKEEPING):
+            if self.memory is not None:
+                self.memory.remember(_samples(batch), x, adversary, batch.where)
+            self._count(outcome)
+            self.state[1:].add_(1)
+            if self.radii is not None:
+                self._radius.copy_(self._radii.index_select(0, self.state[1:]).view(()))
+
+    def _count(self, outcome: Outcome) -> None:
+        terms = {"loss": outcome.loss.detach(), "adv_accuracy": outcome.correct, **outcome.stats}
+        self._terms = tuple(terms)
+        skipped = self.scale.found_inf
+        values = torch.stack([t.float() for t in (skipped, *terms.values())])
+        # A skipped step counts as skipped and for nothing else: its loss may be no number.
+        values[1:].masked_fill_(skipped > 0, 0.0)
+        self._sums[: len(values)].add_(values)
+
+    # ---- running it ------------------------------------------------------------------------------
+
+    def __call__(self, batch: Batch | None = None) -> None:
+        """Do one step. `batch` may be left out where the step takes its own.
+
+        Raises:
+            EngineError: after the last step of the schedule, or for a batch that lacks what the memory
+                needs.
+        """
+        if self.done >= len(self.optimiser.rates):
+            raise EngineError(f"the schedule ends after {len(self.optimiser.rates)} steps")
+        if batch is None and self.take is None:
+            raise EngineError("this step takes no batches by itself: hand one over")
+        self.capture(batch)
+        if self._replay is None:
+            images = self._eagerly(batch)
+        elif self._fill(batch):
+            self._replay()
+            assert self._static is not None
+            images = len(self._static.y)
+        else:
+            images = self._eagerly(batch)
+        self.optimiser.steps = self.done = self.done + 1
+        self.batches += 1
+        self.images += images
+
+    def train(self) -> None:
+        """Put the network into training mode."""
+        self.model.train()
+        self.network.train()
+
+    def means(self, *, everywhere: bool = False) -> dict[str, float]:
+        """Batch means since `clear`, and `adv_accuracy` [0..1]. Waits for the device, once.
+
+        Of the steps that were applied; `skipped` is the number of the others. Of this process's part of
+        the batches; of all parts with `everywhere`, which every process must then ask for.
+        """
+        if not self._terms:
+            return {}
+        sums = self._sums.clone()
+        skipped, *values = (distributed.mean_(sums) if everywhere else sums).tolist()
+        applied = self.batches - skipped or math.nan
+        found = {name: value / applied for name, value in zip(self._terms, values, strict=False)}
+        found["adv_accuracy"] *= self.batches / self.images
+        return {**found, "skipped": int(skipped)}
+
+    def clear(self) -> None:
+        """Start the means anew."""
+        self.batches = self.images = 0
+        self._sums.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that a step changes, or reads and must find where it was."""
+        found = {"state": self.state}
+        found |= {f"scale.{name}": t for name, t in self.scale.tensors().items()}
+        found |= {f"model.{name}": t for name, t in self.model.named_parameters()}
+        found |= {f"model.{name}": t for name, t in self.model.named_buffers()}
+        found |= {f"optimiser.{name}": t for name, t in self.optimiser.tensors().items()}
+        found["sums"] = self._sums
+        if self.memory is not None:
+            found["memory"] = self.memory.deltas
+        if self.radii is not None:
+            found |= {"eps": self._radius, "radii": self._radii}
+        return found
+
+    def networks(self) -> list[nn.Module]:
+        """The network, and its moving average where there is one."""
+        average = self.optimiser.average
+        return [self.model] if average is self.model else [self.model, average]
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], *, done: int, batches: int, images: int) -> None:
+        """Go on from `tensors` (as `tensors()` gave them) after `done` steps; the seed stays this step's.
+
+        In place, so before or after a capture.
+
+        Raises:
+            EngineError: for tensors of another step.
+        """
+        mine = self.tensors()
+        different = mine.keys() ^ tensors.keys() or {
+            name for name, t in mine.items() if t.shape != tensors[name].shape
+        }
+        if different:
+            raise EngineError(f"the checkpoint is of another recipe: {min(different)} differs")
+        seed = self.state[0].clone()
+        for name, t in mine.items():
+            t.copy_(tensors[name])
+        self.state[0] = seed
+        self.optimiser.steps = self.done = done
+        self.batches, self.images = batches, images
+
+    @torch.no_grad()
+    def roll_back(self, weights: dict[str, Tensor]) -> None:
+        """Put the network and its average at `weights` (a state dict), with no momentum and no memory.
+
+        The schedule and the random numbers go on: what comes is not what went wrong.
+        """
+        for net in self.networks():
+            for name, t in net.state_dict().items():
+                t.copy_(weights[name])
+        self.optimiser.restart()
+        if self.memory is not None:
+            self.memory.forget(self.done)
+
+    def static(self) -> list[Tensor]:
+        """The tensors of the batch that a captured step reads; none before the capture."""
+        return [t for t in self._static or () if t is not None]
+
+    def _own_batch(self) -> Batch:
+        assert self.take is not None
+        with phase(DATA):
+            return self.take(self.state)
+
+    def _eagerly(self, batch: Batch | None) -> int:
+        batch = self._own_batch() if batch is None else batch
+        self.run(batch)
+        return len(batch.y)
+
+    # ---- capture ---------------------------------------------------------------------------------
+
+    def capture(self, batch: Batch | None = None) -> None:
+        """Record the step now, on a batch of the shapes to come, where it is to be recorded at all.
+
+        The first call does it otherwise; but a capture wants no loader's threads about.
+        """
+        if self._recorder is not None and self._replay is None:
+            self._record(batch)
+
+    def _record(self, batch: Batch | None) -> None:
+        """Warm up and capture, then put everything back as it was."""
+        recorder = self._recorder
+        assert recorder is not None
+        if batch is None:
+            static = self._own_batch()
+        else:
+            static = Batch(*(None if t is None else t.clone() for t in batch))  # type: ignore[arg-type]
+
+        def step() -> None:
+            self.run(self._own_batch() if batch is None else static)
+
+        before = {name: t.detach().clone() for name, t in self.tensors().items()}
+        steps = self.optimiser.steps
+        self._static = static
+        try:
+            recorder.warm_up(step)
+            self._restore(before)
+            self._replay = recorder.record(step)
+        except RuntimeError as error:
+            # What went wrong first; ending a capture that is broken fails as well, and says less.
+            first: BaseException = error
+            while isinstance(first.__context__, RuntimeError):
+                first = first.__context__
+            self._stay_eager(f"the capture failed: {(str(first).splitlines() or [repr(first)])[0]}")
+        self._restore(before)
+        self.optimiser.steps = steps
+
+    @torch.no_grad()
+    def _restore(self, before: dict[str, Tensor]) -> None:
+        """In place: a graph remembers addresses."""
+        for name, t in self.tensors().items():
+            t.copy_(before[name]) if name in before else t.zero_()
+
+    def _fill(self, batch: Batch | None) -> bool:
+        """Copy a batch to where the graph reads it; False: it does not fit."""
+        if batch is None:
+            return True
+        static = self._static
+        assert static is not None
+        if [None if t is None else t.shape for t in static] != [
+            None if t is None else t.shape for t in batch
+        ]:
+            if self.why_eager is None:
+                self.why_eager = (
+                    f"a batch of {len(batch.y)} does not fit the graph of {len(static.y)}"
+                )
+                log.warning("this step runs without its CUDA graph: %s", self.why_eager)
+            return False
+        for into, t in zip(static, batch, strict=True):
+            if into is not None and t is not None:
+                into.copy_(t, non_blocking=True)
+        return True
+
+    def _stay_eager(self, why: str) -> None:
+        self.why_eager, self._recorder, self._static = why, None, None
+        log.warning("running without a CUDA graph: %s", why)
+
+    def close(self) -> None:
+        """Give the graph's memory back; the step runs eagerly from here."""
+        self._replay = self._static = None
+        if self._recorder is not None:
+            self._recorder.close()
+        self._recorder = None
+
+
+def _samples(batch: Batch) -> Tensor:
+    if batch.samples is None:
+        raise EngineError("attack.start = memory needs a loader that hands over sample indices")
+    return batch.samples

@@ -1,0 +1,254 @@
+"""One projected ascent step, in place of the 8 to 21 launches that separate tensor ops would take."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..layout import transposed_rows
+from . import philox
+from .launch import flat_tile, on_device, row_tile
+from .maths import box_muller, clip, into_ball, linf_step
+
+
+def attack_step(
+    x: Tensor, z: Tensor, grad: Tensor, eps: Tensor, alpha: Tensor, norm: str
+) -> Tensor:
+    out = torch.empty_like(x)
+    _launch(x, z, grad, out, None, eps, alpha, norm)
+    return out
+
+
+def attack_step_(
+    x: Tensor,
+    z: Tensor,
+    grad: Tensor,
+    eps: Tensor,
+    alpha: Tensor,
+    norm: str,
+    network_input: Tensor | None,
+) -> None:
+    _launch(x, z, grad, z, network_input, eps, alpha, norm)
+
+
+def _launch(
+    x: Tensor, z: Tensor, grad: Tensor, out: Tensor, network_input: Tensor | None,
+    eps: Tensor, alpha: Tensor, norm: str,
+) -> None:  # fmt: skip
+    with on_device(x):
+        if norm == "L2":
+            launch_l2_step(x, z, grad, out, eps, alpha, network_input)
+            return
+        n, tile = x.numel(), flat_tile(x.numel())
+        linf_step_kernel[(triton.cdiv(n, tile["BLOCK"]),)](
+            x, z, grad, out, network_input, eps, alpha, n,
+            **_order(out, network_input), **tile, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def launch_l2_step(
+    x: Tensor, z: Tensor, grad: Tensor, out: Tensor, eps: Tensor, alpha: Tensor,
+    network_input: Tensor | None = None,
+) -> None:  # fmt: skip
+    rows, columns = x.shape[0], x.numel() // max(x.shape[0], 1)
+    tile = row_tile(rows, columns, elements=1024, widest=4096, a_thread=16)
+    l2_step_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        x, z, grad, out, network_input, eps, alpha, rows, columns,
+        **_order(out, network_input), **tile,
+    )  # fmt: skip
+
+
+def _order(out: Tensor, network_input: Tensor | None) -> dict[str, int]:
+    """[FROM_ROWS, FROM_COLUMNS], a sample of `out` whose transpose goes to the network; 1: as it is."""
+    rows = 1 if network_input is None else transposed_rows(out, network_input)
+    columns = 1 if rows == 1 else out[0].numel() // rows
+    return {"FROM_ROWS": rows, "FROM_COLUMNS": columns}
+
+
+@triton.jit
+def _transposed(i, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr):
+    """Where element `i` of a sample [FROM_ROWS, FROM_COLUMNS] lies in the transpose."""
+    return i if FROM_ROWS == 1 else i % FROM_COLUMNS * FROM_ROWS + i // FROM_COLUMNS
+
+
+@triton.jit
+def linf_step_kernel(
+    x_ptr, z_ptr, grad_ptr, out_ptr, input_ptr, eps_ptr, alpha_ptr, n,
+    FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One element a lane, all operands but the network's input in one memory order. Grid: (ceil(n / BLOCK),).
+
+    Args:
+        x_ptr, z_ptr, out_ptr: float32 or float64 [n], dense. x: centre; z: iterate; out: next iterate,
+            may be z.
+        grad_ptr: any float type [n].
+        input_ptr: any float type [n], the next iterate once more, every sample [FROM_ROWS, FROM_COLUMNS]
+            transposed; or None.
+        eps_ptr, alpha_ptr: one float each.
+        n: elements. 128-bit accesses need n % 16 == 0, which Triton specialises on.
+    """
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n
+    x = tl.load(x_ptr + offsets, mask=inside)
+    z = tl.load(z_ptr + offsets, mask=inside)
+    grad = tl.load(grad_ptr + offsets, mask=inside).to(x.dtype)
+    eps, alpha = tl.load(eps_ptr).to(x.dtype), tl.load(alpha_ptr).to(x.dtype)
+    moved = linf_step(x, z, grad, eps, alpha)
+    tl.store(out_ptr + offsets, moved, mask=inside)
+    if input_ptr is not None:
+        if FROM_ROWS > 1:
+            i = (offsets % (FROM_ROWS * FROM_COLUMNS)).to(tl.int32)
+            offsets += _transposed(i, FROM_ROWS, FROM_COLUMNS) - i
+        tl.store(input_ptr + offsets, moved.to(input_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def l2_step_kernel(
+    x_ptr, z_ptr, grad_ptr, out_ptr, input_ptr, eps_ptr, alpha_ptr, rows, columns,
+    FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Whole samples a program, BLOCK columns at a time. Grid: (ceil(rows / ROWS),).
+
+    Three walks over the sample: the gradient's length, the perturbation's length, the result. The
+    second and third find their operands in cache.
+
+    Args:
+        x_ptr, z_ptr, out_ptr: float32 or float64 [rows, columns], row stride `columns`.
+        grad_ptr: any float type, the same shape and strides. out may be grad, or z.
+        input_ptr: as for `linf_step_kernel`.
+        eps_ptr, alpha_ptr: one float each.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    base = row.to(tl.int64) * columns
+    lane = tl.arange(0, BLOCK)[None, :]
+    dtype = x_ptr.dtype.element_ty
+    eps, alpha = tl.load(eps_ptr).to(dtype), tl.load(alpha_ptr).to(dtype)
+
+    squares = tl.zeros((ROWS, BLOCK), dtype)
+    for start in range(0, columns, BLOCK):
+        inside = (row < rows) & (start + lane < columns)
+        grad = tl.load(grad_ptr + base + start + lane, mask=inside, other=0.0).to(dtype)
+        squares += grad * grad
+    length = tl.sqrt(tl.sum(squares, axis=1, keep_dims=True))
+    # A zero, infinite or NaN gradient gives no direction: that sample stays where it is.
+    usable = (length > 0) & (length < float("inf"))
+    scale = alpha / tl.where(usable, length, 1.0)
+
+    squares = tl.zeros((ROWS, BLOCK), dtype)
+    for start in range(0, columns, BLOCK):
+        inside = (row < rows) & (start + lane < columns)
+        at = base + start + lane
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        z = tl.load(z_ptr + at, mask=inside, other=0.0)
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(dtype)
+        delta = z + tl.where(usable, grad, 0.0) * scale - x
+        squares += delta * delta
+    factor = into_ball(tl.sum(squares, axis=1, keep_dims=True), eps)
+
+    for start in range(0, columns, BLOCK):
+        inside = (row < rows) & (start + lane < columns)
+        at = base + start + lane
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        z = tl.load(z_ptr + at, mask=inside, other=0.0)
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(dtype)
+        delta = z + tl.where(usable, grad, 0.0) * scale - x
+        moved = clip(x + delta * factor, 0.0, 1.0)
+        tl.store(out_ptr + at, moved, mask=inside)
+        if input_ptr is not None:
+            at = base + _transposed(start + lane, FROM_ROWS, FROM_COLUMNS)
+            tl.store(input_ptr + at, moved.to(input_ptr.dtype.element_ty), mask=inside)
+
+
+def uniform_start(x: Tensor, eps: Tensor, rng: Tensor, norm: str, stream: int) -> Tensor:
+    out, n = torch.empty_like(x), x.numel()
+    with on_device(x):
+        if norm == "Linf":
+            tile = flat_tile(n)
+            linf_start_kernel[(triton.cdiv(n, tile["BLOCK"]),)](
+                x, out, eps, rng, stream, n, **tile, enable_fp_fusion=False
+            )
+        else:
+            rows, columns = x.shape[0], n // max(x.shape[0], 1)
+            # A row may begin and end inside a block of four words.
+            tile = row_tile(rows, max(columns, 4), elements=1024, widest=2048)
+            l2_start_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+                x, out, eps, rng, stream, rows, columns, **tile
+            )
+    return out
+
+
+@triton.jit(do_not_specialize=["stream"])
+def linf_start_kernel(x_ptr, out_ptr, eps_ptr, rng_ptr, stream, n, BLOCK: tl.constexpr):
+    """One Philox block for each four elements. Grid: (ceil(n / BLOCK),).
+
+    Args:
+        x_ptr, out_ptr: float32 or float64 [n], dense, one memory order.
+        eps_ptr: one float; rng_ptr: int64 [2]; stream: second counter word.
+        n: elements. 128-bit accesses need n % 16 == 0, which Triton specialises on.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    block = first // 4 + tl.arange(0, BLOCK // 4)
+    w0, w1, w2, w3 = philox.words(rng_ptr, stream, block)
+    offsets = first + tl.arange(0, BLOCK)
+    inside = offsets < n
+    x = tl.load(x_ptr + offsets, mask=inside)
+    u = philox.uniform(philox.in_order(w0, w1, w2, w3), x.dtype)
+    delta = (2.0 * u - 1.0) * tl.load(eps_ptr).to(x.dtype)
+    tl.store(out_ptr + offsets, clip(x + delta, 0.0, 1.0), mask=inside)
+
+
+@triton.jit
+def _normals(rng_ptr, stream, block, n, dtype: tl.constexpr):
+    """Standard normals for elements 4 block .. 4 block + 3, side by side."""
+    w0, w1, w2, w3 = philox.words(rng_ptr, stream, block)
+    # By the reference's definition an odd last element is paired with the word 0.
+    w1 = tl.where(4 * block + 1 < n, w1, 0)
+    w3 = tl.where(4 * block + 3 < n, w3, 0)
+    a, b = box_muller(philox.uniform(w0, dtype), philox.uniform(w1, dtype))
+    c, d = box_muller(philox.uniform(w2, dtype), philox.uniform(w3, dtype))
+    return philox.in_order(a, b, c, d)
+
+
+@triton.jit(do_not_specialize=["stream"])
+def l2_start_kernel(
+    x_ptr, out_ptr, eps_ptr, rng_ptr, stream, rows, columns,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Whole samples a program: a normal direction, a radius u^(1/D). Grid: (ceil(rows / ROWS),).
+
+    The numbers are drawn twice, once for the length and once for the result: that costs less than
+    parking them in memory.
+
+    Args:
+        x_ptr, out_ptr: float32 or float64 [rows, columns], row stride `columns`.
+        eps_ptr: one float; rng_ptr: int64 [2]; stream: second counter word.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    begin = row.to(tl.int64) * columns
+    n = tl.cast(rows, tl.int64) * columns
+    block = begin // 4 + tl.arange(0, BLOCK // 4)[None, :]
+    element = (begin // 4) * 4 + tl.arange(0, BLOCK)[None, :]
+    dtype = x_ptr.dtype.element_ty
+
+    squares = tl.zeros((ROWS, BLOCK), dtype)
+    for start in range(0, columns + 3, BLOCK):
+        at = element + start
+        inside = (row < rows) & (at >= begin) & (at < begin + columns)
+        normal = _normals(rng_ptr, stream, block + start // 4, n, dtype)
+        squares += tl.where(inside, normal * normal, 0.0)
+    length = tl.maximum(tl.sqrt(tl.sum(squares, axis=1, keep_dims=True)), 1e-12)
+
+    r0, r1, r2, r3 = philox.words(rng_ptr, tl.cast(stream, tl.uint32) + 0x80000000, row // 4)
+    pick = row % 4
+    word = tl.where(pick == 0, r0, tl.where(pick == 1, r1, tl.where(pick == 2, r2, r3)))
+    radius = tl.exp2(tl.log2(philox.uniform(word, dtype)) / columns)
+    scale = radius * tl.load(eps_ptr).to(dtype) / length
+
+    for start in range(0, columns + 3, BLOCK):
+        at = element + start
+        inside = (row < rows) & (at >= begin) & (at < begin + columns)
+        normal = _normals(rng_ptr, stream, block + start // 4, n, dtype)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        tl.store(out_ptr + at, clip(x + normal * scale, 0.0, 1.0), mask=inside)

@@ -1,0 +1,135 @@
+"""Many processes as one: real processes that meet over gloo on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine import EngineError, cli
+from engine.device.distributed import World
+from engine.rng import of_rank
+
+from ..runs.soak import differing, rows
+from ..runs.test_resume import start, wait_for
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
+)
+# No draw that differs between the parts of a batch: adversaries start from the memory.
+PLAIN = ["--objective.name", "pgd", "--attack.start", "memory", "--attack.steps", "2"]
+PLAIN += ["--optim.batch_size", "64", "--threads", "1"]
+
+
+def train(folder: Path, *words: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "engine", "train", *words, "--no-eval", "--json"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optim.name", "sgd", "--optim.lr", "0.05"],
+        ["--data.loader", "torch", "--data.pad", "1", "--data.flip", "true", "--data.workers", "0"],
+    ],
+    ids=["resident", "torch, crops"],
+)
+def test_two_processes_train_the_network_of_one(tmp_path, options):
+    """After 52 steps, within the rounding of sums in another order."""
+    words = ["quickstart", *PLAIN, *options, "--optim.epochs", "2", "--optim.batch_size", "50"]
+    alone = train(tmp_path, *words, "--run-dir", "one")
+    assert alone.returncode == 0, alone.stderr
+    both = train(tmp_path, *words, "--run-dir", "two", "--nproc", "2")
+    assert both.returncode == 0, both.stderr
+    assert json.loads(both.stdout)["steps"] == json.loads(alone.stdout)["steps"] > 45
+    assert "Traceback" not in both.stderr
+    assert "Warning" not in both.stderr
+    ours, theirs = (load_file(tmp_path / run / "last.safetensors") for run in ("two", "one"))
+    for name, t in theirs.items():
+        torch.testing.assert_close(ours[name], t, rtol=1e-3, atol=2e-4)
+    for a, b in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["adv_accuracy"] == pytest.approx(b["adv_accuracy"], abs=0.01)
+        assert a["val_clean"] == pytest.approx(b["val_clean"], abs=0.01)
+
+
+def workers(run: str) -> list[int]:
+    """The processes of a run that torchrun has started: those with a rank."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            environment = (path / "environ").read_bytes()
+        except OSError:
+            continue
+        if run.encode() in words and b"\0RANK=" in environment:
+            found.append((b"\0RANK=1\0" in environment, int(path.name)))
+    return [pid for _, pid in sorted(found)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_comes_back_and_nothing_is_lost(tmp_path, rank):
+    words = ["quickstart", *PLAIN, "--optim.epochs", "12", "--nproc", "2"]
+    whole = train(tmp_path, *words, "--run-dir", "whole")
+    assert whole.returncode == 0, whole.stderr
+    words += ["--checkpoint.seconds", "0.02"]
+    process = start(*words, "--run-dir", "broken", "--no-eval", cwd=tmp_path)
+    try:
+        wait_for(tmp_path / "broken" / "metrics.jsonl", process)
+        os.kill(workers("broken")[rank], signal.SIGKILL)
+        _, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert differing(rows(tmp_path / "broken"), rows(tmp_path / "whole")) == 0
+    ours, theirs = (load_file(tmp_path / run / "last.safetensors") for run in ("broken", "whole"))
+    assert all(torch.equal(t, ours[name]) for name, t in theirs.items())
+
+
+def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint(tmp_path):
+    words = ["quickstart", "--optim.epochs", "400", "--nproc", "2", "--run-dir", "run"]
+    process = start(*words, "--no-eval", cwd=tmp_path)
+    try:
+        wait_for(tmp_path / "run" / "metrics.jsonl", process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
+    assert "engine train --resume run" in err
+    assert list((tmp_path / "run" / "checkpoints").glob("*.json"))
+
+
+def test_mistakes_are_found_before_any_process_starts(tmp_path, capsys):
+    words = ["train", "quickstart", "--run-dir", str(tmp_path / "run")]
+    assert cli.run([*words, "--nproc", "3", "--optim.batch_size", "64"]) == 2
+    assert "cannot be shared by 3" in capsys.readouterr().err
+    assert cli.run([*words, "--nproc", "0"]) == 2
+    assert "--nproc" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert cli.run([*words, "--step.sync_batch_norm", "true"]) == 2
+        assert "sync_batch_norm needs CUDA" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_shares_and_seeds():
+    assert World(rank=1, size=4).share(128) == 32
+    with pytest.raises(EngineError, match="take a multiple"):
+        World(rank=1, size=3).share(128)
+    assert of_rank(5, 0) == 5
+    assert len({of_rank(5, rank) for rank in range(100)}) == 100
+    assert all(0 <= of_rank((1 << 31) - 1, rank) < 1 << 63 for rank in range(100))

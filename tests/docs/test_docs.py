@@ -1,0 +1,198 @@
+"""What README and docs show runs as shown."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import engine
+from engine import Attack, Linf, models, recipes
+from engine.kernels import audit, backends
+
+from ..conftest import Tiny, blobs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def code_blocks(file: str, language: str = "python") -> list[str]:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_readme_python_face_runs_on_a_module_that_is_not_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = blobs(512)
+    x_test, y_test = blobs(64, seed=4)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(36, 32), nn.ReLU(), nn.Linear(32, 4))
+    names = {
+        "network": network,
+        "images": images,
+        "labels": labels,
+        "x_test": x_test.float() / 255,
+        "y_test": y_test,
+    }
+    first, loop = code_blocks("README.md")
+    torch.manual_seed(0)
+    exec(compile(first, "README.md", "exec"), names)
+    assert names["report"].clean > 0.9
+    assert names["report"].autoattack is not None
+    assert names["adversaries"].shape == names["x_test"].shape
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+    batches = list(zip(images.float().div(255).split(64), labels.split(64), strict=True))
+    names |= {"optimiser": optimiser, "batches": batches}
+    before = network[1].weight.clone()
+    exec(compile(loop, "README.md", "exec"), names)
+    assert not torch.equal(before, network[1].weight)
+
+
+def test_the_method_in_the_docs_works_and_costs_what_it_says(batch, monkeypatch):
+    (source,) = code_blocks("docs/adding-a-method.md")
+    module = types.ModuleType("engine.objectives.alp")
+    module.__package__ = "engine.objectives"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "adding-a-method.md", "exec"), vars(module))
+    objective, attack = module.ALP(weight=0.5), Attack(steps=3)
+    x, y = batch
+    model = Tiny()
+    outcome = objective(model, x, y, Linf(0.1), attack)
+    clean, adversarial = model(x), model(outcome.adversary)
+    expected = nn.functional.cross_entropy(adversarial, y) + 0.5 * nn.functional.mse_loss(
+        clean, adversarial
+    )
+    torch.testing.assert_close(outcome.loss, expected)
+    assert objective.passes(attack).total == 2 * 3 + 6
+
+
+def test_a_model_of_ones_own_is_evaluated_as_the_docs_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    evaluating, loading = code_blocks("docs/troubleshooting.md")
+    images, labels = blobs(8)
+    x_test = images.expand(-1, 3, -1, -1).float() / 255
+    network = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+    names = {"network": network, "x_test": x_test, "y_test": labels}
+    exec(compile(evaluating, "troubleshooting.md", "exec"), names)
+    assert names["report"].examples == 8
+    assert "on 8 images" in capsys.readouterr().out
+    saved = models.build("tiny-cnn", in_channels=1, image_size=8, classes=10)
+    (tmp_path / "RUN").mkdir()
+    save_file(saved.state_dict(), tmp_path / "RUN" / "best.safetensors")
+    exec(compile(loading, "troubleshooting.md", "exec"), names)
+    torch.testing.assert_close(names["network"].state_dict(), saved.state_dict())
+
+
+def test_baselines_in_the_docs_are_the_recipes():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    table = text.split("| recipe `fashion-mnist-...` |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `([a-z0-9-]+)` \|.*\| (\d+|the same)", table, flags=re.MULTILINE)
+    assert len(rows) == 5
+    steps = 0
+    for name, said in rows:
+        steps = int(said) if said.isdigit() else steps
+        assert recipes.load(f"fashion-mnist-{name}").attack.steps == steps, name
+
+
+def test_docs_name_real_commands_and_recipes():
+    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z-]+)", text)):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+    for name in set(re.findall(r"engine (?:train|compare) ([a-z][a-z0-9-]+)", text)):
+        assert name in recipes.names(), name
+
+
+@pytest.mark.parametrize(
+    "file", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_between_documents_lead_somewhere(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
+        assert ((ROOT / file).parent / target).exists(), target
+
+
+def test_architecture_names_every_module():
+    text = (ROOT / "docs/architecture.md").read_text()
+    for path in (ROOT / "engine").iterdir():
+        if path.suffix == ".py" and not path.name.startswith("__"):
+            assert path.name in text or path.name == "errors.py", path.name
+        if (path / "__init__.py").exists():
+            assert f"{path.name}/" in text, path.name
+    assert engine.__doc__
+
+
+@pytest.mark.slow
+def test_full_scale_recipes_in_the_docs_are_those_of_engine_plan():
+    from benchmarks import tables
+
+    assert tables.full_scale() in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+
+
+def test_every_full_scale_recipe_is_in_the_docs():
+    """The short form: names, networks and budgets; predictions are `engine plan`'s (slow)."""
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    for name in recipes.names():
+        loaded = recipes.load(name)
+        if loaded.data.name in ("mnist", "cifar10", "cifar100"):
+            (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+            passes = loaded.objective.passes(loaded.attack).total
+            assert f"| {loaded.model.name} |" in row
+            assert f"| {passes} | {loaded.optim.epochs} |" in row
+
+
+def test_predictions_in_the_docs_are_those_of_engine_plan():
+    from engine.benchmarks import tables
+
+    assert tables.plans() in (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+
+
+def test_tables_in_the_docs_are_the_stored_results():
+    from engine.benchmarks import tables
+
+    stored = tables.stored()
+    assert stored
+    for name, (document, table) in stored.items():
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert table in text, f"{document} does not show {name} as it is stored"
+
+
+def stored_audit():
+    return json.loads((ROOT / "benchmarks" / "results" / "audit.json").read_text(encoding="utf-8"))
+
+
+def test_the_kernels_page_has_every_op_and_every_kernel():
+    """The short form; what the compiler makes of them is compared below (slow)."""
+    ops, table = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split("<!-- audit -->")
+    examples = {example.kernel: example.op for example in audit.examples()}
+    for op in backends.OPS:
+        assert f"\n| `{op}` | " in ops, op
+    for kernel, op in examples.items():
+        name = f"`{kernel}`" if kernel == op else f"`{kernel}` of `{op}`"
+        assert f"\n| {name} | " in table, kernel
+    stored = stored_audit()["rows"]
+    assert {(row["kernel"], row["arch"]) for row in stored} == {
+        (kernel, arch) for kernel in examples for arch in audit.ARCHS
+    }
+
+
+@pytest.mark.slow
+def test_the_audit_in_the_docs_is_the_compilers():
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    stored = stored_audit()
+    assert stored["environment"]["triton"] == triton.__version__, (
+        "another compiler: engine kernels --store"
+    )
+    assert stored["rows"] == audit.rows()
+
+
+def test_every_public_name_is_on_the_api_page():
+    """That each is shown with its docstring is seen in the built site (tests/docs/test_site.py, slow)."""
+    shown = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert {f"engine.{name}" for name in engine.__all__} <= set(shown)
+    assert len(shown) == len(set(shown))

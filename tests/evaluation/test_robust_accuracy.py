@@ -1,0 +1,136 @@
+"""Evaluation: our PGD, the authors' AutoAttack, and what the report says of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pyautoattack import AutoAttack
+
+import engine
+from engine import L2, EngineError, Linf
+from engine.evaluation.robust_accuracy import evaluation_mode, pgd, predictions, robustbench_fields
+
+from ..conftest import Foreign, Tiny, blobs
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    model = Tiny()
+    engine.train(model, blobs(512), Linf(0.2), epochs=4, batch_size=64, lr=0.1)
+    x, y = blobs(60, seed=9)
+    return model.eval(), x.float() / 255, y
+
+
+def test_autoattack_is_pyautoattack_called_directly(trained):
+    """At a radius where some images fall and some stand, the same share stands."""
+    model, x, y = trained
+    threat = Linf(0.3)
+    report = engine.evaluate(model, x, y, threat, pgd_steps=5, pgd_restarts=1, seed=3)
+    direct = AutoAttack(model, norm="Linf", eps=0.3, seed=3, version="standard")
+    direct.apgd_targeted.n_target_classes = direct.fab.n_target_classes = 3
+    found, _ = direct.run_standard_evaluation(x, y, batch_size=500)
+    robust = float((model(found).argmax(1) == y).double().mean())
+    assert report.autoattack == pytest.approx(robust)
+    assert 0 < robust < report.clean
+    assert set(report.after) == {"apgd-ce", "apgd-t", "fab-t", "square"}
+    assert report.after["square"] == pytest.approx(report.autoattack, abs=1e-4)
+    assert report.worst_case <= min(report.autoattack, report.pgd)
+
+
+@pytest.mark.parametrize("threat", [Linf(0.2), L2(1.0)], ids=str)
+def test_pgd_is_no_stronger_than_the_ball_allows(trained, threat):
+    model, x, y = trained
+    accuracy = [
+        float(
+            pgd(model, x, y, type(threat)(threat.norm, threat.eps * k), steps=20, restarts=2)
+            .double()
+            .mean()
+        )
+        for k in (0, 1, 2, 4, 8)
+    ]
+    assert accuracy[0] == float((predictions(model, x) == y).double().mean())
+    assert accuracy == sorted(accuracy, reverse=True)
+    assert accuracy[-1] == 0.0
+
+
+def test_pgd_finds_what_a_plain_loop_finds(trained):
+    """An independent PGD, written out, breaks no image that ours says is robust at every iterate."""
+    model, x, y = trained
+    eps, steps = 0.3, 20
+    ours = pgd(model, x, y, Linf(eps), steps=steps, restarts=3)
+    z = (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    for _ in range(steps):
+        z = z.detach().requires_grad_()
+        (g,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model(z), y), z)
+        z = torch.clamp(z + eps / 4 * g.sign(), x - eps, x + eps).clamp(0, 1)
+    plain = model(z).argmax(1) == y
+    # Random starts differ: near-ties may go either way, the totals may not.
+    assert abs(int(ours.sum()) - int(plain.sum())) <= 3
+    assert ours.sum() <= (predictions(model, x) == y).sum()
+
+
+def test_small_batches_change_nothing(trained):
+    model, x, y = trained
+    whole = pgd(model, x, y, Linf(0.3), steps=10, restarts=1, batch_size=500)
+    assert torch.equal(whole, pgd(model, x, y, Linf(0.3), steps=10, restarts=1, batch_size=500))
+    parts = pgd(model, x, y, Linf(0.3), steps=10, restarts=1, batch_size=7)
+    assert (whole != parts).double().mean() < 0.1
+
+
+def test_mode_and_gradients_come_back():
+    model = Tiny(batch_norm=True).train()
+    model.bn.eval()
+    model.fc.weight.requires_grad_(False)
+    with evaluation_mode(model):
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+    assert model.training
+    assert not model.bn.training
+    assert model.conv1.weight.requires_grad
+    assert not model.fc.weight.requires_grad
+
+
+def test_images_outside_the_box_are_refused(trained):
+    model, x, y = trained
+    with pytest.raises(EngineError, match=r"\[0, 1\]"):
+        engine.evaluate(model, x * 2 - 0.5, y, Linf(0.1))
+    with pytest.raises(EngineError, match="cannot evaluate 0 images"):
+        engine.evaluate(model, x[:0], y[:0], Linf(0.1))
+    with pytest.raises(EngineError, match="labels"):
+        engine.evaluate(model, x, y[:-1], Linf(0.1))
+
+
+def test_too_few_classes_for_autoattack():
+    x = torch.rand(8, 1, 6, 6)
+    with pytest.raises(EngineError, match="4 classes"):
+        engine.evaluate(Foreign(classes=2), x, torch.zeros(8, dtype=torch.int64), Linf(0.1))
+
+
+def test_robustbench_fields(trained):
+    model, x, y = trained
+    report = engine.evaluate(
+        model, x, y, Linf(0.1), pgd_steps=3, pgd_restarts=1, autoattack_version="apgd"
+    )
+    fields = robustbench_fields(report, name="n", architecture="a", dataset="d")
+    assert fields["clean_acc"] == f"{100 * report.clean:.2f}"
+    assert fields["autoattack_acc"] == f"{100 * report.autoattack:.2f}"
+    assert set(report.after) == {"apgd-ce", "apgd-t"}
+    assert {
+        "name",
+        "dataset",
+        "architecture",
+        "clean_acc",
+        "autoattack_acc",
+        "additional_data",
+        "number_forward_passes",
+        "footnote",
+    } <= set(fields)
+
+
+def test_attack_face(trained):
+    model, x, y = trained
+    found = engine.attack(model, x, y, L2(0.5), steps=5)
+    assert ((found - x).flatten(1).norm(dim=1) <= 0.5 * (1 + 1e-5)).all()
+    accuracy = lambda z: float((model(z).argmax(1) == y).double().mean())  # noqa: E731
+    assert accuracy(engine.attack(model, x, y, Linf(0.4), steps=10)) < accuracy(x)

@@ -1,0 +1,142 @@
+"""Kill real training runs with SIGKILL at random moments, resume them, and compare with runs never killed.
+
+    python -m tests.runs.soak --kills 50
+
+Prints one JSON line: kills, resumed (processes started with --resume), runs, identical (whether every
+run ended with the weights of its unbroken twin, bit for bit), lost_lines (metrics rows that are
+missing, doubled or different; clock readings aside).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.data.loaders import dali
+
+# Between them: memory, average, momentum, both our optimisers, every loader, repeated batches.
+VARIANTS: list[list[str]] = [
+    [],
+    ["--objective.name", "pgd", "--attack.start", "memory", "--data.loader", "torch"],
+    [
+        "--objective.name",
+        "trades",
+        "--optim.name",
+        "sgd",
+        "--optim.lr",
+        "0.1",
+        "--optim.ema",
+        "0.9",
+    ],
+    ["--objective.name", "pgd", "--optim.replays", "2", "--data.loader", "dali"],
+]
+_CLOCK = {"train_seconds", "images_per_second"}
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "engine", "train", *words, "--no-eval", "--json"]
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    """The run's metrics without its clock readings; a line that is none is an empty row."""
+    found = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            found.append({k: v for k, v in json.loads(line).items() if k not in _CLOCK})
+        except ValueError:
+            found.append({})
+    return found
+
+
+def differing(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> int:
+    return abs(len(ours) - len(theirs)) + sum(a != b for a, b in zip(ours, theirs, strict=False))
+
+
+def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[k]) for k, t in ours.items())
+
+
+def soak(kills: int, folder: Path, *, seed: int = 0, epochs: int = 40) -> dict[str, Any]:
+    """Run until `kills` processes have been killed in training; see the module."""
+    draw = random.Random(seed)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = resumed = runs = lost = 0
+    identical = True
+    while killed < kills:
+        variant = VARIANTS[runs % len(VARIANTS)]
+        if "dali" in variant and dali.unavailable():
+            variant = [*variant[:-1], "auto"]
+        words = ["quickstart", *variant, "--optim.epochs", str(epochs), "--seed", str(runs)]
+        whole, broken = folder / f"whole-{runs}", folder / f"broken-{runs}"
+        began = time.monotonic()
+        subprocess.run(
+            command(*words, "--run-dir", str(whole)),
+            check=True,
+            capture_output=True,
+            env=environment,
+        )
+        length = time.monotonic() - began
+        words += ["--checkpoint.seconds", "0.02", "--run-dir", str(broken)]
+        while True:
+            process = subprocess.Popen(
+                command(*words),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=environment,
+            )
+            try:
+                # Anywhere between the first import and the end, mostly while it trains.
+                _, errors = process.communicate(
+                    timeout=None if killed >= kills else draw.uniform(0.3, 1.0) * length
+                )
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                killed += 1
+            else:
+                if process.returncode:
+                    raise RuntimeError(errors.decode())
+                break
+            if (broken / "recipe.toml").exists():
+                words = ["--resume", str(broken)]
+                resumed += 1
+        for name in ("best", "last"):
+            ours, theirs = (run / f"{name}.safetensors" for run in (broken, whole))
+            identical &= same(load_file(ours), load_file(theirs))
+        lost += differing(rows(broken), rows(whole))
+        runs += 1
+    return {
+        "kills": killed,
+        "resumed": resumed,
+        "runs": runs,
+        "identical": identical,
+        "lost_lines": lost,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="kill, resume, compare")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = soak(arguments.kills, Path(folder), seed=arguments.seed)
+    print(json.dumps(found))
+    sys.exit(0 if found["identical"] and not found["lost_lines"] else 1)
+
+
+if __name__ == "__main__":
+    main()
