@@ -15,6 +15,8 @@ from functools import cache
 from types import ModuleType
 from typing import Literal
 
+from torch import Tensor
+
 from . import reference
 
 Backend = Literal["reference", "native", "triton"]
@@ -102,8 +104,16 @@ def table() -> list[dict[str, str]]:
     return rows
 
 
-def finish_capture() -> None:
-    """Complete what a capture of ops had to leave open; call it before the first replay."""
+@contextlib.contextmanager
+def capturing() -> Iterator[list[Tensor]]:
+    """Capture ops in the block; when it ends, what the capture had to leave open is completed.
+
+    Yields:
+        A list; after the block it holds what the captured graph reads and nobody else keeps.
+    """
     module, _ = load("triton")
-    if module is not None:
-        module.finish_capture()
+    if module is None:
+        yield []
+        return
+    with module.capturing() as kept:
+        yield kept

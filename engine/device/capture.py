@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from .. import kernels
 
@@ -50,7 +51,8 @@ class CudaGraphs:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: list[torch.cuda.CUDAGraph] = []
+        # Each with the tensors that it reads and nobody else keeps.
+        self.graphs: list[tuple[torch.cuda.CUDAGraph, list[Tensor]]] = []
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -79,24 +81,24 @@ class CudaGraphs:
         """
         torch.cuda.synchronize(self.device)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        try:
-            # A global capture would forbid its own calls to a loader's threads, and fail theirs.
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                run()
-        finally:
-            # Where a broken capture cannot be ended either, torch stays on the capturing stream.
-            torch.cuda.set_stream(current)
-        kernels.finish_capture()
-        self.graphs.append(graph)
+        with kernels.capturing() as kept:
+            try:
+                # A global capture would forbid its own calls to a loader's threads, and fail theirs.
+                with torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
+                    run()
+            finally:
+                # Where a broken capture cannot be ended either, torch stays on the capturing stream.
+                torch.cuda.set_stream(current)
+        self.graphs.append((graph, kept))
         return graph.replay
 
     def close(self) -> None:
         """Free the graphs and their memory. Replays made here must not run afterwards."""
         if self.graphs:
             torch.cuda.synchronize(self.device)
-        for graph in self.graphs:
+        for graph, _ in self.graphs:
             graph.reset()
         self.graphs.clear()
 

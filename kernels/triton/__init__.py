@@ -13,7 +13,7 @@ from .attack import attack_step, attack_step_, uniform_start
 from .data import augment, recall, remember
 from .launch import INTERPRETING
 from .logits import cross_entropy_grad, kl_grad, local_ball_loss, local_ball_loss_backward
-from .optimisers import adamw_ema_step, finish_capture, sgd_ema_step
+from .optimisers import adamw_ema_step, capturing, sgd_ema_step
 from .stem import input_grad_step
 
 ORIGIN = f"Triton {triton.__version__}" + (", interpreted" if INTERPRETING else "")
@@ -24,8 +24,8 @@ __all__ = [
     "attack_step",
     "attack_step_",
     "augment",
+    "capturing",
     "cross_entropy_grad",
-    "finish_capture",
     "input_grad_step",
     "kl_grad",
     "local_ball_loss",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -48,10 +49,21 @@ class _Member(NamedTuple):
 # tables serve a whole run.
 _tables: OrderedDict[tuple, _Table] = OrderedDict()
 _MOST_TABLES = 32
-# A captured graph reads its table at every replay, long after the cache has forgotten it.
-_captured: dict[tuple, _Table] = {}
-# Tables first met in a capture, and what is to be written into them when it has ended.
-_unfilled: list[tuple[_Table, _Table]] = []
+
+
+class _Capture(NamedTuple):
+    """What the launches of a capture read at every replay.
+
+    Attributes:
+        tables: by what they are made of.
+        unfilled: tables first met in the capture, and what is to be written into them when it has ended.
+    """
+
+    tables: dict[tuple, _Table]
+    unfilled: list[tuple[_Table, _Table]]
+
+
+_capture: _Capture | None = None
 
 
 def sgd_ema_step(
@@ -115,12 +127,29 @@ def adamw_ema_step(
     _run(members, alone, launch)
 
 
-def finish_capture() -> None:
-    """Fill the tables that a capture could only make room for."""
-    for empty, full in _unfilled:
+@contextlib.contextmanager
+def capturing() -> Iterator[list[Tensor]]:
+    """Make room in the block for the tables that captured launches read; write them when the block ends.
+
+    A capture allows no copy from the host, and a graph reads its tables when it is replayed. Where the
+    block raises, nothing is written.
+
+    Yields:
+        A list; after the block it holds the tables. It has to live as long as the graph.
+    """
+    global _capture
+    before, capture = _capture, _Capture({}, [])
+    _capture = capture
+    kept: list[Tensor] = []
+    try:
+        yield kept
+    finally:
+        _capture = before
+    for empty, full in capture.unfilled:
         for into, values in zip(empty, full, strict=True):
             into.copy_(values)
-    _unfilled.clear()
+    for table in capture.tables.values():
+        kept += table
 
 
 def _members(
@@ -191,21 +220,24 @@ def _row(member: _Member) -> tuple[int, ...]:
 
 
 def _table(members: tuple[_Member, ...], rows: tuple[tuple[int, ...], ...], block: int) -> _Table:
-    """The table for these tensors.
+    """Return the table for these tensors; in a capture, room for one where it is not there yet.
 
-    Building one copies from the host, which a graph capture does not allow. There the kernel gets room
-    for a table, and `finish_capture` writes it: a graph reads its table when it is replayed.
+    Raises:
+        RuntimeError: in a capture outside `capturing`: nothing would keep the table for its replays.
     """
     decay = tuple(m.decay for m in members)
     device = members[0].p.device
     key = (device, rows, decay)
     table = _tables.get(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _capture is None:
+            raise RuntimeError("optimiser ops are captured within `kernels.capturing()` alone")
+        table = table or _capture.tables.get(key)
         if table is None:
             full = _build(rows, decay, block, torch.device("cpu"))
             table = _Table(*(torch.empty_like(t, device=device) for t in full))
-            _unfilled.append((table, full))
-        _captured[key] = table
+            _capture.unfilled.append((table, full))
+        _capture.tables[key] = table
         return table
     if table is None:
         table = _tables[key] = _build(rows, decay, block, device)
