@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from ..layout import same_order
 from .launch import flat_tile, on_device
 from .maths import number
 
@@ -185,7 +186,7 @@ def _run(
         if not _fits(member) or g.dtype not in _TL:
             alone(member)
             continue
-        if g.stride() != p.stride():
+        if not same_order(g, p):
             member = member._replace(g=torch.empty_like(p, dtype=g.dtype).copy_(g))
         row = _row(member)
         aligned = all(address % 16 == 0 for address in row[:-1])
@@ -204,12 +205,9 @@ def _fits(member: _Member) -> bool:
     """Whether a parameter and its state are dense, of one type and in one memory order."""
     p = member.p
     same = all(
-        t.dtype == p.dtype and t.stride() == p.stride() for t in (*member.moments, *_list(member.e))
+        t.dtype == p.dtype and same_order(t, p) for t in (*member.moments, *_list(member.e))
     )
-    dense = p.is_contiguous() or (
-        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
-    )
-    return same and dense and p.dtype in (torch.float32, torch.float64)
+    return same and same_order(p, p) and p.dtype in (torch.float32, torch.float64)
 
 
 def _row(member: _Member) -> tuple[int, ...]:

@@ -371,6 +371,19 @@ def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch)
     assert kept == []
 
 
+def test_a_gradient_in_the_same_order_is_not_copied(monkeypatch):
+    """A stem of one channel: contiguous and channels_last are one order under two sets of strides."""
+    state = optimiser_state([(4, 1, 3, 3)])
+    wanted = run_sgd(on_reference, state, steps=1)
+    state[0][0] = state[0][0].as_strided((4, 1, 3, 3), (9, 1, 3, 1))
+    assert state[0][0].stride() != state[1][0].stride()
+    tables, build = [], sgd._build
+    monkeypatch.setattr(sgd, "_tables", type(sgd._tables)())
+    monkeypatch.setattr(sgd, "_build", lambda rows, *rest: tables.append(rows) or build(rows, *rest))
+    torch.testing.assert_close(run_sgd(on_triton, state, steps=1), wanted, atol=1e-6, rtol=1e-6)
+    assert tables[0][0][1] == state[1][0].data_ptr()
+
+
 def test_layouts_of_their_own(monkeypatch):
     """A gradient in another memory order is brought over; a parameter full of holes goes the plain way."""
     state = optimiser_state([(4, 3, 5, 5), (6, 8), (9,)])
