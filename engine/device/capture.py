@@ -9,6 +9,7 @@ caller restores its state; tables that a kernel wants from the host are filled i
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -63,9 +64,12 @@ class CudaGraphs:
         """
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            yield
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            # Where the block fails too: what it enqueued may still be writing.
+            current.wait_stream(self.stream)
 
     def warm_up(self, run: Run) -> None:
         """Run eagerly, `WARM_UP` times, on the stream that will capture."""
@@ -79,6 +83,8 @@ class CudaGraphs:
         Raises:
             RuntimeError: whatever CUDA has against an operation of `run`.
         """
+        # An earlier graph that waits for the collector would be destroyed in the middle of this capture.
+        gc.collect()
         torch.cuda.synchronize(self.device)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         with kernels.capturing() as kept:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import logging
 import types
 
@@ -427,6 +428,7 @@ def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(gc, "collect", lambda: told.append("collect"))
     with CudaGraphs(torch.device("cuda")) as graphs:
         graphs.warm_up(lambda: told.append("run"))
         replay = graphs.record(lambda: told.append("run"))
@@ -435,6 +437,7 @@ def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
             "side waits for current",
             *("into side", *["run"] * WARM_UP, "out of side"),
             "current waits for side",
+            "collect",
             "synchronize",
             # A global capture would fail a loader's threads.
             *("into thread_local capture on side", "run", "out of thread_local capture on side"),
@@ -446,6 +449,11 @@ def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
             graphs.record(lambda: 1 / 0)
         # torch.cuda.graph may leave the process on the capturing stream then.
         assert told[-1] == "back on current"
+        told.clear()
+        with pytest.raises(ZeroDivisionError):
+            graphs.warm_up(lambda: 1 / 0)
+        # What the caller then restores, the side stream may still be writing.
+        assert told == ["side waits for current", "into side", "out of side", "current waits for side"]
         told.clear()
     assert told == ["synchronize", "reset"]
 
