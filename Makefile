@@ -48,7 +48,7 @@ test-gpu: .venv/ready ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs
 
 gpu-check: ## prove the CUDA path on a machine with a GPU: one call, no install, under 8 minutes
-	@$(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON)) -m tests.gpu_check $(WORDS)
+	@$(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON)) -m tests.device.gpu_check $(WORDS)
 
 # What a machine with PyTorch, pytest, NumPy, SciPy and matplotlib still lacks.
 GPU_PYTHON ?= 3.12
@@ -58,7 +58,7 @@ gpu-wheels: ## download what `make gpu-check` needs there into .whl: make gpu-wh
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 	  -c constraints.txt -d .whl $(GPU_WHEELS)
 
-matrix: .venv/ready ## the fast tests with every supported PyTorch: make matrix WORDS="--torch 2.11.0 tests/test_step.py"
+matrix: .venv/ready ## the fast tests with every supported PyTorch: make matrix WORDS="--torch 2.11.0 tests/training"
 	@$(BIN)/python -m tests.matrix $(WORDS)
 
 docs: .venv/docs-ready ## the site, into build/site

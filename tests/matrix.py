@@ -1,6 +1,6 @@
 """Run the suite, or a part of it, with every supported PyTorch: `make matrix`.
 
-    python -m tests.matrix [--torch 2.11.0 ...] [--triton 3.6.0] [PYTEST WORD ...]
+    python -m tests.matrix [--torch 2.11.0,2.14.1] [--triton 3.6.0] [PYTEST WORD ...]
 
 Each version gets a virtual environment of its own under build/matrix, made once. A wheel of PyTorch for
 CUDA takes some 5 GB there; with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu pip takes the
@@ -74,12 +74,12 @@ def run(torch: str, triton: str, words: list[str]) -> int:
 def main() -> int:
     """Run every version that was asked for; 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--torch", nargs="+", default=list(PAIRS), metavar="VERSION")
+    parser.add_argument("--torch", default=",".join(PAIRS), metavar="VERSION,...")
     parser.add_argument("--triton", metavar="VERSION", help="in place of the pair's own")
     options, words = parser.parse_known_args()
     words = words or ["-m", "not slow", "-n", "2", "--dist", "loadfile"]
     failed = 0
-    for torch in options.torch:
+    for torch in options.torch.split(","):
         triton = options.triton or PAIRS.get(torch)
         if triton is None:
             parser.error(f"which Triton goes with torch {torch}? Say --triton VERSION")

@@ -453,7 +453,12 @@ def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             graphs.warm_up(lambda: 1 / 0)
         # What the caller then restores, the side stream may still be writing.
-        assert told == ["side waits for current", "into side", "out of side", "current waits for side"]
+        assert told == [
+            "side waits for current",
+            "into side",
+            "out of side",
+            "current waits for side",
+        ]
         told.clear()
     assert told == ["synchronize", "reset"]
 

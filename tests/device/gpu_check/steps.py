@@ -1,6 +1,6 @@
 """Hold every recipe's captured step against its eager one, bit for bit; count waits for the device; time both.
 
-    python -m tests.gpu_check.steps [--batch 64] [RECIPE ...]
+    python -m tests.device.gpu_check.steps [--batch 64] [RECIPE ...]
 
 One line of JSON for each recipe and precision; the last line is ALL PASS or the number of bad rows. Without
 a GPU a tape stands in for the graph (`engine doctor --capture` has it too).
@@ -20,28 +20,31 @@ from typing import Any
 
 import torch
 
-from engine import audit, capture, runner
-from engine import recipe as recipes
+from engine import recipes
 from engine.data import datasets
 from engine.data.loaders import ResidentLoader
-from engine.recipe import Recipe
-from engine.step import Step
+from engine.device import capture
+from engine.device.machine import device, peak_memory_mb
+from engine.performance.capture_audit import Tape
+from engine.recipes import Recipe
+from engine.runs import build
+from engine.training.step import Step
 
 EAGER, TIMED = 4, 20
 
 
 def built(recipe: Recipe, batch: int, recorder: capture.Recorder | None) -> Step:
     """Return the recipe's step on random images of its dataset's shape, at a batch of its own."""
-    where, about = runner.device(), datasets.info(recipe.data.name)
+    where, about = device(), datasets.info(recipe.data.name)
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4 * batch, *about.shape), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, len(about.classes), (len(images),), generator=draw)
     torch.manual_seed(0)
-    model = runner.build_model(recipe, images, len(about.classes), images.shape[1:]).to(where)
-    memory = runner.memory_for(recipe, images, where)
-    sampling = runner.sampling_of(recipe)
+    model = build.build_model(recipe, images, len(about.classes), images.shape[1:]).to(where)
+    memory = build.memory_for(recipe, images, where)
+    sampling = build.sampling_of(recipe)
     loader = ResidentLoader(images, labels, batch, device=where, memory=memory, **sampling)
-    step = runner.build_step(
+    step = build.build_step(
         recipe, model, steps=64, memory=memory, take=loader.take, recorder=recorder
     )
     step.train()
@@ -85,14 +88,14 @@ def waits(step: Step) -> list[str]:
 
 def check(recipe: Recipe, batch: int) -> dict[str, Any]:
     """Run one recipe both ways from one state and compare all that a step changes."""
-    where = runner.device()
+    where = device()
     recipe = replace(recipe, step=replace(recipe.step, capture="off"))
     eager = built(recipe, batch, None)
     for _ in range(EAGER - 2):
         eager()
     found = waits(eager)
     eager_ms = timed(eager, 1)
-    recorder: Any = capture.CudaGraphs(where) if where.type == "cuda" else audit.Tape()
+    recorder: Any = capture.CudaGraphs(where) if where.type == "cuda" else Tape()
     captured = built(recipe, batch, recorder)
     for _ in range(EAGER):
         captured()
@@ -109,7 +112,7 @@ def check(recipe: Recipe, batch: int) -> dict[str, Any]:
         "eager_ms": round(eager_ms, 3),
         "captured_ms": round(captured_ms, 3),
         "loss": captured.means()["loss"],
-        "memory_mb": runner.peak_memory_mb(),
+        "memory_mb": peak_memory_mb(),
     }
     captured.close()
     row["ok"] = not (captured.why_eager or found or different)

@@ -1,6 +1,6 @@
 """Run the stages one after another, each with a limit of its own: a line a stage, a log each.
 
-    python -m tests.gpu_check [--out build/gpu-check] [--stages doctor steps ...] [--recipes RECIPE ...]
+    python -m tests.device.gpu_check [--out build/gpu-check] [--stages doctor steps ...] [--recipes RECIPE ...]
 
 Nothing is installed: where `engine` cannot be imported whole, a copy of the sources serves that has
 kernels/ and benchmarks/ where the build would put them; what pip would have brought comes from the wheels
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # On a GPU. The stand-ins of a CPU take this many times as long.
 TOTAL_S, CPU_SLOWER = 470, 10
 
@@ -49,7 +49,7 @@ def stages(out: Path, recipes: Sequence[str], gpu: bool) -> list[Stage]:
     """Return all stages, in the order in which they find the most."""
     engine, pytest = ["-m", "engine"], ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-    steps = ["-m", "tests.gpu_check.steps"]
+    steps = ["-m", "tests.device.gpu_check.steps"]
     train = ["train", "quickstart", "--optim.epochs", "5", "--run-dir", str(out / "run"), "--json"]
     one = [*steps, "quickstart", "--precision", "bf16", "--batch", "8"]
     python = sys.executable
@@ -57,7 +57,7 @@ def stages(out: Path, recipes: Sequence[str], gpu: bool) -> list[Stage]:
     return [
         Stage("doctor", 40, [python, *engine, "doctor"]),
         Stage("steps", 150, [python, *steps, *recipes]),
-        Stage("gpu-tests", 100, [python, *pytest, "tests/test_gpu.py"], gpu=True),
+        Stage("gpu-tests", 100, [python, *pytest, "tests/device/test_gpu.py"], gpu=True),
         Stage("triton-tests", 150, [python, *pytest, *parallel, "tests/kernels"], gpu=True),
         Stage(
             "train",
@@ -67,7 +67,9 @@ def stages(out: Path, recipes: Sequence[str], gpu: bool) -> list[Stage]:
         ),
         Stage("bench", 100, [python, *engine, "bench", "step", "--quick", "--json"]),
         # In a process of its own: what a failed capture leaves behind must not meet other tests.
-        Stage("failed-capture", 40, [python, *pytest, "tests/test_gpu_failed.py"], gpu=True),
+        Stage(
+            "failed-capture", 40, [python, *pytest, "tests/device/test_failed_capture.py"], gpu=True
+        ),
         Stage("memcheck", 60, [*sanitizer, python, *one], gpu=True, tool="compute-sanitizer"),
         Stage(
             "racecheck",

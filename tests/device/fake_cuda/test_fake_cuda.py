@@ -32,7 +32,7 @@ def rows(request, tmp_path_factory) -> dict[str, dict[str, Any]]:
         if item.path == request.path and hasattr(item, "callspec")
     ]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.fake_cuda.cases", *wanted],
+        [sys.executable, "-W", "ignore", "-m", "tests.device.fake_cuda.cases", *wanted],
         capture_output=True,
         text=True,
         env={**os.environ, guard.VARIABLE: str(library), "OMP_NUM_THREADS": "1"},

@@ -26,7 +26,7 @@ def check(out: Path, *words: str, bare: Path | None = None) -> subprocess.Comple
         (bare / "sitecustomize.py").write_text(_BARE)
         environment["PYTHONPATH"] = str(bare)
     return subprocess.run(
-        [sys.executable, "-m", "tests.gpu_check", "--out", str(out), *words],
+        [sys.executable, "-m", "tests.device.gpu_check", "--out", str(out), *words],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -82,7 +82,7 @@ def test_a_stage_is_bad_where_it_fails(tmp_path, capsys, code, said):
 def test_every_recipe_is_among_the_steps():
     words = next(s.words for s in stages(Path(), [], gpu=True) if s.name == "steps")
     # None by name: all of them.
-    assert list(words[-1:]) == ["tests.gpu_check.steps"]
+    assert list(words[-1:]) == ["tests.device.gpu_check.steps"]
 
 
 def test_an_unknown_stage_is_a_mistake(tmp_path):

@@ -1,6 +1,6 @@
 """Run named cases on fake CUDA tensors; one line of JSON each: what ran, and what a GPU would refuse.
 
-ENGINE_FAKE_CUDA_GUARD=guard.so python -m tests.fake_cuda.cases [NAME ...]
+ENGINE_FAKE_CUDA_GUARD=guard.so python -m tests.device.fake_cuda.cases [NAME ...]
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.cuda.amp import common
 
-from engine import evaluation, phases, runner
-from engine import recipe as recipes
+from engine import recipes
+from engine.adversary.memory import AdversaryMemory
 from engine.data import datasets
 from engine.data.loaders import Batch, ResidentLoader
-from engine.memory import AdversaryMemory
+from engine.device import phases
+from engine.evaluation import robust_accuracy
 from engine.objectives import LocalBall
-from engine.recipe import Recipe
-from engine.step import Step
-from engine.trainer import Trainer
+from engine.recipes import Recipe
+from engine.runs import build
+from engine.runs.images import as_floats
+from engine.training.step import Step
+from engine.training.trainer import Trainer
 
 from .spy import Spy
 
@@ -98,21 +101,21 @@ def images_of(recipe: Recipe) -> tuple[Tensor, Tensor]:
 def network_of(recipe: Recipe) -> nn.Module:
     about = datasets.info(recipe.data.name)
     with unset_fake_temporarily(), torch.device("meta"):
-        model = runner.build_model(recipe, None, len(about.classes), torch.Size(about.shape))
+        model = build.build_model(recipe, None, len(about.classes), torch.Size(about.shape))
     return on_device(model)
 
 
 def built(recipe: Recipe, *, takes: bool = True) -> tuple[Step, ResidentLoader]:
     images, labels = images_of(recipe)
-    memory = runner.memory_for(recipe, images, DEVICE)
+    memory = build.memory_for(recipe, images, DEVICE)
     loader = ResidentLoader(
-        images, labels, BATCH, device=DEVICE, memory=memory, **runner.sampling_of(recipe)
+        images, labels, BATCH, device=DEVICE, memory=memory, **build.sampling_of(recipe)
     )
     take = loader.take if takes else None
     # torch's optimisers look at the learning rate when they are made: SGD refuses where lr < 0 is true, AdamW
     # where lr >= 0 is not.
     with Spy(host=True, truth=recipe.optim.name != "torch-sgd"):
-        step = runner.build_step(recipe, network_of(recipe), steps=STEPS, memory=memory, take=take)
+        step = build.build_step(recipe, network_of(recipe), steps=STEPS, memory=memory, take=take)
     step.train()
     loader.begin(0)
     return step, loader
@@ -154,7 +157,7 @@ def training(recipe: Recipe) -> Spy:
     """Train for two epochs with validation, and return to the best epoch."""
     made, loader = built(recipe)
     images, labels = images_of(recipe)
-    x, y = runner.as_floats(images, labels, DEVICE)
+    x, y = as_floats(images, labels, DEVICE)
     trainer = Trainer(made, loader, epochs=2, validation=(x, y), validation_steps=2)
 
     def run() -> None:
@@ -170,10 +173,10 @@ def training(recipe: Recipe) -> Spy:
 def evaluating(recipe: Recipe) -> Spy:
     """Attack with PGD and restarts, as `engine eval` does."""
     images, labels = images_of(recipe)
-    x, y = runner.as_floats(images, labels, DEVICE)
+    x, y = as_floats(images, labels, DEVICE)
     model = network_of(recipe)
     return watch(
-        lambda: evaluation.evaluate(
+        lambda: robust_accuracy.evaluate(
             model,
             x,
             y,
