@@ -204,9 +204,7 @@ def _run(
 def _fits(member: _Member) -> bool:
     """Whether a parameter and its state are dense, of one type and in one memory order."""
     p = member.p
-    same = all(
-        t.dtype == p.dtype and same_order(t, p) for t in (*member.moments, *_list(member.e))
-    )
+    same = all(t.dtype == p.dtype and same_order(t, p) for t in (*member.moments, *_list(member.e)))
     return same and same_order(p, p) and p.dtype in (torch.float32, torch.float64)
 
 
