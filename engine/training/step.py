@@ -282,9 +282,11 @@ class Step:
     def capture(self, batch: Batch | None = None) -> None:
         """Record the step now, on a batch of the shapes to come, where it is to be recorded at all.
 
-        The first call does it otherwise; but a capture wants no loader's threads about.
+        The first call does it otherwise; but a capture wants no loader's threads about. After the last
+        step of the schedule nothing is recorded: warming up would read past the schedule's end.
         """
-        if self._recorder is not None and self._replay is None:
+        waits = self._recorder is not None and self._replay is None
+        if waits and self.done < len(self.optimiser.rates):
             self._record(batch)
 
     def _record(self, batch: Batch | None) -> None:
