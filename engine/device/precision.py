@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import EngineError
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(name: str, device: torch.device) -> str:
@@ -43,8 +43,8 @@ def passes(precision: str, device: torch.device) -> Iterator[None]:
     a captured graph holds its casts, never one made before.
     """
     with arithmetic(precision, device):
-        if precision in _AUTOCAST:
-            with torch.autocast(device.type, _AUTOCAST[precision]):
+        if precision in AUTOCAST:
+            with torch.autocast(device.type, AUTOCAST[precision]):
                 yield
         else:
             yield
@@ -57,7 +57,7 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     By itself PyTorch rounds in convolutions and not in matrix products. Autocast would not do for backward
     passes, which take the types of their forward passes; these settings hold for whatever runs.
     """
-    if device.type != "cuda" or precision in _AUTOCAST:
+    if device.type != "cuda" or precision in AUTOCAST:
         yield
         return
     rounded = precision == "tf32"
