@@ -50,6 +50,7 @@ def stages(out: Path, recipes: Sequence[str], gpu: bool) -> list[Stage]:
     engine, pytest = ["-m", "engine"], ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
     parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
     steps = ["-m", "tests.device.gpu_check.steps"]
+    others = ["-k", "not capture_that_fails"]  # a stage of its own
     train = ["train", "quickstart", "--optim.epochs", "5", "--run-dir", str(out / "run"), "--json"]
     one = [*steps, "quickstart", "--precision", "bf16", "--batch", "8"]
     python = sys.executable
@@ -57,7 +58,7 @@ def stages(out: Path, recipes: Sequence[str], gpu: bool) -> list[Stage]:
     return [
         Stage("doctor", 40, [python, *engine, "doctor"]),
         Stage("steps", 150, [python, *steps, *recipes]),
-        Stage("gpu-tests", 100, [python, *pytest, "tests/device/test_gpu.py"], gpu=True),
+        Stage("gpu-tests", 100, [python, *pytest, "tests/device/test_gpu.py", *others], gpu=True),
         Stage("triton-tests", 150, [python, *pytest, *parallel, "tests/kernels"], gpu=True),
         Stage(
             "train",
@@ -66,10 +67,7 @@ def stages(out: Path, recipes: Sequence[str], gpu: bool) -> list[Stage]:
             forbidden="without a CUDA graph",
         ),
         Stage("bench", 100, [python, *engine, "bench", "step", "--quick", "--json"]),
-        # In a process of its own: what a failed capture leaves behind must not meet other tests.
-        Stage(
-            "failed-capture", 40, [python, *pytest, "tests/device/test_failed_capture.py"], gpu=True
-        ),
+        Stage("failed-capture", 40, [python, "-m", "tests.device.failed_capture"], gpu=True),
         Stage("memcheck", 60, [*sanitizer, python, *one], gpu=True, tool="compute-sanitizer"),
         Stage(
             "racecheck",
