@@ -33,20 +33,21 @@ def constraints(torch: str, triton: str) -> str:
 
 
 def environment(torch: str, triton: str) -> Path:
-    """Make the virtual environment of one pair where it is not there yet; return its Python.
+    """Make the virtual environment of one pair, or bring it up to date; return its Python.
+
+    An editable install knows the packages that were there when it was made, so it is made each time.
 
     Raises:
         subprocess.CalledProcessError: where pip finds no such release.
     """
     folder = ROOT / "build" / "matrix" / f"torch-{torch}-triton-{triton}"
     python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        venv.create(folder, with_pip=True, clear=True)
-        pinned = folder / "constraints.txt"
-        pinned.write_text(constraints(torch, triton))
-        words = [python, "-m", "pip", "install", "-q", "-c", pinned, "-e", f"{ROOT}[gpu,test]"]
-        subprocess.run(words, check=True)
-        (folder / "ready").touch()
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    pinned = folder / "constraints.txt"
+    pinned.write_text(constraints(torch, triton))
+    words = [python, "-m", "pip", "install", "-q", "-c", pinned, "-e", f"{ROOT}[gpu,test]"]
+    subprocess.run(words, check=True)
     return python
 
 
