@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -61,7 +61,8 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
         yield
         return
     rounded = precision == "tf32"
-    knobs = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    cudnn: Any = torch.backends.cudnn  # its attributes are made at run time
+    knobs: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
     before, older = [knob.fp32_precision for knob in knobs], _older_flags()
     # The older flags first, for whoever reads them within the block: PyTorch raises where the two disagree.
     _set_older_flags((rounded, "high" if rounded else "highest"))
