@@ -129,7 +129,7 @@ class Step:
         with passes(self.precision, self.device):
             start = batch.start
             if start is None and self.memory is not None:
-                start = self.memory.recall(_samples(batch), x, batch.where)
+                start = self.memory.recall(_samples(batch), x, batch.crops)
             outcome: Outcome = self._compute(
                 x, y, self.training, self.attack, start=start, state=self.state
             )
@@ -143,7 +143,7 @@ class Step:
             self.optimiser.step(self.state[1:], self.scale)
         with phase(BOOKKEEPING):
             if self.memory is not None:
-                self.memory.remember(_samples(batch), x, adversary, batch.where)
+                self.memory.remember(_samples(batch), x, adversary, batch.crops)
             self._count(outcome)
             self.state[1:].add_(1)
             if self.radii is not None:
