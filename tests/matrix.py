@@ -47,7 +47,8 @@ def environment(torch: str, triton: str) -> Path:
     pinned = folder / "constraints.txt"
     pinned.write_text(constraints(torch, triton))
     words = [python, "-m", "pip", "install", "-q", "-c", pinned, "-e", f"{ROOT}[gpu,test]"]
-    subprocess.run(words, check=True)
+    # Two builds in one folder break each other.
+    subprocess.run([*words, "-C", f"build-dir={folder / 'native'}"], check=True)
     return python
 
 
