@@ -77,7 +77,11 @@ def pretend() -> None:
     library = torch.library.Library("aten", "IMPL", "Meta")
     for name in ("_fused_sgd_", "_fused_adamw_"):
         for overload in ("", ".tensor_lr"):
-            library.impl(name + overload, lambda *_, **__: None)
+            # PyTorch has had one for AdamW in some versions.
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(
+                f"aten::{name}{overload}", "Meta"
+            ):
+                library.impl(name + overload, lambda *_, **__: None)
     pretend.library = library  # type: ignore[attr-defined]  # its registrations end with it
 
 
