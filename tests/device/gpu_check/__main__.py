@@ -52,6 +52,8 @@ def stages(out: Path, recipes: Sequence[str], gpu: bool) -> list[Stage]:
     steps = ["-m", "tests.device.gpu_check.steps"]
     others = ["-k", "not capture_that_fails"]  # a stage of its own
     train = ["train", "quickstart", "--optim.epochs", "5", "--run-dir", str(out / "run"), "--json"]
+    if not gpu:
+        train += ["--evaluation.examples", "20"]
     one = [*steps, "quickstart", "--precision", "bf16", "--batch", "8"]
     python = sys.executable
     sanitizer = ["compute-sanitizer", "--error-exitcode", "7", "--target-processes", "all"]
