@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EngineError
+from ..errors import EngineError, printable
 from .shared import Commands, exit_status, parse_overrides, print_row
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     except KeyboardInterrupt as stopped:
         if world.first:
             print(
-                f"engine: stopped; go on with: engine train --resume {shlex.quote(str(run.path))}",
+                "engine: stopped; go on with: engine train --resume "
+                + printable(shlex.quote(str(run.path))),
                 file=sys.stderr,
             )
         return exit_status(stopped)
@@ -165,5 +166,5 @@ def _train_help(name: str | None, overrides: dict[str, str]) -> None:
     for dotted, _, _, description in recipes.options(type(recipe.objective)):
         value = values[dotted]
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
-        table.add_row(f"--{dotted}", shown, description.replace("[", r"\["))
+        table.add_row(f"--{dotted}", shown, description)
     stdout.print(table)

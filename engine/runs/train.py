@@ -18,7 +18,7 @@ from ..device.distributed import World
 from ..errors import EngineError
 from ..progress import TrainingBar, bar
 from ..recipes import Recipe
-from ..training.checkpoint import Checkpoints
+from ..training.checkpoint import Checkpoints, most_bytes
 from ..training.signals import Stopped, Watch
 from ..training.step import Step
 from ..training.trainer import Hooks, Result, Trainer
@@ -109,7 +109,7 @@ class _Session:
         self.watch, self.shown = watch, shown
         options = run.recipe.checkpoint
         self.checkpoints = Checkpoints(
-            run.path / "checkpoints", keep=options.keep, seconds=options.seconds
+            run.place("checkpoints"), keep=options.keep, seconds=options.seconds
         )
         self._board: Any = None
         # The step of the newest checkpoint; None: there is none.
@@ -126,10 +126,18 @@ class _Session:
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one; drop the rows that will be logged again."""
         first = self.world.first
+        networks = self.trainer.step.networks()
+        limit = most_bytes(
+            [
+                *self.trainer.step.tensors().values(),
+                # The best epoch's weights.
+                *networks[-1].state_dict().values(),
+            ]
+        )
         # The first process sets damaged checkpoints aside before the others look.
-        found = self.checkpoints.latest() if first else None
+        found = self.checkpoints.latest(limit) if first else None
         distributed.wait()
-        found = found if first else self.checkpoints.latest()
+        found = found if first else self.checkpoints.latest(limit)
         if found is not None:
             self.trainer.load(*found)
             self._saved = self.trainer.step.done

@@ -16,6 +16,7 @@ from ..data.loaders import Loader
 from ..device import distributed
 from ..errors import EngineError
 from ..evaluation import robust_accuracy
+from ..threat import check_pixels
 from .step import Step
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ class Trainer:
         self._best, self._best_adversarial = -math.inf, 0.0
         # Validations in a row at which the network answered the same to everything.
         self._constant = 0
+        # Whether the first batch's pixels were looked at.
+        self._checked = False
         self._began = time.perf_counter()
         if len(loader) == 0:
             raise EngineError("the loader has no batch to train on")
@@ -195,6 +198,9 @@ class Trainer:
         # The rest of it, where an earlier process did the first part.
         first, images = step.done - epoch * len(self.loader), step.images
         for batch in self.loader.feed(epoch, first, taken=step.take is not None):
+            if batch is not None and not self._checked:
+                check_pixels(batch.x)
+                self._checked = True
             step(batch)
             self.hooks.step(step.done, total, step.means)
             if step.done < end:

@@ -476,7 +476,7 @@ def no_site(monkeypatch):
     def refuse(url):
         raise EngineError("no site")
 
-    monkeypatch.setattr(fetching, "_await_answer", refuse)
+    monkeypatch.setattr(fetching, "await_answer", refuse)
 
 
 @pytest.mark.parametrize("dpkg", [False, True])

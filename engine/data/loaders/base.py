@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import rng
 from ...errors import EngineError
 from ...kernels import reference
+from ...threat import check_pixels
 
 
 class Batch(NamedTuple):
@@ -161,3 +162,4 @@ def check_images(images: Tensor, labels: Tensor, *, plain: bool = False) -> None
         )
     if len(labels) != len(images):
         raise EngineError(f"{len(images)} training images have {len(labels)} labels")
+    check_pixels(images)
