@@ -116,10 +116,11 @@ def _new_run(recipe: Recipe, path: Path | None, world: World) -> Run:
         number = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         path = Path("runs") / f"{plain(recipe.name)}-{number}"
     there = (path / "recipe.toml").exists()
+    created = None
     if world.first and not (there and world.restarts):
-        Run.create(recipe, path)
+        created = Run.create(recipe, path)
     distributed.wait()
-    return Run.open(path)
+    return created or Run.open(path)
 
 
 def _launch(arguments: argparse.Namespace, rest: list[str], path: Path | None) -> int:

@@ -25,6 +25,8 @@ from ..training.step import Step
 from .images import split, test_set
 
 ALONE = World()
+# The schedule is a list of every step's learning rate.
+_MOST_STEPS = 10_000_000
 # By the name of an optimiser that is not ours the one of ours with as many moments.
 _OURS: dict[OptimiserName, OptimiserName] = {
     "torch-sgd": "sgd",
@@ -87,6 +89,11 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
             f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training images"
         )
     World(size=processes).share(recipe.optim.batch_size)
+    steps = recipe.optim.epochs * steps_per_epoch(recipe)
+    if steps > _MOST_STEPS:
+        raise EngineError(
+            f"optim.epochs = {recipe.optim.epochs} makes {steps:,} steps: at most {_MOST_STEPS:,}"
+        )
     if recipe.step.sync_batch_norm and not torch.cuda.is_available():
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:

@@ -25,6 +25,9 @@ from ..training.checkpoint import most_bytes, save_tensors
 
 log = logging.getLogger(__name__)
 
+# Characters of a recipe's name in the name of a folder, which may have 255 bytes.
+_LONGEST_NAME = 60
+
 
 class Run:
     """Hold one run folder; every file of the run is written by way of `place`.
@@ -264,4 +267,7 @@ def _new_folder(recipe: Recipe) -> Path:
 
 def plain(name: str) -> str:
     """Return a recipe's name as the name of a folder: no separators, nothing hidden."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".-") or "run"
+    return (
+        "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:_LONGEST_NAME].strip(".-")
+        or "run"
+    )

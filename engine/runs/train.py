@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from ..training.trainer import Hooks, Result, Trainer
 from .build import ALONE, prepare, step_of
 from .folder import Run
 from .images import as_floats, split
+
+log = logging.getLogger(__name__)
 
 
 def build_trainer(
@@ -111,6 +115,7 @@ class _Session:
         self.checkpoints = Checkpoints(
             run.place("checkpoints"), keep=options.keep, seconds=options.seconds
         )
+        self._closing = contextlib.ExitStack()
         self._board: Any = None
         # The step of the newest checkpoint; None: there is none.
         self._saved: int | None = None
@@ -143,8 +148,31 @@ class _Session:
             self._saved = self.trainer.step.done
         if first:
             self.run.cut_log(_logged(found[1]) if found else 0)
+            if found is not None:
+                self._note_processes(found[1].get("processes"))
             self.trainer.result.rows = self.run.metrics()
-            self._board = _tensorboard(self.run.path, self.trainer.step.done)
+            board = _tensorboard(self.run.path, self.trainer.step.done)
+            self._board = self._closing.enter_context(board)
+
+    def _note_processes(self, before: object) -> None:
+        """Say, and record, that another number of processes goes on with the run."""
+        now = self.world.size
+        if not isinstance(before, int) or before == now:
+            return
+        done = self.trainer.step.done
+        log.warning(
+            "%s was trained by %d process(es) up to step %d and goes on with %d: other random numbers "
+            "and other BatchNorm statistics, so not the same bits",
+            self.run.path,
+            before,
+            done,
+            now,
+        )
+        environment = self.run.read_json("environment.json")
+        change = {"step": done, "before": before, "after": now}
+        earlier = environment.get("processes_changed")
+        changes = [*(earlier if isinstance(earlier, list) else []), change]
+        self.run.write_json("environment.json", {**environment, "processes_changed": changes})
 
     def train(self) -> Result:
         """Train to the end.
@@ -166,8 +194,7 @@ class _Session:
 
     def close(self) -> None:
         """Close TensorBoard's file."""
-        if self._board is not None:
-            self._board.close()
+        self._closing.close()
 
     def log(self, row: dict[str, Any]) -> None:
         """Log an epoch's row: to metrics.jsonl, to the screen, to TensorBoard."""
@@ -185,7 +212,8 @@ class _Session:
     def save(self, write: Callable[..., None]) -> None:
         """Save all that `resume` needs, by `write`, a method of `Checkpoints`."""
         tensors, about = self.trainer.state()
-        write(self.trainer.step.done, tensors, {**about, "logged": self.run.logged()})
+        about |= {"logged": self.run.logged(), "processes": self.world.size}
+        write(self.trainer.step.done, tensors, about)
 
     def safe_point(self) -> None:
         """Stop, or save a checkpoint, where a signal or the clock asks for it."""
@@ -236,10 +264,20 @@ def _what_fits(recipe: Recipe) -> str:
     return f"{said}, and not even one image fits: take a smaller network"
 
 
-def _tensorboard(path: Path, step: int) -> Any:
+@contextlib.contextmanager
+def _tensorboard(path: Path, step: int) -> Iterator[Any]:
+    """Give TensorBoard's writer into the folder, or None where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return None
-    # After a resume TensorBoard hides what an earlier process wrote from this step on.
-    return SummaryWriter(str(path), purge_step=step + 1 if step else None)
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if not str(path).isascii():
+            # The writer encodes its path as UTF-8, which a path need not be: give it another name.
+            link = Path(folder) / "run"
+            link.symlink_to(path.absolute(), target_is_directory=True)
+            path = link
+        # After a resume TensorBoard hides what an earlier process wrote from this step on.
+        with SummaryWriter(str(path), purge_step=step + 1 if step else None) as board:
+            yield board
