@@ -32,11 +32,9 @@ def printable(text: str, keep: str = "") -> str:
     Args:
         keep: control characters to leave as they are, "\n" for text of several lines.
     """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        c.encode("unicode_escape").decode()
-        if unicodedata.category(c).startswith("C") and c not in keep
-        else c
-        for c in text
-    )
+    escapes = {
+        ord(c): c.encode("unicode_escape").decode()
+        for c in set(text).difference(keep)
+        if unicodedata.category(c).startswith("C")
+    }
+    return text.translate(escapes) if escapes else text
