@@ -11,7 +11,9 @@ from torch import Tensor
 from engine import kernels
 from engine.kernels import backends, reference
 
-EPS, ALPHA = 0.1, 0.05
+from . import op_eager
+from .op_eager import ALPHA, EPS
+
 MNIST, CIFAR, LARGE = (256, 1, 28, 28), (128, 3, 32, 32), (2048, 3, 32, 32)
 
 
@@ -32,71 +34,6 @@ class Case:
     args: tuple
     check: Callable[[], None]
     bytes: int
-
-
-def _eager_start(x: Tensor, eps: float) -> Tensor:
-    return (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0.0, 1.0)
-
-
-def _eager_step(x: Tensor, z: Tensor, grad: Tensor, eps: float, alpha: float) -> Tensor:
-    z = z + alpha * grad.sign()
-    return torch.minimum(torch.maximum(z, x - eps), x + eps).clamp(0.0, 1.0)
-
-
-def _eager_step_to_half(
-    x: Tensor, z: Tensor, grad: Tensor, eps: float, alpha: float
-) -> tuple[Tensor, Tensor]:
-    stepped = _eager_step(x, z, grad, eps, alpha)
-    return stepped, stepped.to(torch.float16, memory_format=torch.channels_last)
-
-
-def _eager_input_grad(x: Tensor, gy: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    return torch.ops.aten.convolution_backward(
-        gy,
-        x,
-        weight,
-        None,
-        [stride, stride],
-        [padding, padding],
-        [1, 1],
-        False,
-        [0, 0],
-        1,
-        [True, False, False],
-    )[0]
-
-
-def _eager_input_grad_step(
-    x: Tensor, z: Tensor, gy: Tensor, weight: Tensor, stride: int, padding: int
-) -> Tensor:
-    return _eager_step(x, z, _eager_input_grad(z, gy, weight, stride, padding), EPS, ALPHA)
-
-
-def _eager_augment(images: Tensor, index: Tensor, pad: int) -> Tensor:
-    b, (_, c, h, w), where = len(index), images.shape, index.device
-    padded = torch.nn.functional.pad(images[index], [pad] * 4)
-    dy = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=where)
-    dx = torch.randint(0, 2 * pad + 1, (b, 1, 1), device=where)
-    flip = torch.rand(b, 1, 1, device=where) < 0.5
-    rows = torch.arange(h, device=where)[None, :, None] + dy
-    columns = torch.arange(w, device=where)[None, None, :]
-    columns = torch.where(flip, w - 1 - columns, columns) + dx
-    sample = torch.arange(b, device=where)[:, None, None, None]
-    channel = torch.arange(c, device=where)[None, :, None, None]
-    return padded[sample, channel, rows[:, None], columns[:, None]].float() / 255.0
-
-
-def _eager_augment_with_start(
-    images: Tensor,
-    index: Tensor,
-    pad: int,
-    memory: Tensor,
-    where: Tensor,
-    x: Tensor,
-    eps: Tensor,
-) -> tuple[Tensor, Tensor]:
-    made = _eager_augment(images, index, pad)
-    return made, reference.recall(memory, index, where, x, eps, "Linf")
 
 
 def _close(actual: object, expected: object, tolerance: float = 2e-5) -> None:
@@ -138,7 +75,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
     data = torch.randint(0, 256, (n, *shape[1:]), dtype=torch.uint8)
     memory = torch.randint(-127, 128, (n, *shape[1:]), dtype=torch.int8)
     index = torch.randperm(n)[:b]
-    _, where, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
+    _, crops, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
     eps, alpha = torch.tensor(EPS), torch.tensor(ALPHA)
     last = torch.channels_last
 
@@ -158,8 +95,8 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
 
     def check_remember() -> None:
         stored, expected = memory.clone(), memory.clone()
-        kernels.remember(stored, index, where, x, z, EPS)
-        reference.remember(expected, index, where, x, z, eps)
+        kernels.remember(stored, index, crops, x, z, EPS)
+        reference.remember(expected, index, crops, x, z, eps)
         assert torch.equal(stored, expected)
 
     step = kernels.attack_step
@@ -168,7 +105,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             "uniform_start",
             name,
             lambda: kernels.uniform_start(x, eps, rng),
-            _eager_start,
+            op_eager.start,
             (x, EPS),
             _against_reference(kernels.uniform_start, x, eps, rng),
             2 * size,
@@ -177,7 +114,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             "attack_step",
             name,
             lambda: step(x, z, grad, eps, alpha),
-            _eager_step,
+            op_eager.step,
             (x, z, grad, EPS, ALPHA),
             _against_reference(step, x, z, grad, eps, alpha),
             4 * size,
@@ -186,7 +123,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             "attack_step_ to fp16",
             name,
             lambda: kernels.attack_step_(x, moving, grad, eps, alpha, network_input=half),
-            _eager_step_to_half,
+            op_eager.step_to_half,
             (x, z, grad, EPS, ALPHA),
             check_in_place,
             4 * size + size // 2,
@@ -204,7 +141,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             "augment",
             name,
             lambda: kernels.augment(data, index, rng, pad=pad, flip=True),
-            _eager_augment,
+            op_eager.augment,
             (data, index, pad),
             check_augment,
             size + size // 4,
@@ -213,26 +150,26 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             "augment with start",
             name,
             lambda: kernels.augment(data, index, rng, pad=pad, flip=True, memory=memory, eps=eps),
-            _eager_augment_with_start,
-            (data, index, pad, memory, where, x, eps),
+            op_eager.augment_with_start,
+            (data, index, pad, memory, crops, x, eps),
             check_augment,
             2 * size + size // 2,
         ),
         Case(
             "recall",
             name,
-            lambda: kernels.recall(memory, index, where, x, eps),
+            lambda: kernels.recall(memory, index, crops, x, eps),
             reference.recall,
-            (memory, index, where, x, eps, "Linf"),
-            _against_reference(kernels.recall, memory, index, where, x, eps),
+            (memory, index, crops, x, eps, "Linf"),
+            _against_reference(kernels.recall, memory, index, crops, x, eps),
             2 * size + size // 4,
         ),
         Case(
             "remember",
             name,
-            lambda: kernels.remember(memory, index, where, x, z, eps),
+            lambda: kernels.remember(memory, index, crops, x, z, eps),
             reference.remember,
-            (memory, index, where, x, z, eps),
+            (memory, index, crops, x, z, eps),
             check_remember,
             2 * size + size // 4,
         ),
@@ -306,7 +243,7 @@ def _stem_case(
         "input_grad_step",
         f"{label} {_name(x_shape)}",
         lambda: kernels.input_grad_step(x, z, gy, weight, **geometry, eps=EPS, alpha=ALPHA),
-        _eager_input_grad_step,
+        op_eager.input_grad_step,
         (x, z, gy, weight, stride, pad),
         check,
         4 * (3 * x.numel() + gy.numel()),
@@ -325,7 +262,7 @@ def _input_case(
         "stem_input_grad",
         f"{label} {_name(x_shape)}",
         lambda: kernels.stem_input_grad(gy, weight, **options),
-        _eager_input_grad,
+        op_eager.input_grad,
         (x, gy, weight, stride, pad),
         _against_reference(kernels.stem_input_grad, gy, weight, **options),
         4 * (x.numel() + gy.numel()),
@@ -429,13 +366,16 @@ def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
     )
 
 
-SMALL_CNN = [(32, 1, 3, 3), (32,), (32, 32, 3, 3), (32,), (64, 32, 3, 3), (64,), (64, 64, 3, 3)]
+SMALL_CNN = [
+    (32, 1, 3, 3), (32,), (32, 32, 3, 3), (32,), (64, 32, 3, 3), (64,), (64, 64, 3, 3), (64,),
+    (200, 1024), (200,), (200, 200), (200,), (10, 200), (10,),
+]  # fmt: skip
 FAST_AT = [(16, 1, 4, 4), (16,), (32, 16, 4, 4), (32,), (100, 1568), (100,), (10, 100), (10,)]
 
 
-def cases_on(where: torch.device, quick: bool) -> list[Case]:
+def cases_on(device: torch.device, quick: bool) -> list[Case]:
     """Every case, its tensors on the device."""
-    with where:
+    with device:
         return _cases(quick)
 
 

@@ -19,9 +19,7 @@ from engine.device import machine, precision
 from engine.kernels import backends
 from engine.performance import timing
 
-from .op_cases import SMALL_CNN, Case, cases_on
-
-SMALL_CNN += [(64,), (200, 1024), (200,), (200, 200), (200,), (10, 200), (10,)]
+from .op_cases import Case, cases_on
 
 
 def run(quick: bool) -> list[dict[str, object]]:

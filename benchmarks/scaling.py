@@ -15,14 +15,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine import pictures, recipes
+from engine import recipes
 from engine.data.loaders import Batch
 from engine.device import distributed, machine
 from engine.device.distributed import World
@@ -31,8 +30,6 @@ from engine.models.small import FastAtMnist
 from engine.performance import plan, timing
 from engine.runs import build
 from engine.training.step import Step
-
-from . import scaling_picture
 
 RECIPE = "fashion-mnist"
 METHODS = ("local-ball", "pgd")
@@ -341,36 +338,3 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, base: Point) -> No
             pipe.send(None)
     except EOFError:
         distributed.leave()
-
-
-# ---- the picture -----------------------------------------------------------------------------
-
-_LABELS = {
-    "batch": ("Batch", "images"),
-    "size": ("Image size", "side [pixels]"),
-    "k": ("Attack steps", "k"),
-    "classes": ("Classes", "logits"),
-    "width": ("Width", "times the network's own"),
-    PROCESSES: ("Processes of one thread", "processes that share a batch"),
-}
-
-
-def draw(found: Mapping[str, Any], path: Path) -> None:
-    """A panel for each axis, measured and predicted, from rows of `run`."""
-    rows = found["rows"]
-    axes = list(dict.fromkeys(row["axis"] for row in rows))
-    times = [row[key] for row in rows for key in ("p20_ms", "p50_ms", "p80_ms") if row[key]]
-    with pictures.style():
-        figure, panels = pictures.panels(len(axes), down=2, width=4.0, height=3.3)
-        for ax, axis in zip(panels, axes, strict=True):
-            mine = [row for row in rows if row["axis"] == axis]
-            if axis == PROCESSES:
-                scaling_picture.draw_throughput(ax, mine)
-            else:
-                scaling_picture.draw_scaling(ax, mine, getattr(Point(), axis))
-                # One height for all: the base setting lies at the same one everywhere.
-                ax.set_ylim(0.7 * min(times), 1.4 * max(times))
-            ax.set_title(_LABELS[axis][0])
-            ax.set_xlabel(_LABELS[axis][1])
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        pictures.save_png(figure, path)

@@ -7,9 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine import recipes, results
+from engine.compare import picture
+from engine.performance import plan
+from engine.text import percent
+
+from . import scaling_picture
+
 # What README shows.
 HEADLINE = "compare-curves"
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
@@ -19,7 +25,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     """
     yardstick = [row for row in rows if row["method"] == "pgd-10"]
     full = max(row["train_seconds_mean"] for row in yardstick or rows)
-    share = "of pgd-10's" if yardstick else "of the longest"
+    share = "time against pgd-10" if yardstick else "time against the longest"
     if rows[0]["clean_mean"] is None:
         scores = {"clean": "held-out clean %", "val_pgd": "held-out PGD %"}
         rows = [{**row, "clean_mean": row["val_clean_mean"]} for row in rows]
@@ -42,7 +48,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
             row["epochs"],
             row["seeds"],
             *(
-                _percent(row[f"{score}_mean"], None if score == "clean" else row[f"{score}_sd"])
+                percent(row[f"{score}_mean"], None if score == "clean" else row[f"{score}_sd"])
                 for score in scores
             ),
             f"{time:.0f}",
@@ -53,20 +59,20 @@ def comparison(rows: list[dict[str, Any]]) -> str:
 
 
 def headline(rows: list[dict[str, Any]]) -> str:
-    """README's table: the longest budget of every method."""
+    """Return README's table: the longest budget of every method."""
     longest = max(row["epochs"] for row in rows)
     chosen = [row for row in rows if row["epochs"] == longest]
     strong = next(row["train_seconds_mean"] for row in chosen if row["method"] == "pgd-10")
     lines = [
-        f"| {longest} epochs | passes | clean % | AutoAttack % | time, of pgd-10's |",
+        f"| {longest} epochs | passes | clean % | AutoAttack % | time against PGD-10 |",
         "|---|---|---|---|---|",
     ]
     for row in sorted(chosen, key=lambda row: -row["autoattack_mean"]):
         cells = [
             row["method"],
             row["passes_per_step"],
-            _percent(row["clean_mean"]),
-            _percent(row["autoattack_mean"], row["autoattack_sd"]),
+            percent(row["clean_mean"]),
+            percent(row["autoattack_mean"], row["autoattack_sd"]),
             f"{row['train_seconds_mean'] / strong:.0%}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -199,8 +205,8 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
             " / ".join("-" if s is None else f"{s:.1f}" for s in seconds),
             "-" if epochs is None else f"{epochs:g}",
             "-" if share is None else f"{share:.0%}",
-            _percent(row["clean"]),
-            _percent(row["pgd"]),
+            percent(row["clean"]),
+            percent(row["pgd"]),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -208,9 +214,6 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
 
 def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
     """A Markdown table of `engine plan` for CIFAR-10 on every GPU it knows: predictions."""
-    from engine import recipes
-    from engine.performance import plan
-
     lines = [
         "| recipe | GPU | passes | step ms | images/s | training, min | bound by compute | by memory | of PGD-10 |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -235,9 +238,6 @@ def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong"))
 
 def full_scale() -> str:
     """A Markdown table of the recipes for MNIST and CIFAR: what they are, and `engine plan`'s prediction."""
-    from engine import recipes
-    from engine.performance import plan
-
     lines = [
         "| recipe | network | Linf | objective, k | passes | epochs | H100, min (predicted) |",
         "|---|---|---|---|---|---|---|",
@@ -300,25 +300,28 @@ def stored() -> dict[str, tuple[str, str]]:
         "end-to-end": end_to_end,
         "accuracy": accuracy,
     }
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(results.FOLDER.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         if path.stem == "audit":
             found[path.stem] = ("docs/kernels.md", audit(rows))
         elif path.stem in makers:
             found[path.stem] = ("docs/performance.md", makers[path.stem](rows))
         else:
-            found[path.stem] = ("docs/results.md", comparison(rows))
+            found[path.stem] = (_page_of(rows), comparison(rows))
         if path.stem == HEADLINE:
             found["headline"] = ("README.md", headline(rows))
+            found["summary"] = ("docs/results.md", headline(rows))
     return found
+
+
+def _page_of(rows: list[dict[str, Any]]) -> str:
+    """Return the page that shows a comparison; searches on held-out images have their own."""
+    searched = rows[0]["clean_mean"] is None
+    return "docs/results-searches.md" if searched else "docs/results.md"
 
 
 def write(root: Path) -> list[str]:
     """Put every table between its marks, `<!-- NAME -->` and `<!-- /NAME -->`, and draw the pictures; what was written."""
-    from engine.compare import picture
-
-    from . import scaling as scaled
-
     tables = stored() | {
         "plans": ("docs/plan.md", plans()),
         "full-scale": ("docs/recipes.md", full_scale()),
@@ -335,15 +338,15 @@ def write(root: Path) -> list[str]:
             before + begin + "\n" + table + "\n\n" + end + rest.split(end, 1)[1], encoding="utf-8"
         )
         written.append(f"{document}: {name}")
-    drawn = [(path, picture.draw) for path in sorted(RESULTS.glob("compare-*.json"))]
-    drawn += [(path, scaled.draw) for path in RESULTS.glob("scaling.json")]
+    drawn = [(path, picture.draw) for path in sorted(results.FOLDER.glob("compare-*.json"))]
+    drawn += [(path, scaling_picture.draw) for path in results.FOLDER.glob("scaling.json")]
     for path, draw in drawn:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept.get("score") == "validation":
             continue  # a search: what it chose is drawn, tested
-        picture = root / "docs" / "images" / f"{path.stem}.png"
-        draw(kept, picture)
-        written.append(str(picture.relative_to(root)))
+        image = root / "docs" / "images" / f"{path.stem}.png"
+        draw(kept, image)
+        written.append(str(image.relative_to(root)))
     return written
 
 
@@ -368,12 +371,6 @@ def _short(value: float | None) -> str:
 
 def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.1f}x"
-
-
-def _percent(mean: float | None, deviation: float | None = None) -> str:
-    if mean is None:
-        return "-"
-    return f"{100 * mean:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from . import pictures
 from .errors import printable
+from .text import duration, percent
 
 
 def render(name: str, **context: Any) -> str:
@@ -24,7 +25,7 @@ def render(name: str, **context: Any) -> str:
         lstrip_blocks=True,
         loader=jinja2.FunctionLoader(lambda part: folder.joinpath(part).read_text("utf-8")),
     )
-    environment.filters |= {"seconds": _seconds, "percent": _percent, "image": _data_uri}
+    environment.filters |= {"seconds": duration, "percent": percent, "image": _data_uri}
     colours = {
         "light": Markup(pictures.css_variables()),
         "dark": Markup(pictures.css_variables(dark=True)),
@@ -35,15 +36,3 @@ def render(name: str, **context: Any) -> str:
 
 def _data_uri(pixels: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(pictures.png_of(pixels)).decode()
-
-
-def _seconds(value: float) -> str:
-    if value < 100:
-        return f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"

@@ -89,7 +89,7 @@ def examples() -> list[Example]:
     rng, index = torch.zeros(2, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
     one = torch.ones(())
     images = torch.zeros(b, c, h, w, dtype=torch.uint8)
-    memory, where = images.to(torch.int8), torch.zeros(b, 3, dtype=torch.int32)
+    memory, crops = images.to(torch.int8), torch.zeros(b, 3, dtype=torch.int32)
     stem_grad, weight = torch.zeros(b, o, h, w), torch.zeros(o, c, 3, 3)
     # What a channels_last network hands over under bf16: weight in its order too, images as the loader has them.
     half_stem_grad = stem_grad.bfloat16().contiguous(memory_format=torch.channels_last)
@@ -142,9 +142,9 @@ def examples() -> list[Example]:
         Example("loss_backward", "local_ball_loss_backward", backward, logits, 24 + 8 / k),
         Example("augment", "augment", lambda: ops.augment(images, index, rng, pad=4, flip=True), pixels, 5 + crop_bytes),
         Example("augment_linf_start", "augment", lambda: ops.augment(images, index, rng, pad=4, flip=True, memory=memory, eps=one), pixels, 10 + crop_bytes),
-        Example("linf_recall", "recall", lambda: ops.recall(memory, index, where, x, one), pixels, 9 + crop_bytes),
-        Example("l2_recall", "recall", lambda: ops.recall(memory, index, where, x, one, norm="L2"), pixels, 9 + crop_bytes),
-        Example("remember", "remember", lambda: ops.remember(memory, index, where, x, x, one), pixels, 9 + crop_bytes),
+        Example("linf_recall", "recall", lambda: ops.recall(memory, index, crops, x, one), pixels, 9 + crop_bytes),
+        Example("l2_recall", "recall", lambda: ops.recall(memory, index, crops, x, one, norm="L2"), pixels, 9 + crop_bytes),
+        Example("remember", "remember", lambda: ops.remember(memory, index, crops, x, x, one), pixels, 9 + crop_bytes),
         Example("sgd_ema", "sgd_ema_step", sgd, pixels, 28, flat=True, branches=True),
         Example("adamw_ema", "adamw_ema_step", adamw, pixels, 36, flat=True, branches=True),
     ]  # fmt: skip

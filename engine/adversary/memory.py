@@ -57,25 +57,25 @@ class AdversaryMemory:
                 unit = normal / normal.norm(dim=1, keepdim=True)
                 chunk.copy_((127.0 * radius * unit).round().view_as(chunk))
 
-    def recall(self, index: Tensor, x: Tensor, where: Tensor | None = None) -> Tensor:
+    def recall(self, index: Tensor, x: Tensor, crops: Tensor | None = None) -> Tensor:
         """The attack's start for the samples `index` int64 [B], like `x` float32 [B, C, H, W].
 
-        `where` int32 [B, 3] is the (dy, dx, mirrored) that augmentation applied; left out: none.
+        `crops` int32 [B, 3] is the (dy, dx, mirrored) that augmentation applied; left out: none.
         """
-        where = _nowhere(index) if where is None else where
-        return kernels.recall(self.deltas, index, where, x, self.threat.eps, norm=self.threat.norm)
+        crops = _uncropped(index) if crops is None else crops
+        return kernels.recall(self.deltas, index, crops, x, self.threat.eps, norm=self.threat.norm)
 
     def remember(
-        self, index: Tensor, x: Tensor, adversary: Tensor, where: Tensor | None = None
+        self, index: Tensor, x: Tensor, adversary: Tensor, crops: Tensor | None = None
     ) -> None:
         """Store `adversary` - `x` for the samples `index`."""
-        where = _nowhere(index) if where is None else where
-        kernels.remember(self.deltas, index, where, x, adversary, self.threat.eps)
+        crops = _uncropped(index) if crops is None else crops
+        kernels.remember(self.deltas, index, crops, x, adversary, self.threat.eps)
         if distributed.active():
             # A sample may be another rank's next time: every rank remembers for all, one byte a pixel.
             rows = distributed.gather(self.deltas.index_select(0, index))
             self.deltas.index_copy_(0, distributed.gather(index), rows)
 
 
-def _nowhere(index: Tensor) -> Tensor:
+def _uncropped(index: Tensor) -> Tensor:
     return torch.zeros((len(index), 3), dtype=torch.int32, device=index.device)

@@ -43,6 +43,7 @@ def add(commands: Commands) -> None:
 def _bench(arguments: argparse.Namespace) -> int:
     from importlib import import_module
 
+    from .. import results
     from ..device.machine import keep_freed_memory
 
     if arguments.clone and (arguments.what != "step" or arguments.against is not None):
@@ -58,10 +59,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         print_rows(rows, arguments.json)
         return 0
     if arguments.store:
-        from ..benchmarks import store
-
-        # What stands against it shows before anything is measured.
-        store.place(arguments.what)
+        # A wrong place shows before anything is measured.
+        results.place(arguments.what)
     options: dict[str, Any] = {}
     if arguments.what == "step":
         from ..benchmarks import clones

@@ -37,13 +37,12 @@ def add(commands: Commands) -> None:
 
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
+    from .. import results
     from ..compare import protocol, scores, session
     from ..device.machine import keep_freed_memory
 
     if arguments.from_store:
-        from ..benchmarks import tables
-
-        rows = scores.stored(tables.RESULTS)
+        rows = scores.stored(results.FOLDER)
         if not rows:
             raise EngineError("engine compare: no results are stored")
     else:
@@ -81,6 +80,7 @@ def _show(rows: Sequence[Mapping[str, Any]], target: float | None = None) -> Non
 
     from ..compare.scores import robust, time_to
     from ..progress import stdout
+    from ..text import percent
 
     reached = {} if target is None else time_to(rows, target)
     table = Table(
@@ -96,8 +96,8 @@ def _show(rows: Sequence[Mapping[str, Any]], target: float | None = None) -> Non
             str(row["passes_per_step"]),
             str(row["epochs"]),
             str(row["seeds"]),
-            _percent(clean),
-            _percent(robust(row), robust(row, "_sd")),
+            percent(clean),
+            percent(robust(row), robust(row, "_sd")),
             f"{row['train_seconds_mean']:.1f}",
             "*" if row["pareto"] else "",
         ]
@@ -106,9 +106,3 @@ def _show(rows: Sequence[Mapping[str, Any]], target: float | None = None) -> Non
             cells.append("-" if seconds is None else f"{seconds:.1f}")
         table.add_row(*cells)
     stdout.print(table)
-
-
-def _percent(mean: float | None, deviation: float | None = None) -> str:
-    if mean is None:
-        return "-"
-    return f"{100 * mean:.1f}" + (f" ± {100 * deviation:.1f}" if deviation is not None else "")

@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
 
 
 def _kernels(arguments: argparse.Namespace) -> int:
-    from ..benchmarks import store
+    from .. import results
     from ..kernels import audit
 
     archs = tuple(arguments.arch or audit.ARCHS)
@@ -27,7 +27,7 @@ def _kernels(arguments: argparse.Namespace) -> int:
         if arguments.arch:
             raise EngineError("--store keeps all architectures: drop --arch")
         # What stands against it shows before anything is compiled.
-        store.place("audit")
+        results.place("audit")
     rows = audit.rows(archs)
     print_rows(rows, arguments.json, hidden=("op", "threads", "flat"))
     if arguments.store:

@@ -125,10 +125,10 @@ def add_output(parser: Parser) -> None:
 
 
 def store_rows(what: str, words: Sequence[str], rows: list[dict[str, Any]]) -> None:
-    """What `--store` does: arguments as for `engine.benchmarks.store.write`."""
-    from ..benchmarks import store
+    """Do what `--store` asks for; arguments as for `results.write`."""
+    from .. import results
 
-    print(f"engine: stored in {store.write(what, words, rows)}", file=sys.stderr)
+    print(f"engine: stored in {results.write(what, words, rows)}", file=sys.stderr)
 
 
 def exit_status(stopped: KeyboardInterrupt) -> int:

@@ -1,11 +1,11 @@
-"""Whether a step can be captured in a CUDA graph, found out without a GPU.
+"""Tell, without a GPU, whether a step can be captured in a CUDA graph.
 
-A graph replays kernels on the addresses, and with the numbers, that it was captured with. `Tape` does
+A graph replays kernels with the addresses and the numbers that it was captured with. `Tape` does
 the same on any device, one level up: it records the operators that a step dispatches, with their
-tensors and their Python numbers, and replays that list. A step whose replays do what the eager step
-does holds nothing that a graph would freeze wrongly; whatever it may not do at all (read a value on
-the host, shape a tensor by its contents, draw from a generator, touch a tensor that may move) shows
-in the list.
+tensors and their Python numbers, and replays that list. If the replays equal the eager steps, the
+step holds nothing that a graph would freeze wrongly. The recorded list also shows what a graph
+forbids: reading a value on the host, a shape that depends on a tensor's contents, a draw from a
+generator, a tensor that may move.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..data import datasets
@@ -29,40 +27,27 @@ from ..device.capture import Run
 from ..recipes import Recipe
 from ..runs import build
 from ..training.step import Step
+from .dispatch import Call, Spy, storage_of
 
-_FACTORIES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _FROM_HOST = ("lift_fresh", "lift_fresh_copy", "scalar_tensor")
 
 
-@dataclass
-class _Entry:
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: list[Tensor]
-    phase: str
-    replayed: bool
-
-
-class Tape(TorchDispatchMode):
-    """Records what a function dispatches; `replay` does it again. Stands in for `CudaGraphs`.
+class Tape(Spy):
+    """Record what a function dispatches, and replay it. Stands in for `CudaGraphs`.
 
     Args:
-        known: the tensors that the function may touch besides those it makes.
+        known: returns the tensors that the function may touch besides those it makes.
     Attributes:
-        entries: every operator of the last recording, in order.
+        calls: every operator of the last recording, in order.
         complaints: what a CUDA graph would not allow or would freeze, one line each.
     """
 
     def __init__(self, known: Callable[[], Iterable[Tensor]] = tuple) -> None:
         super().__init__()
         self.known = known
-        self.entries: list[_Entry] = []
+        self.calls: list[Call] = []
         self.complaints: list[str] = []
-        self._phases: list[str] = []
         self._made: set[int] = set()
-
-    # ---- the recorder's face -----------------------------------------------------------------
 
     def context(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -71,94 +56,65 @@ class Tape(TorchDispatchMode):
         run()
 
     def record(self, run: Run) -> Run:
-        """Run once, recorded; what comes back replays it."""
-        self.entries.clear()
-        self._made = {_storage(t) for t in self.known()}
+        """Run once, recorded; return the function that replays the record."""
+        self.calls.clear()
+        self._made = {storage_of(t) for t in self.known()}
         with phases.listening(self), self:
             run()
         return self.replay
 
     def close(self) -> None:
-        self.entries.clear()
+        self.calls.clear()
 
     def replay(self) -> None:
-        """Every recorded operator again, on the recorded tensors, into the recorded results."""
+        """Run every recorded operator again on the recorded tensors, into the recorded results."""
         with torch.no_grad():
-            for entry in self.entries:
-                if entry.replayed:
-                    results = tree_leaves(entry.op(*entry.args, **entry.kwargs))
-                    for into, result in zip(entry.outputs, results, strict=True):
-                        if isinstance(into, Tensor) and _storage(into) != _storage(result):
+            for call in self.calls:
+                if call.launches:
+                    results = tree_leaves(call.op(*call.args, **call.kwargs))
+                    for into, result in zip(tree_leaves(call.result), results, strict=True):
+                        if isinstance(into, Tensor) and storage_of(into) != storage_of(result):
                             into.copy_(result)
 
-    # ---- listening ---------------------------------------------------------------------------
+    def heard(self, call: Call) -> None:
+        self._judge(call)
+        self._made |= {storage_of(t) for t in call.outputs}
+        self.calls.append(call)
 
-    def enter(self, name: str) -> None:
-        self._phases.append(name)
-
-    def exit(self, name: str) -> None:
-        self._phases.pop()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        result = func(*args, **kwargs)
-        outputs = tree_leaves(result)
-        where = self._phases[-1] if self._phases else phases.BOOKKEEPING
-        name = func._schema.name.removeprefix("aten::")
-        self._judge(func, name, inputs, outputs, where)
-        aliases = {_storage(t) for t in inputs}
-        tensors = [t for t in outputs if isinstance(t, Tensor)]
-        mutates = func._schema.is_mutable
-        view = bool(tensors) and not mutates and all(_storage(t) in aliases for t in tensors)
-        self._made |= {_storage(t) for t in tensors}
-        replayed = not view and name not in _FACTORIES
-        self.entries.append(_Entry(func, args, kwargs, outputs, where, replayed))
-        return result
-
-    def _judge(
-        self, func: Any, name: str, inputs: list[Tensor], outputs: list[Any], where: str
-    ) -> None:
+    def _judge(self, call: Call) -> None:
         def complain(what: str) -> None:
-            line = f"{where}: {name} {what}"
+            line = f"{call.phase}: {call.short_name} {what}"
             if line not in self.complaints:
                 self.complaints.append(line)
 
-        if any(isinstance(value, (bool, int, float, complex)) for value in outputs):
+        values = tree_leaves(call.result)
+        if any(isinstance(value, (bool, int, float, complex)) for value in values):
             complain("reads a value of the device on the host")
-        if torch.Tag.dynamic_output_shape in func.tags:
+        if torch.Tag.dynamic_output_shape in call.op.tags:
             complain("makes a tensor whose shape depends on its contents")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in call.op.tags:
             complain("draws random numbers from a generator and not from the step's state")
-        if name in _FROM_HOST:
+        if call.short_name in _FROM_HOST:
             complain("makes a tensor from a number of the host's")
-        for t in inputs:
-            if _storage(t) not in self._made and not getattr(t, "is_constant", False):
+        for t in call.inputs:
+            if storage_of(t) not in self._made and not getattr(t, "is_constant", False):
                 complain(f"touches a tensor {tuple(t.shape)} that the step does not own")
 
-
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata
-
-
-# ---- a recipe's step ---------------------------------------------------------------------------
 
 _BATCH, _STEPS = 2, 3
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What a recipe's step dispatches, and what stands against capturing it.
+    """Hold what a recipe's step dispatches, and what forbids capturing it.
 
     Attributes:
         complaints: one line each; none: the step can be captured.
         ops: operators that launch work (views and allocations left out), by phase.
         attack_step_ops: such operators in one attack step, network passes left out; loss_ops and
             optimiser_ops: in the loss, forward and backward, and in the optimiser with the average.
-        stand_in: the optimiser that was recorded in place of the recipe's, apex's, which has no CPU to run
-            on; None: the recipe's own.
+        stand_in: the optimiser that was recorded in place of apex's, which has no CPU form; None:
+            the recipe's own optimiser was recorded.
     """
 
     recipe: str
@@ -175,10 +131,11 @@ class Audit:
 
 
 def audit(recipe: Recipe) -> Audit:
-    """Record the recipe's step on a tape, replay it, and hold it against the same step run eagerly.
+    """Record the recipe's step on a tape, replay it, and compare it with the same step run eagerly.
 
-    Random images of the dataset's shape, a small batch: what is dispatched depends on neither. All on the
-    CPU, so with stand-ins for what only a GPU has (`build.without_gpu`).
+    The audit takes a small batch of random images of the dataset's shape: the dispatched operators
+    depend on neither. It runs on the CPU, with stand-ins for what only a GPU has
+    (`build.without_gpu`).
     """
     asked = recipe.optim.name
     recipe = build.without_gpu(recipe, torch.device("cpu"))
@@ -188,34 +145,34 @@ def audit(recipe: Recipe) -> Audit:
     complaints = [*tape.complaints, *complaints]
     if taped.why_eager:
         complaints.append(taped.why_eager)
-    ours, theirs = taped.tensors(), plain.tensors()
-    for name in ours:
-        if not _same(ours[name], theirs[name]):
+    replayed, eager = taped.tensors(), plain.tensors()
+    for name in replayed:
+        if not _same(replayed[name], eager[name]):
             complaints.append(f"{name} differs between replay and eager step after {_STEPS} steps")
     stand_in = None if recipe.optim.name == asked else recipe.optim.name
     if stand_in:
-        # Whether apex's can be captured its name says.
+        # The optimiser's name alone tells whether it can be captured.
         taped.optimiser.name = asked
         if taped.optimiser.uncapturable:
             complaints.append(taped.optimiser.uncapturable)
-    work = [entry for entry in tape.entries if entry.replayed]
-    ops = Counter(entry.phase for entry in work)
-    own = [str(entry.op) for entry in work if entry.op.namespace == "engine"]
+    work = [call for call in tape.calls if call.launches]
+    ops = Counter(call.phase for call in work)
+    own = [str(call.op) for call in work if call.op.namespace == "engine"]
     climbs = sum(op.startswith(("engine.input_grad_step", "engine.attack_step")) for op in own)
     losses = sum(op.startswith("engine.local_ball_loss_backward") for op in own)
     return Audit(
-        recipe.name,
-        complaints,
-        dict(ops),
-        ops[phases.ATTACK_STEP] / max(climbs, 1),
-        ops[phases.LOSS] + losses,
-        ops[phases.OPTIMISER],
-        stand_in,
+        recipe=recipe.name,
+        complaints=complaints,
+        ops=dict(ops),
+        attack_step_ops=ops[phases.ATTACK_STEP] / max(climbs, 1),
+        loss_ops=ops[phases.LOSS] + losses,
+        optimiser_ops=ops[phases.OPTIMISER],
+        stand_in=stand_in,
     )
 
 
 def _train(recipe: Recipe, tape: Tape | None) -> tuple[Step, list[str]]:
-    """Some steps of a recipe on random images, and what moved meanwhile."""
+    """Run some steps of a recipe on random images; return the step and the tensors that moved."""
     about = datasets.info(recipe.data.name)
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8 * _BATCH, *about.shape), dtype=torch.uint8, generator=draw)
@@ -243,5 +200,5 @@ def _train(recipe: Recipe, tape: Tape | None) -> tuple[Step, list[str]]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, NaN like NaN."""
+    """Compare bit for bit; NaN equals NaN."""
     return bool(((a == b) | ((a != a) & (b != b))).all())

@@ -1,22 +1,18 @@
-"""What a recipe's step costs on a GPU, on paper: FLOPs, bytes, launches, memory, and the time they bound.
+"""Predict what a recipe's step costs on a GPU: FLOPs, bytes, launches, memory, and time.
 
-The recipe's real step is dispatched on the meta device, where operators have shapes and no data, and
-every operator is priced by a roofline: the longer of its arithmetic and its traffic, never below the
-shortest time a kernel takes. Nothing here has been fitted to a measurement.
+The recipe's real step is dispatched on the meta device, where operators have shapes and no data. A
+roofline prices every operator: the longer of its arithmetic and its traffic, never below the
+shortest time of a kernel. No number here is fitted to a measurement.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ..data import datasets
@@ -27,9 +23,11 @@ from ..objectives import PGD
 from ..recipes import Recipe
 from ..runs import build
 from ..training.step import Step
+from .dispatch import GATHERS, Call, Spy
 
-# The convolution's share of the stem's ops, as PyTorch counts its own; the arguments are shapes. Here and not
-# beside the ops: PyTorch's counter imports Triton, and `import engine` shall not.
+# Count the convolution inside the stem's ops, as PyTorch counts its own; the arguments are shapes.
+# The formulas do not lie beside the ops: PyTorch's counter imports Triton, which
+# `import engine` must not.
 
 
 @register_flop_formula(torch.ops.engine.input_grad_step)
@@ -49,7 +47,7 @@ def _(x, stem_grad, kh, kw, *_, **__) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks as the vendor gives them: dense, no sparsity.
+    """Hold the vendor's peaks of a GPU: dense, no sparsity.
 
     Attributes:
         tflops: by precision [10^12 a second]; bandwidth [GB/s]; memory [GB].
@@ -71,7 +69,7 @@ GPUS = {
     "h200": _gpu("H200 SXM", 67.0, 494.7, 989.4, 4800.0, 141.0),
 }
 
-# Guesses, and shown as such beside every prediction.
+# These numbers are guesses; every prediction shows them as such.
 COMPUTE = 0.4  # share of the peak that convolutions and matrix products reach
 TRAFFIC = 0.8  # share of the bandwidth
 SHORTEST = 2e-6  # s, a kernel of no work inside a graph
@@ -84,9 +82,6 @@ _NETWORK = {
     phases.TRAIN_FORWARD,
     phases.TRAIN_BACKWARD,
 }
-# Gathers touch as much of the dataset as they produce, not all of it.
-_GATHERS = ("engine::augment", "engine::recall", "engine::remember", "aten::index_select")
-_FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 
 @dataclass
@@ -98,67 +93,40 @@ class _Op:
     saved: int  # bytes of results
 
 
-class _Priced(TorchDispatchMode):
-    """Records the cost of everything dispatched, by phase."""
+class _Priced(Spy):
+    """Record the cost of every dispatched operator, by phase."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[_Op] = []
-        self._phases = [phases.BOOKKEEPING]
 
-    def enter(self, name: str) -> None:
-        self._phases.append(name)
-
-    def exit(self, name: str) -> None:
-        self._phases.pop()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name = func._schema.name
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        storages = {t.untyped_storage()._cdata for t in inputs}
-        view = bool(results) and all(t.untyped_storage()._cdata in storages for t in results)
-        if name.removeprefix("aten::") in _FREE or (view and not func._schema.is_mutable):
-            return out
-        price = flop_registry.get(func._overloadpacket)
-        flops = price(*args, **kwargs, out_val=out) if price is not None else 0
-        written = [] if view else results
-        if func._schema.is_mutable:
-            written = [t for t in _mutated(func, args, kwargs) if isinstance(t, Tensor)]
-        if name in _GATHERS:
-            size = max(
-                [t.numel() * t.itemsize for t in inputs[1:] + results if t.is_floating_point()],
-                default=0,
-            )
-            traffic = 2 * size
-        else:
-            traffic = sum(t.numel() * t.itemsize for t in inputs + written)
-        saved = sum(t.numel() * t.itemsize for t in written)
-        self.ops.append(_Op(name, self._phases[-1], int(flops), traffic, saved))
-        return out
+    def heard(self, call: Call) -> None:
+        if not call.launches:
+            return
+        formula = flop_registry.get(call.op._overloadpacket)
+        flops = formula(*call.args, **call.kwargs, out_val=call.result) if formula else 0
+        saved = sum(t.numel() * t.itemsize for t in call.written)
+        self.ops.append(_Op(call.name, call.phase, int(flops), _bytes_moved(call), saved))
 
 
-def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    for argument, value in zip(func._schema.arguments, args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from tree_leaves(value)
-    for argument in func._schema.arguments:
-        if argument.name in kwargs and argument.alias_info is not None:
-            yield from tree_leaves(kwargs[argument.name])
+def _bytes_moved(call: Call) -> int:
+    """Return the bytes that a call reads and writes."""
+    if call.name in GATHERS:
+        # A gather touches as much of the dataset as it produces, not all of it.
+        floats = [t for t in call.inputs[1:] + call.outputs if t.is_floating_point()]
+        return 2 * max((t.numel() * t.itemsize for t in floats), default=0)
+    return sum(t.numel() * t.itemsize for t in call.inputs + call.written)
 
 
 @dataclass(frozen=True)
 class Price:
-    """What one step should cost on a GPU.
+    """Hold what one step should cost on a GPU.
 
     Attributes:
-        flops, bytes, launches: a step; `launches` are those of an eager step, a captured one has one.
-        seconds: a captured step; eager_seconds: an eager one, bound by the host where launching takes longer.
-        bound_by: share of the operators' time bound by compute, by memory, by a kernel's least time.
+        flops, bytes, launches: of an eager step; a captured step has one launch.
+        seconds: of a captured step; eager_seconds: of an eager step, bound by the host where the
+            launches take longer.
+        bound_by: share of the operators' time bound by compute, memory, a kernel's least time.
     """
 
     flops: int
@@ -171,16 +139,17 @@ class Price:
 
 @dataclass(frozen=True)
 class Plan:
-    """A prediction. Times in ms, memory in GB.
+    """Hold a prediction. Times in ms, memory in GB.
 
     Attributes:
         passes: of the whole batch, by kind.
-        flops, bytes, launches: a step; `launches` are those of an eager step, a captured one has one.
-        step_ms: a captured step; eager_ms: an eager one, bound by the host where launching takes longer.
-        bound_by: share of `step_ms` in operators bound by compute, by memory, by a kernel's least time.
+        flops, bytes, launches: of an eager step; a captured step has one launch.
+        step_ms: a captured step; eager_ms: an eager step, bound by the host where the launches take
+            longer.
+        bound_by: share of `step_ms` in operators bound by compute, memory, a kernel's least time.
         memory_gb: weights with optimiser state, activations, dataset, adversary memory.
         share_of_pgd10: `step_ms` over that of PGD-10 on the same network and batch.
-        measured_ms: on this machine's GPU, where there is one.
+        measured_ms: on this machine's GPU; None without a GPU.
     """
 
     recipe: str
@@ -213,97 +182,117 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
         raise EngineError(f"unknown --gpu {gpu}: {', '.join(GPUS)}")
     device = GPUS[gpu]
     precision = "bf16" if recipe.step.precision == "auto" else recipe.step.precision
-    about = datasets.info(recipe.data.name)
     step, batch = _on_meta(recipe)
     ops = _dispatch(step, batch)
     cost = _price(ops, device, precision)
-    counterpart = replace(
-        recipe, objective=PGD(), attack=replace(recipe.attack, steps=10, start="random", alpha=None)
-    )
-    pgd10 = price(*_on_meta(counterpart), device, precision)
-    images = min(about.train - recipe.data.validation, recipe.data.train_examples or about.train)
-    steps = images // recipe.optim.batch_size
+    pgd10 = price(*_on_meta(_pgd10_of(recipe)), device, precision)
+    images = _training_images(recipe)
     passes = recipe.objective.passes(recipe.attack)
-    said = assumptions(device, precision)
+    basis = assumptions(device, precision)
     if step.optimiser.name != recipe.optim.name:
-        said.append(f"optim.name = {recipe.optim.name} at the price of {step.optimiser.name}")
-    pixels = images * about.shape[0] * about.shape[1] * about.shape[2]
+        basis.append(f"optim.name = {recipe.optim.name} at the price of {step.optimiser.name}")
+    steps = recipe.optim.epochs * (images // recipe.optim.batch_size)
+    return Plan(
+        recipe=recipe.name,
+        gpu=gpu,
+        precision=precision,
+        batch=recipe.optim.batch_size,
+        passes={**asdict(passes), "total": passes.total},
+        flops=cost.flops,
+        bytes=cost.bytes,
+        launches=cost.launches,
+        step_ms=1e3 * cost.seconds,
+        eager_ms=1e3 * cost.eager_seconds,
+        bound_by=cost.bound_by,
+        images_per_second=recipe.optim.batch_size / cost.seconds,
+        train_minutes=steps * cost.seconds / 60,
+        memory_gb=_memory_gb(recipe, step, ops, images, half=precision in ("bf16", "fp16")),
+        pgd10_ms=1e3 * pgd10.seconds,
+        share_of_pgd10=cost.seconds / pgd10.seconds,
+        assumptions=basis,
+        measured_ms=measured(recipe),
+    )
+
+
+def _pgd10_of(recipe: Recipe) -> Recipe:
+    """Return the recipe with PGD-10 as its objective and attack."""
+    attack = replace(recipe.attack, steps=10, start="random", alpha=None)
+    return replace(recipe, objective=PGD(), attack=attack)
+
+
+def _training_images(recipe: Recipe) -> int:
+    about = datasets.info(recipe.data.name)
+    return min(about.train - recipe.data.validation, recipe.data.train_examples or about.train)
+
+
+def _memory_gb(
+    recipe: Recipe, step: Step, ops: list[_Op], images: int, *, half: bool
+) -> dict[str, float]:
+    """Return the step's memory by part [GB]; `half`: the network's passes take 16 bits a number."""
+    pixels = images * prod(datasets.info(recipe.data.name).shape)
     activations = sum(op.saved for op in ops if op.phase == phases.TRAIN_FORWARD)
     moments = 2 if recipe.optim.name.endswith(("adamw", "adam", "lamb")) else 1
     copies = 2 + moments + (recipe.optim.ema > 0)
-    half = precision in ("bf16", "fp16")
     weights = sum(p.numel() for p in step.model.parameters())
-    return Plan(
-        recipe.name,
-        gpu,
-        precision,
-        recipe.optim.batch_size,
-        {**asdict(passes), "total": passes.total},
-        cost.flops,
-        cost.bytes,
-        cost.launches,
-        1e3 * cost.seconds,
-        1e3 * cost.eager_seconds,
-        cost.bound_by,
-        recipe.optim.batch_size / cost.seconds,
-        recipe.optim.epochs * steps * cost.seconds / 60,
-        {
-            "weights and optimiser": weights * (4 * copies + 2 * half) / 1e9,
-            "activations of the loss": activations * (0.5 if half else 1.0) / 1e9,
-            "dataset": pixels / 1e9,
-            "adversary memory": pixels / 1e9 if recipe.attack.start == "memory" else 0.0,
-        },
-        1e3 * pgd10.seconds,
-        cost.seconds / pgd10.seconds,
-        said,
-        measured(recipe),
-    )
+    return {
+        "weights and optimiser": weights * (4 * copies + 2 * half) / 1e9,
+        "activations of the loss": activations * (0.5 if half else 1.0) / 1e9,
+        "dataset": pixels / 1e9,
+        "adversary memory": pixels / 1e9 if recipe.attack.start == "memory" else 0.0,
+    }
 
 
 def price(step: Step, batch: Batch, device: Gpu, precision: str) -> Price:
     """Predict any step on any batch.
 
     Args:
-        step, batch: on the meta device, the step in float32, where every operator has a meta kernel.
+        step, batch: on the meta device; the step in float32, where every operator has a meta
+            kernel.
         precision: of the network's passes on the GPU, a key of `Gpu.tflops`.
     """
     return _price(_dispatch(step, batch), device, precision)
 
 
 def flops(recipe: Recipe) -> int:
-    """Floating-point operations of one step of the recipe, as `count` has them; the same on any device."""
+    """Return the floating-point operations of one step of the recipe, by `count`, on any device."""
     step, batch = _on_meta(recipe)
     return count(lambda: step.run(batch)).total()
 
 
 def count(call: Callable[[], object]) -> Counter[str]:
-    """Floating-point operations of whatever `call` dispatches, by operator: convolutions and matrix products, exactly."""
-    priced, found = _Priced(), Counter[str]()
+    """Count the floating-point operations that `call` dispatches, by operator.
+
+    Convolutions and matrix products are counted exactly, everything else as 0.
+    """
+    priced, flops_of = _Priced(), Counter[str]()
     with priced:
         call()
     for op in priced.ops:
-        found[op.name] += op.flops
-    return +found
+        flops_of[op.name] += op.flops
+    return +flops_of
 
 
 def assumptions(device: Gpu, precision: str) -> list[str]:
-    """What a prediction rests on, one line each."""
+    """List the assumptions behind a prediction, one line each."""
     return [
-        f"{device.name}: {device.tflops[precision]:g} TFLOP/s dense {precision}, {device.bandwidth:g} GB/s (vendor)",
-        f"convolutions and matrix products reach {COMPUTE:.0%} of that, traffic {TRAFFIC:.0%} (guesses)",
-        f"no kernel takes less than {1e6 * SHORTEST:g} us; launching one eagerly takes the host {1e6 * LAUNCH:g} us (guesses)",
-        "operators as PyTorch dispatches them, none fused but the engine's own; the training step alone, "
-        "no evaluation",
+        f"{device.name}: {device.tflops[precision]:g} TFLOP/s dense {precision}, "
+        f"{device.bandwidth:g} GB/s (vendor)",
+        f"convolutions and matrix products reach {COMPUTE:.0%} of that, traffic {TRAFFIC:.0%} "
+        "(guesses)",
+        f"no kernel takes less than {1e6 * SHORTEST:g} us; launching one eagerly takes the host "
+        f"{1e6 * LAUNCH:g} us (guesses)",
+        "operators as PyTorch dispatches them, none fused but the engine's own; the training step "
+        "alone, no evaluation",
     ]
 
 
 def measured(recipe: Recipe) -> float | None:
-    """The step's p50 on this machine's GPU in ms; None without one."""
+    """Measure the step's p50 on this machine's GPU [ms]; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    where = torch.device("cuda")
-    step = _step(recipe, where, steps=200)
-    batch = _batch(recipe, where)
+    device = torch.device("cuda")
+    step = _step(recipe, device, steps=200)
+    batch = _batch(recipe, device)
     times = []
     for _ in range(60):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -317,7 +306,7 @@ def measured(recipe: Recipe) -> float | None:
 
 
 def _dispatch(step: Step, batch: Batch) -> list[_Op]:
-    """The operators of one step."""
+    """Run one step and return its operators."""
     priced = _Priced()
     with phases.listening(priced), priced:
         step.run(batch)
@@ -325,33 +314,33 @@ def _dispatch(step: Step, batch: Batch) -> list[_Op]:
 
 
 def _on_meta(recipe: Recipe) -> tuple[Step, Batch]:
-    where = torch.device("meta")
-    return _step(recipe, where, steps=1), _batch(recipe, where)
+    meta = torch.device("meta")
+    return _step(recipe, meta, steps=1), _batch(recipe, meta)
 
 
-def _step(recipe: Recipe, where: torch.device, steps: int) -> Step:
+def _step(recipe: Recipe, device: torch.device, steps: int) -> Step:
     about = datasets.info(recipe.data.name)
     images = torch.empty((recipe.optim.batch_size, *about.shape), dtype=torch.uint8)
-    with where:
+    with device:
         model = build.build_model(recipe, None, len(about.classes), images.shape[1:])
-    memory = build.memory_for(recipe, images, where)
-    if where.type == "meta":
-        # Priced in float32; `_price` knows the precision.
-        recipe = build.without_gpu(recipe, where)
+    memory = build.memory_for(recipe, images, device)
+    if device.type == "meta":
+        # The meta step runs in float32; `_price` applies the precision.
+        recipe = build.without_gpu(recipe, device)
     step = build.build_step(recipe, model, steps=steps, memory=memory)
     step.train()
     return step
 
 
-def _batch(recipe: Recipe, where: torch.device) -> Batch:
+def _batch(recipe: Recipe, device: torch.device) -> Batch:
     about, n = datasets.info(recipe.data.name), recipe.optim.batch_size
-    index = torch.arange(n, device=where)
+    index = torch.arange(n, device=device)
     return Batch(
-        torch.zeros((n, *about.shape), device=where),
+        torch.zeros((n, *about.shape), device=device),
         index % len(about.classes),
         index,
-        torch.zeros((n, 3), dtype=torch.int32, device=where),
-        torch.zeros((n, *about.shape), device=where) if recipe.attack.start == "memory" else None,
+        torch.zeros((n, 3), dtype=torch.int32, device=device),
+        torch.zeros((n, *about.shape), device=device) if recipe.attack.start == "memory" else None,
     )
 
 
@@ -374,10 +363,10 @@ def _price(ops: list[_Op], device: Gpu, precision: str) -> Price:
         bound[limit] += times[limit]
     busy = sum(bound.values())
     return Price(
-        sum(op.flops for op in ops),
-        sum(_traffic(op, precision) for op in ops),
-        len(ops),
-        busy + REPLAY,
-        max(busy, LAUNCH * len(ops)),
-        {name: seconds / busy for name, seconds in bound.items()},
+        flops=sum(op.flops for op in ops),
+        bytes=sum(_traffic(op, precision) for op in ops),
+        launches=len(ops),
+        seconds=busy + REPLAY,
+        eager_seconds=max(busy, LAUNCH * len(ops)),
+        bound_by={name: seconds / busy for name, seconds in bound.items()},
     )

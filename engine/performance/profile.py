@@ -1,4 +1,4 @@
-"""Where a step's time goes: by phase, by operator, and the commands for NVIDIA's profilers."""
+"""Profile a training step by phase and by operator; run NVIDIA's profilers on it."""
 
 from __future__ import annotations
 
@@ -10,44 +10,24 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.ticker import (
-    PercentFormatter,
-)
 from torch.autograd import DeviceType
 
-from .. import files, pages, pictures
+from .. import files
 from ..device import machine, phases, precision
 from ..device.machine import environment
 from ..errors import EngineError
-from ..pictures import SERIES
 from ..recipes import Recipe
 from ..runs import build
-from . import capture_audit, plan, timing
-
-
-def draw_phases(ax: Axes, shares: Mapping[str, float], step_ms: float) -> None:
-    """A bar for each phase of a step: its share of the time [0..1], and milliseconds."""
-    names = list(shares)[::-1]
-    ax.barh(names, [shares[name] for name in names], color=SERIES[0])
-    for place, name in enumerate(names):
-        text = f"{shares[name]:.1%}, {shares[name] * step_ms:.3g} ms"
-        ax.annotate(text, (shares[name], place), (4, 0), textcoords="offset points", va="center")
-    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
-    ax.set_xlim(0, 1.25 * max(shares.values()))
-    ax.set_title(f"Where a step of {step_ms:.3g} ms goes")
-
+from . import capture_audit, page, plan, timing
+from .dispatch import GATHERS
 
 _WARM_UP = 5
-# They read a few rows of what they are given: its size says nothing of the traffic.
-_GATHERS = {"engine::augment", "engine::recall", "engine::remember", "aten::index_select"}
 _TOOLS = {
     "nsys": (
         "nsys", "profile", "--trace=cuda,nvtx,osrt", "--capture-range=cudaProfilerApi",
@@ -61,9 +41,9 @@ _TOOLS = {
 
 
 class Clock:
-    """A phase listener that adds up each phase's own time, inner phases not counted twice.
+    """Listen to the phases of a step and add up each phase's time, inner phases left out.
 
-    On the CPU by the clock; on a GPU by events, which say how long the device was at it.
+    The CPU's time is the clock's; a GPU's is the time between events on the device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -97,7 +77,7 @@ class Clock:
         self._since = now
 
     def finish(self) -> None:
-        """Sum up; waits for the device."""
+        """Wait for the device and add up the spans."""
         if self._cuda:
             torch.cuda.synchronize()
         for name, begin, end in self._spans:
@@ -107,24 +87,25 @@ class Clock:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `engine profile` found.
+    """Hold the findings of `engine profile`.
 
     Attributes:
         step_ms: p20, p50, p80 of the step as training runs it; images_per_second by the median.
-        gflop: of a step, convolutions and matrix products; gflop_per_s by the median step, share_of_peak
-            against peak_gflop_per_s: the best that a large matrix product reached on this machine, with
-            the step's threads and precision.
-        phases: share of the eager step's time of each phase, `other` what no phase covers [0..1].
-        covered: what the named phases cover [0..1].
+        gflop: convolutions and matrix products of a step; gflop_per_s: by the median step;
+            share_of_peak: gflop_per_s over peak_gflop_per_s, the best rate of a large matrix product
+            on this machine with the step's threads and precision.
+        phases: each phase's share of the eager step's time [0..1]; `other`: the rest of the time.
+        covered: share of the time in named phases [0..1].
         ops_per_step: operators dispatched, views and allocations left out; by the audit.
         host_syncs: reads of a device value within a step; by the audit.
-        stand_in: the optimiser that the audit counted in place of apex's; None: the recipe's own.
-        cpu_ms, device_ms: of a step in torch.profiler, waiting for the device not counted; device_ms is
-            None without a GPU.
-        top_ops: op, calls a step, ms a step of its own (on a GPU: in the kernels it launched), share of
-            cpu_ms (of device_ms), gb_per_s (its inputs taken as float32, once: a lower bound; None for
-            gathers), share_of_copy (against a large copy on this machine), gflop_per_s and share_of_peak
-            (None for what is neither convolution nor matrix product).
+        stand_in: the optimiser counted in place of apex's; None: the recipe's own.
+        cpu_ms, device_ms: of a step in torch.profiler, without the time spent waiting for the
+            device; device_ms is None without a GPU.
+        top_ops: a row for each operator. calls: a step; ms: a step, callees left out (on a GPU: in
+            the kernels it launched); share: of cpu_ms (of device_ms); gb_per_s: its inputs read
+            once as float32, a lower bound, None for gathers; share_of_copy: against a large copy
+            on this machine; gflop_per_s and share_of_peak: None except for convolutions and
+            matrix products.
     """
 
     recipe: str
@@ -156,13 +137,13 @@ class Profile:
 def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
     """Profile the recipe's training step.
 
-    Writes profile.json, the page profile.html with the same numbers, phases.png and trace.json into `out`.
+    Writes profile.json, profile.html with the same numbers, phases.png and trace.json into `out`.
     """
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     out.mkdir(parents=True, exist_ok=True)
-    # What needs no measurement first: where it fails, none was made for nothing.
-    found, gflop = capture_audit.audit(recipe), plan.flops(recipe) / 1e9
+    # These two need no measurement: if one fails, no time was spent on measuring.
+    audit, gflop = capture_audit.audit(recipe), plan.flops(recipe) / 1e9
     call = build.step_of(recipe)
     for _ in range(_WARM_UP):
         call()
@@ -170,7 +151,7 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
 
     device, eager = machine.device(), call
     if device.type == "cuda":
-        # By phase the step must run eagerly: Python is not there when a graph replays.
+        # Phases are heard from an eager step only: a graph replays without Python.
         eager = build.step_of(replace(recipe, step=replace(recipe.step, capture="off")))
         for _ in range(_WARM_UP):
             eager()
@@ -190,7 +171,6 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
         row["share_of_copy"] = row["gb_per_s"] and row["gb_per_s"] / copied
         row["share_of_peak"] = row["gflop_per_s"] and row["gflop_per_s"] / peak
     rate = 1e3 * gflop / measured.p50
-    picture = out / "phases.png"
     result = Profile(
         recipe=recipe.name,
         environment=environment(),
@@ -204,41 +184,28 @@ def profile(recipe: Recipe, out: Path, *, steps: int = 20) -> Profile:
         peak_gflop_per_s=peak,
         phases=shares,
         covered=covered,
-        ops_per_step=sum(found.ops.values()),
-        host_syncs=sum("on the host" in line for line in found.complaints),
-        stand_in=found.stand_in,
+        ops_per_step=sum(audit.ops.values()),
+        host_syncs=sum("on the host" in line for line in audit.complaints),
+        stand_in=audit.stand_in,
         cpu_ms=cpu_ms,
         device_ms=device_ms,
         top_ops=top,
         copy_gb_per_s=copied,
         peak_memory_mb=machine.peak_memory_mb(),
         trace=str(trace),
-        picture=str(picture),
+        picture=str(out / "phases.png"),
         page=str(out / "profile.html"),
         next=shlex.join(command("nsys", [recipe.name], out / "nsys")),
     )
-    with pictures.style():
-        figure, (ax,) = pictures.panels(width=8.0, height=3.4)
-        draw_phases(ax, shares, measured.p50)
-        pictures.save_png(figure, picture)
-        chart = Markup(pictures.svg(figure, "phases"))
     files.write_json(out / "profile.json", asdict(result))
-    page = pages.render(
-        "profile",
-        profile=result,
-        chart=chart,
-        folder=out.name,
-        trace=trace.name,
-        environment={k: v for k, v in result.environment.items() if v is not None},
-    )
-    files.write_text(out / "profile.html", page)
+    page.write(asdict(result))
     return result
 
 
 def _operators(
     call: Callable[[], object], *, steps: int, trace: Path
 ) -> tuple[float, float | None, list[dict[str, Any]]]:
-    """CPU and device milliseconds a step, and the operators with the most time of their own."""
+    """Return CPU and device milliseconds a step, and the operators that take the most time."""
     from torch.profiler import ProfilerActivity
 
     cuda = torch.cuda.is_available()
@@ -252,39 +219,39 @@ def _operators(
     cpu, device, rows = tally(session.key_averages(group_by_input_shape=True), kind)
     total = device if cuda else cpu
     top = sorted(rows.items(), key=lambda item: -item[1]["us"])[:12]
-    found = [
+    rows_of_top = [
         {
             "op": name,
             "calls": row["calls"] / steps,
             "ms": row["us"] / 1e3 / steps,
             "share": row["us"] / max(total, 1e-9),
-            "gb_per_s": None if name in _GATHERS else row["bytes"] / max(row["us"], 1e-9) / 1e3,
+            "gb_per_s": None if name in GATHERS else row["bytes"] / max(row["us"], 1e-9) / 1e3,
             "gflop_per_s": flops[name] * steps / max(row["us"], 1e-9) / 1e3 or None,
         }
         for name, row in top
     ]
-    return cpu / 1e3 / steps, device / 1e3 / steps if cuda else None, found
+    return cpu / 1e3 / steps, device / 1e3 / steps if cuda else None, rows_of_top
 
 
 def tally(events: Iterable[Any], kind: str) -> tuple[float, float, dict[str, dict[str, float]]]:
-    """Microseconds of the CPU and of the device in a profiler's averages; calls, us and bytes of every operator.
+    """Add up a profiler's averages: CPU us, device us, and calls, us and bytes by operator.
 
-    With a GPU the averages hold each kernel twice: under the operator that launched it, as its device time,
-    and as a row of its own. The device's time is that of the latter (as in torch's table), which are no
-    operators.
+    With a GPU the averages hold each kernel twice: as device time of the operator that launched it,
+    and as a separate row. The device's time is the sum of the separate rows, as in torch's table;
+    these rows are no operators.
 
     Args:
-        kind: the attribute that says an operator's own time.
+        kind: the attribute that holds an operator's time without its callees.
     """
     rows: dict[str, dict[str, float]] = {}
     cpu = device = 0.0
     for event in events:
         if event.device_type != DeviceType.CPU:
-            # The ranges around kernels, such as an optimiser's, lie there as well.
+            # These rows include ranges around kernels, such as an optimiser's.
             device += 0.0 if event.is_user_annotation else event.self_device_time_total
             continue
         if event.is_legacy:
-            # Without CUPTI there are no rows of kernels.
+            # Without CUPTI the kernels have no rows.
             device += event.self_device_time_total
         if not event.key.endswith("Synchronize"):  # cudaDeviceSynchronize and its like only wait
             cpu += event.self_cpu_time_total
@@ -293,18 +260,18 @@ def tally(events: Iterable[Any], kind: str) -> tuple[float, float, dict[str, dic
         row["calls"] += event.count
         row["us"] += getattr(event, kind)
         row["bytes"] += event.count * sum(4 * torch.Size(shape).numel() for shape in numbers)
-    # On a GPU most only call others.
+    # On a GPU most operators only call others and launch nothing.
     return cpu, device, {name: row for name, row in rows.items() if row["us"] > 0}
 
 
 def _flops(call: Callable[[], object], events: Sequence[Any], kind: str) -> Counter[str]:
-    """FLOPs of a step by the profiler's operator.
+    """Return the FLOPs of a step by the profiler's operator.
 
-    The profiler's own count (`with_flops`) lacks a convolution's backward pass and the engine's ops, and
-    books the forward pass to `aten::conv2d`, which only calls the library. So they are counted where they
-    are dispatched; of an operator that only calls another, they are the other's.
+    The profiler's count (`with_flops`) lacks a convolution's backward pass and the engine's ops, and
+    books the forward pass to `aten::conv2d`, which only calls the library. So this function counts
+    FLOPs at dispatch. Where an operator only calls another one, the FLOPs go to the other one.
     """
-    found: Counter[str] = Counter()
+    flops_of: Counter[str] = Counter()
     for name, flops in plan.count(call).items():
         times: dict[str, list[float]] = {}
         waiting = [event for event in events if event.name == name]
@@ -312,12 +279,12 @@ def _flops(call: Callable[[], object], events: Sequence[Any], kind: str) -> Coun
             event = waiting.pop()
             times.setdefault(event.name, []).append(getattr(event, kind))
             waiting += event.cpu_children
-        # Medians: an operator may be stopped for another process at any of its calls.
+        # The median ignores a call that was interrupted by another process.
         typical = {other: statistics.median(taken) for other, taken in times.items()}
         longest = max(typical, key=lambda other: typical[other], default=name)
         only_calls = typical.get(name, 0.0) < 0.1 * typical.get(longest, 0.0)
-        found[longest if only_calls else name] += flops
-    return found
+        flops_of[longest if only_calls else name] += flops
+    return flops_of
 
 
 def _is_shape(shape: Any) -> bool:
@@ -325,7 +292,7 @@ def _is_shape(shape: Any) -> bool:
 
 
 def _copy_gb_per_s(device: torch.device) -> float:
-    """Bytes read and written a second by a copy of 64 MB, the best of five."""
+    """Return the best rate of five copies of 64 MB, bytes read plus written [GB/s]."""
     moved = 1 << 27
     move = timing.copier(moved, device)
 
@@ -339,26 +306,28 @@ def _copy_gb_per_s(device: torch.device) -> float:
 
 
 def command(tool: str, words: Sequence[str], out: Path) -> list[str]:
-    """The command that has `tool` ("nsys" or "ncu") watch `engine profile WORDS`."""
+    """Return the command that runs `engine profile WORDS` under `tool` ("nsys" or "ncu")."""
     inner = [sys.executable, "-m", "engine", "profile", *words]
     return ["env", f"{phases.WATCHED}={tool}", *_TOOLS[tool], str(out), *inner]
 
 
 def run_tool(tool: str, words: Sequence[str], out: Path) -> int:
-    """Run the profiler where it is installed; its exit status.
+    """Run the external profiler and return its exit status.
 
     Raises:
-        EngineError: where it is not: with the command to run where it is.
+        EngineError: if it is not installed; the line holds the command for another machine.
     """
     words = command(tool, words, out)
     if shutil.which(tool) is None:
-        raise EngineError(f"{tool} is not installed here; where it is, run: {shlex.join(words)}")
+        raise EngineError(
+            f"{tool} is not installed here; on a machine that has it, run: {shlex.join(words)}"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     return subprocess.run(words).returncode
 
 
 def watched(recipe: Recipe, *, steps: int = 20) -> None:
-    """Run steps between the profiler's marks, with NVTX ranges: what `run_tool` starts."""
+    """Run steps between the profiler's marks, with NVTX ranges, in the process of `run_tool`."""
     call = build.step_of(recipe)
     for _ in range(_WARM_UP):
         call()
@@ -372,5 +341,5 @@ def watched(recipe: Recipe, *, steps: int = 20) -> None:
 
 
 def is_watched() -> bool:
-    """Whether a profiler started this process to watch it."""
+    """Tell whether a profiler started this process to watch it."""
     return os.environ.get(phases.WATCHED) in _TOOLS and torch.cuda.is_available()

@@ -11,9 +11,10 @@ import jinja2
 
 from .. import files, pictures, recipes
 from ..errors import EngineError
-from ..pages import _seconds, render
+from ..pages import render
 from ..recipes import Recipe
 from ..runs.folder import Run
+from ..text import duration
 from ..threat import as_written
 from .views import View, curves_view, views_of_model
 
@@ -170,7 +171,7 @@ def _facts(
     seconds = summary.get("train_seconds", rows[-1].get("train_seconds") if rows else None)
     facts = []
     if seconds is not None:
-        facts.append((_seconds(seconds), "training time", "steps and data, evaluation excluded"))
+        facts.append((duration(seconds), "training time", "steps and data, evaluation excluded"))
     passes = recipe.objective.passes(recipe.attack)
     parts = f"{passes.forward:g} forward, {passes.input_grad:g} input, {passes.weight_grad:g} weight gradient"
     facts.append((str(passes.total), "passes a step", parts))

@@ -127,7 +127,7 @@ class Step:
         with passes(self.precision, self.device):
             start = batch.start
             if start is None and self.memory is not None:
-                start = self.memory.recall(_samples(batch), x, batch.where)
+                start = self.memory.recall(_samples(batch), x, batch.crops)
             outcome: Outcome = self._compute(
                 x, y, self.threat_now, self.attack, start=start, state=self.state
             )
@@ -141,7 +141,7 @@ class Step:
             self.optimiser.step(self.state[1:], self.scale)
         with phase(BOOKKEEPING):
             if self.memory is not None:
-                self.memory.remember(_samples(batch), x, adversary, batch.where)
+                self.memory.remember(_samples(batch), x, adversary, batch.crops)
             self._count(outcome)
             self.state[1:].add_(1)
             if self.radii is not None:

@@ -75,7 +75,7 @@ class Trainer:
 
     Args:
         step: its optimiser has a learning rate for each of `epochs` times `len(loader)` steps.
-        loader: yields `Batch`es with `samples` and `where` if the step has an adversary memory. Where the
+        loader: yields `Batch`es with `samples` and `crops` if the step has an adversary memory. Where the
             step takes its batches itself, they are this loader's.
         validation: held-out (x float32 [V, C, H, W] in [0, 1], y int64 [V]), never the test set; of
             several processes each has its part of it.

@@ -23,7 +23,7 @@ def augment(
 ) -> tuple[Tensor, Tensor, Tensor]:
     b = index.shape[0]
     x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
-    where = images.new_empty((b, 3), dtype=torch.int32)
+    crops = images.new_empty((b, 3), dtype=torch.int32)
     start = x.new_empty(0) if memory is None else torch.empty_like(x)
     seed, step = rng.tolist()
     native.augment(
@@ -31,7 +31,7 @@ def augment(
         index.data_ptr(),
         *images.shape,
         x.data_ptr(),
-        where.data_ptr(),
+        crops.data_ptr(),
         b,
         seed,
         step,
@@ -44,19 +44,19 @@ def augment(
         0.0 if eps is None else eps.item(),
         norm == "L2",
     )
-    return x, where, start
+    return x, crops, start
 
 
 def recall(
-    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, eps: Tensor, norm: str
+    memory: Tensor, index: Tensor, crops: Tensor, x: Tensor, eps: Tensor, norm: str
 ) -> Tensor:
     if not served(x):
-        return reference.recall(memory, index, where, x, eps, norm)
+        return reference.recall(memory, index, crops, x, eps, norm)
     out = torch.empty_like(x)
     native.recall(
         memory.data_ptr(),
         index.data_ptr(),
-        where.data_ptr(),
+        crops.data_ptr(),
         *memory.shape,
         x.data_ptr(),
         out.data_ptr(),
@@ -69,14 +69,14 @@ def recall(
 
 
 def remember(
-    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, z: Tensor, eps: Tensor
+    memory: Tensor, index: Tensor, crops: Tensor, x: Tensor, z: Tensor, eps: Tensor
 ) -> None:
     if not served(x, z) or z.dtype is not x.dtype:
-        return reference.remember(memory, index, where, x, z, eps)
+        return reference.remember(memory, index, crops, x, z, eps)
     native.remember(
         memory.data_ptr(),
         index.data_ptr(),
-        where.data_ptr(),
+        crops.data_ptr(),
         *memory.shape,
         x.data_ptr(),
         z.data_ptr(),

@@ -26,8 +26,8 @@ _augment = define(
 def _(images, index, rng, pad, flip, cutout, stream, memory, eps, norm):
     b = index.shape[0]
     x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
-    where = images.new_empty((b, 3), dtype=torch.int32)
-    return x, where, x.new_empty(0) if memory is None else torch.empty_like(x)
+    crops = images.new_empty((b, 3), dtype=torch.int32)
+    return x, crops, x.new_empty(0) if memory is None else torch.empty_like(x)
 
 
 def augment(
@@ -60,8 +60,8 @@ def augment(
         norm: "Linf" or "L2", of the ball that the start lies in.
     Returns:
         x: float32 [B, C, H, W] in [0, 1].
-        where: int32 [B, 3], (dy, dx, mirrored) of every sample, as `recall` and `remember` take it.
-        start: float32 [B, C, H, W], `recall(memory, index, where, x, eps, norm=norm)` bit for bit;
+        crops: int32 [B, 3], (dy, dx, mirrored) of every sample, as `recall` and `remember` take it.
+        start: float32 [B, C, H, W], `recall(memory, index, crops, x, eps, norm=norm)` bit for bit;
             None without a memory.
     """
     if images.dtype != torch.uint8:
@@ -87,20 +87,20 @@ def augment(
         if eps is None:
             raise ValueError("eps is missing: memory holds steps of eps / 127")
         radius = check_scalar("eps", eps, images)
-    x, where, start = _augment(
+    x, crops, start = _augment(
         images, index, rng, int(pad), bool(flip), int(cutout), stream, memory, radius, norm
     )
-    return x, where, None if memory is None else start
+    return x, crops, None if memory is None else start
 
 
 _recall = define(
     "recall",
-    "(Tensor memory, Tensor index, Tensor where, Tensor x, Tensor eps, str norm) -> Tensor",
+    "(Tensor memory, Tensor index, Tensor crops, Tensor x, Tensor eps, str norm) -> Tensor",
 )
 
 
 @torch.library.register_fake("engine::recall")
-def _(memory, index, where, x, eps, norm):
+def _(memory, index, crops, x, eps, norm):
     return torch.empty_like(x)
 
 
@@ -111,16 +111,16 @@ def _check_memory_tensor(memory: Tensor) -> None:
         raise ValueError("memory must be a contiguous [N, C, H, W]")
 
 
-def _check_memory(memory: Tensor, index: Tensor, where: Tensor, x: Tensor) -> Tensor:
+def _check_memory(memory: Tensor, index: Tensor, crops: Tensor, x: Tensor) -> Tensor:
     _check_memory_tensor(memory)
     if x.shape[1:] != memory.shape[1:]:
         raise ValueError(f"x {tuple(x.shape)} does not fit the memory's images")
     index = check_index(index, memory, "memory")
     if len(index) != len(x):
         raise ValueError(f"index has {len(index)} entries for {len(x)} images")
-    if not (where.dtype == torch.int32 and where.shape == (len(x), 3)):
-        raise TypeError(f"where must be int32 [{len(x)}, 3]")
-    for name, t in (("where", where), ("x", x)):
+    if not (crops.dtype == torch.int32 and crops.shape == (len(x), 3)):
+        raise TypeError(f"crops must be int32 [{len(x)}, 3]")
+    for name, t in (("crops", crops), ("x", x)):
         if t.device != memory.device:
             raise ValueError(f"{name} is on {t.device}, memory on {memory.device}")
     return index
@@ -129,7 +129,7 @@ def _check_memory(memory: Tensor, index: Tensor, where: Tensor, x: Tensor) -> Te
 def recall(
     memory: Tensor,
     index: Tensor,
-    where: Tensor,
+    crops: Tensor,
     x: Tensor,
     eps: Scalar,
     *,
@@ -144,30 +144,30 @@ def recall(
 
     Args:
         memory: int8 [N, C, H, W], in steps of eps / 127.
-        index: int64 [B]; where: int32 [B, 3] as from `augment`.
+        index: int64 [B]; crops: int32 [B, 3] as from `augment`.
         x: float32 [B, C, H, W], the augmented batch.
     Returns:
         Like `x`.
     """
     x = check_images("x", x)
     check_norm(norm)
-    index = _check_memory(memory, index, where, x)
-    return _recall(memory, index, where.contiguous(), x, check_scalar("eps", eps, x), norm)
+    index = _check_memory(memory, index, crops, x)
+    return _recall(memory, index, crops.contiguous(), x, check_scalar("eps", eps, x), norm)
 
 
 _remember = define(
     "remember",
-    "(Tensor(a!) memory, Tensor index, Tensor where, Tensor x, Tensor z, Tensor eps) -> ()",
+    "(Tensor(a!) memory, Tensor index, Tensor crops, Tensor x, Tensor z, Tensor eps) -> ()",
 )
 
 
 @torch.library.register_fake("engine::remember")
-def _(memory, index, where, x, z, eps):
+def _(memory, index, crops, x, z, eps):
     return None
 
 
 def remember(
-    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, z: Tensor, eps: Scalar
+    memory: Tensor, index: Tensor, crops: Tensor, x: Tensor, z: Tensor, eps: Scalar
 ) -> None:
     """Write the perturbation z - x back into `memory`, in place, through the inverse crop and mirror.
 
@@ -176,5 +176,5 @@ def remember(
     """
     x = check_images("x", x)
     z = check_like("z", z, x, "x")
-    index = _check_memory(memory, index, where, x)
-    _remember(memory, index, where.contiguous(), x, z, check_scalar("eps", eps, x))
+    index = _check_memory(memory, index, crops, x)
+    _remember(memory, index, crops.contiguous(), x, z, check_scalar("eps", eps, x))

@@ -24,16 +24,16 @@ def augment(
     _check_range(index, images)
     h, w = images.shape[2:]
     drawn = draw_crops(rng, index.shape[0], pad, flip, stream, h, w)
-    where = drawn[:, :3].contiguous()
-    x = crop(images, index, where).to(torch.float32) / 255.0
+    crops = drawn[:, :3].contiguous()
+    x = crop(images, index, crops).to(torch.float32) / 255.0
     if cutout:
         rows = torch.arange(h, device=x.device) - (drawn[:, 3, None] - cutout // 2)
         columns = torch.arange(w, device=x.device) - (drawn[:, 4, None] - cutout // 2)
         inside_y, inside_x = (rows >= 0) & (rows < cutout), (columns >= 0) & (columns < cutout)
         x = x.masked_fill((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)
     if memory is None or eps is None:
-        return x, where, x.new_empty(0)
-    return x, where, recall(memory, index, where, x, eps, norm)
+        return x, crops, x.new_empty(0)
+    return x, crops, recall(memory, index, crops, x, eps, norm)
 
 
 def draw_crops(rng: Tensor, b: int, pad: int, flip: bool, stream: int, h: int, w: int) -> Tensor:
@@ -58,21 +58,21 @@ def _check_range(index: Tensor, of: Tensor) -> None:
         raise IndexError(f"index must lie in [0, {len(of)})")
 
 
-def crop(images: Tensor, index: Tensor, where: Tensor) -> Tensor:
+def crop(images: Tensor, index: Tensor, crops: Tensor) -> Tensor:
     """images[index] shifted by (dy, dx) with zeros outside, then mirrored: out[y, x] = in[y+dy, x+dx]."""
     _, channels, h, w = images.shape
-    source, inside = source_pixels(where, h, w)
+    source, inside = source_pixels(crops, h, w)
     picked = images[index].flatten(2)
     picked = picked.gather(2, source[:, None].expand(-1, channels, -1))
     return torch.where(inside[:, None], picked, 0).view(-1, channels, h, w)
 
 
-def source_pixels(where: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+def source_pixels(crops: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
     """For every output pixel: the flat source pixel int64 [B, H*W], and whether it lies in the image."""
-    where = where.long()
-    dy, dx, mirrored = where[:, 0, None, None], where[:, 1, None, None], where[:, 2, None, None]
-    y = torch.arange(h, device=where.device)[None, :, None] + dy
-    column = torch.arange(w, device=where.device)[None, None, :]
+    crops = crops.long()
+    dy, dx, mirrored = crops[:, 0, None, None], crops[:, 1, None, None], crops[:, 2, None, None]
+    y = torch.arange(h, device=crops.device)[None, :, None] + dy
+    column = torch.arange(w, device=crops.device)[None, None, :]
     x = torch.where(mirrored > 0, w - 1 - column, column) + dx
     inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
     source = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)
@@ -80,23 +80,23 @@ def source_pixels(where: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
 
 
 def recall(
-    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, eps: Tensor, norm: str
+    memory: Tensor, index: Tensor, crops: Tensor, x: Tensor, eps: Tensor, norm: str
 ) -> Tensor:
     quantum = eps.to(x.dtype) / 127.0
     _check_range(index, memory)
-    delta = crop(memory, index, where).to(x.dtype) * quantum
+    delta = crop(memory, index, crops).to(x.dtype) * quantum
     start = x + delta
     # Rounding to int8 steps can leave the L2 ball; a zero step projects back.
     return attack_step(x, start, torch.zeros_like(x), eps, eps, norm)
 
 
 def remember(
-    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, z: Tensor, eps: Tensor
+    memory: Tensor, index: Tensor, crops: Tensor, x: Tensor, z: Tensor, eps: Tensor
 ) -> None:
     # eps = 0 leaves nothing to store.
     steps = (z - x) * (127.0 / eps.to(x.dtype).clamp_min(1e-12))
     steps = steps.round().clamp(-127, 127).to(torch.int8)
-    dy, dx, mirrored = where.unbind(1)
+    dy, dx, mirrored = crops.unbind(1)
     back = torch.stack([-dy, torch.where(mirrored > 0, dx, -dx), mirrored], dim=1)
     _, inside = source_pixels(back, *memory.shape[2:])
     _check_range(index, memory)

@@ -1,6 +1,6 @@
 """Batches from a resident dataset, and the adversary memory: gather, crop, mirror, scale, start, store.
 
-A sample is D = C * H * W elements. `where` holds (dy, dx, mirrored) for each sample: output pixel
+A sample is D = C * H * W elements. `crops` holds (dy, dx, mirrored) for each sample: output pixel
 (y, x) shows stored pixel (y + dy, x' + dx) with x' = W - 1 - x if mirrored, else x.
 """
 
@@ -40,23 +40,23 @@ def augment(
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, columns = index.shape[0], images[0].numel() if len(images) else 0
     x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
-    where = images.new_empty((b, 3), dtype=torch.int32)
+    crops = images.new_empty((b, 3), dtype=torch.int32)
     # The L2 projection needs a sample's length before its first pixel: a launch of its own.
     fused = memory is not None and norm == "Linf"
     start = torch.empty_like(x) if fused else x.new_empty(0)
     tile = row_tile(b, columns, elements=1024, widest=1024)
     with on_device(images):
         augment_kernel[_grid(b, columns, tile)](
-            images, index, rng, x, where, *((memory, start, eps) if fused else (None, None, None)),
+            images, index, rng, x, crops, *((memory, start, eps) if fused else (None, None, None)),
             pad, stream, b, FLIP=flip, CUTOUT=cutout, **_shape(images), **tile, enable_fp_fusion=False,
         )  # fmt: skip
     if memory is not None and eps is not None and not fused:
-        start = recall(memory, index, where, x, eps, norm)
-    return x, where, start
+        start = recall(memory, index, crops, x, eps, norm)
+    return x, crops, start
 
 
 def recall(
-    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, eps: Tensor, norm: str
+    memory: Tensor, index: Tensor, crops: Tensor, x: Tensor, eps: Tensor, norm: str
 ) -> Tensor:
     out, rows, columns = torch.empty_like(x), x.shape[0], x.numel() // max(x.shape[0], 1)
     last = not x.is_contiguous()
@@ -64,26 +64,26 @@ def recall(
         if norm == "Linf":
             tile = row_tile(rows, columns, elements=1024, widest=1024)
             recall_linf_kernel[_grid(rows, columns, tile)](
-                memory, index, where, x, out, eps, rows,
+                memory, index, crops, x, out, eps, rows,
                 **_shape(memory), CHANNELS_LAST=last, **tile, enable_fp_fusion=False,
             )  # fmt: skip
         else:
             tile = row_tile(rows, columns, elements=1024, widest=4096, a_thread=16)
             recall_l2_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-                memory, index, where, x, out, eps, rows,
+                memory, index, crops, x, out, eps, rows,
                 **_shape(memory), CHANNELS_LAST=last, **tile,
             )  # fmt: skip
     return out
 
 
 def remember(
-    memory: Tensor, index: Tensor, where: Tensor, x: Tensor, z: Tensor, eps: Tensor
+    memory: Tensor, index: Tensor, crops: Tensor, x: Tensor, z: Tensor, eps: Tensor
 ) -> None:
     rows, columns = x.shape[0], x.numel() // max(x.shape[0], 1)
     tile = row_tile(rows, columns, elements=1024, widest=1024)
     with on_device(x):
         remember_kernel[_grid(rows, columns, tile)](
-            memory, index, where, x, z, eps, rows,
+            memory, index, crops, x, z, eps, rows,
             **_shape(memory), CHANNELS_LAST=not x.is_contiguous(), **tile, enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -23,8 +23,8 @@ def test_memory_gives_back_what_it_was_told(threat):
     batch = next(ResidentLoader(images, labels, 16, pad=0, flip=True).epoch(0))
     delta = 0.01 * torch.randn_like(batch.x)
     adversary = (batch.x + delta).clamp(0, 1)
-    memory.remember(batch.samples, batch.x, adversary, batch.where)
-    back = memory.recall(batch.samples, batch.x, batch.where)
+    memory.remember(batch.samples, batch.x, adversary, batch.crops)
+    back = memory.recall(batch.samples, batch.x, batch.crops)
     assert (back - adversary).abs().max() <= threat.eps / 127 / 2 + 1e-6
     others = torch.tensor([i for i in range(32) if i not in set(batch.samples.tolist())])
     fresh = AdversaryMemory(32, (1, 6, 6), threat)
@@ -41,9 +41,9 @@ def test_memory_moves_with_crop_and_mirror():
     seen = set()
     for epoch in range(40):
         batch = next(loader.epoch(epoch))
-        dy, dx, mirrored = batch.where[0].tolist()
+        dy, dx, mirrored = batch.crops[0].tolist()
         row, column = 3 - dy, (5 - (1 - dx)) if mirrored else 1 - dx
-        start = memory.recall(batch.samples, batch.x, batch.where)
+        start = memory.recall(batch.samples, batch.x, batch.crops)
         moved = (start - batch.x)[0, 0]
         expected = torch.zeros(6, 6)
         if 0 <= row < 6 and 0 <= column < 6:
@@ -60,10 +60,10 @@ def test_batches_bring_the_start_from_what_was_last_remembered(threat):
     loader = ResidentLoader(images, labels, 16, pad=1, flip=True, memory=memory)
     for epoch in range(2):
         for batch in loader.epoch(epoch):
-            wanted = memory.recall(batch.samples, batch.x, batch.where)
+            wanted = memory.recall(batch.samples, batch.x, batch.crops)
             assert torch.equal(batch.start, wanted)
             # Written between two batches and seen by the next visit: the loader does not run ahead.
-            memory.remember(batch.samples, batch.x, batch.x, batch.where)
+            memory.remember(batch.samples, batch.x, batch.x, batch.crops)
     assert next(ResidentLoader(images, labels, 16).epoch(0)).start is None
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import EngineError, cli, models, pictures
-from engine.benchmarks import scaling, tables
+from engine.benchmarks import scaling, scaling_picture, tables
 from engine.device import machine
 
 BASE = scaling.Point(batch=8, size=8)
@@ -132,7 +132,7 @@ def test_the_picture_tells_measured_from_predicted(monkeypatch, tmp_path):
         save(figure, path)
 
     monkeypatch.setattr(pictures, "save_png", keep)
-    scaling.draw({"rows": made_up()}, tmp_path / "scaling.png")
+    scaling_picture.draw({"rows": made_up()}, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     figure = kept["figure"]
     assert [ax.get_title(loc="left") for ax in figure.axes] == [
@@ -177,7 +177,7 @@ def test_the_table_tells_growth_from_growth():
 
 
 def test_make_tables_draws_what_is_stored(monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(tables.results, "FOLDER", tmp_path / "results")
     monkeypatch.setattr(tables, "plans", lambda: "")
     monkeypatch.setattr(tables, "full_scale", lambda: "")
     for folder in ("results", "docs/images"):

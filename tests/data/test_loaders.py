@@ -56,8 +56,8 @@ def test_every_loader_gives_the_resident_loaders_batches(name, options, shape):
             assert a.x.dtype == torch.float32
             assert torch.equal(a.y, b.y)
             assert torch.equal(a.samples, b.samples)
-            assert torch.equal(a.where, b.where)
-            assert a.where.dtype == torch.int32
+            assert torch.equal(a.crops, b.crops)
+            assert a.crops.dtype == torch.int32
             count += 1
         assert count == len(ours) == 6
     ours.close()
@@ -65,12 +65,12 @@ def test_every_loader_gives_the_resident_loaders_batches(name, options, shape):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_memory_finds_the_pixels_that_the_batch_names(name):
-    """`where` is what was applied: recalled from a memory that holds the images, it gives the batch."""
+    """`crops` is what was applied: recalled from a memory that holds the images, it gives the batch."""
     images, labels = data()
     memory = AdversaryMemory(len(images), images.shape[1:], Linf(1.0))
     for batch in make(name, images, labels, seed=1, pad=2, flip=True).epoch(0):
-        memory.remember(batch.samples, torch.zeros_like(batch.x), batch.x, batch.where)
-        back = memory.recall(batch.samples, torch.zeros_like(batch.x), batch.where)
+        memory.remember(batch.samples, torch.zeros_like(batch.x), batch.x, batch.crops)
+        back = memory.recall(batch.samples, torch.zeros_like(batch.x), batch.crops)
         torch.testing.assert_close(back, batch.x, atol=0.5 / 127, rtol=0)
 
 

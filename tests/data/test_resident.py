@@ -33,7 +33,7 @@ def test_batches_depend_on_seed_and_epoch_alone():
     for a, b in zip(first.epoch(1), second.epoch(1), strict=True):
         assert torch.equal(a.x, b.x)
         assert torch.equal(a.y, b.y)
-        assert torch.equal(a.where, b.where)
+        assert torch.equal(a.crops, b.crops)
 
 
 def test_taking_a_batch_from_the_steps_own_state_is_the_epochs_batch():

@@ -155,7 +155,7 @@ def test_dali_gives_the_resident_loaders_batches():
     )
     for ours, theirs in zip(*epochs, strict=True):
         torch.testing.assert_close(ours.x, theirs.x, atol=1e-6, rtol=0)
-        for name in ("y", "samples", "where"):
+        for name in ("y", "samples", "crops"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 import sys
 import types
@@ -15,6 +16,7 @@ from torch import nn
 
 import engine
 from engine import Attack, Linf, models, recipes
+from engine.compare import protocol
 from engine.kernels import audit, backends
 
 from ..conftest import Tiny, blobs
@@ -127,6 +129,18 @@ def test_architecture_names_every_module():
     assert engine.__doc__
 
 
+def test_files_named_in_the_docs_exist():
+    named = re.compile(r"`((?:engine|kernels|benchmarks|tests|docs)/[\w./-]*)`")
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    dead = [
+        f"{page.name}: {path}"
+        for page in pages
+        for path in named.findall(page.read_text(encoding="utf-8"))
+        if not (ROOT / path).exists()
+    ]
+    assert dead == []
+
+
 @pytest.mark.slow
 def test_full_scale_recipes_in_the_docs_are_those_of_engine_plan():
     from benchmarks import tables
@@ -189,6 +203,55 @@ def test_the_audit_in_the_docs_is_the_compilers():
         "another compiler: engine kernels --store"
     )
     assert stored["rows"] == audit.rows()
+
+
+def table_under(heading: str) -> list[list[str]]:
+    """Return the cells of the first table under a heading of the results page, header left out."""
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {heading}\n")[1]
+    lines = re.search(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_advice_in_the_results_is_what_the_store_says():
+    rows = table_under("When to use what")
+    assert len(rows) >= 6
+    for _, use, study, accuracy, of_pgd10, share in rows:
+        name, epochs = re.fullmatch(r"`(\S+)`, (\d+) epochs", study).groups()
+        path = ROOT / "benchmarks" / "results" / f"compare-{name}.json"
+        stored = {
+            row["method"]: row
+            for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+            if row["epochs"] == int(epochs)
+        }
+        chosen, strong = stored[re.search(r"`(\S+)`$", use)[1]], stored["pgd-10"]
+        assert accuracy == f"{100 * chosen['autoattack_mean']:.1f}", use
+        assert of_pgd10 == f"{100 * strong['autoattack_mean']:.1f}", use
+        ratio = chosen["train_seconds_mean"] / strong["train_seconds_mean"]
+        assert share == f"{ratio:.0%}", use
+
+
+@pytest.mark.parametrize("base", ["fashion-mnist", "cifar10", "quickstart"])
+def test_settings_in_the_results_are_the_studies_methods(base, tmp_path):
+    """The settings shown for any recipe give the study's attack and objective on every recipe."""
+    studies = {"memory-1": "curves", "ball-1": "few", "random-1-ball": "rivals"}
+    blocks = code_blocks("docs/results.md", "toml")
+    assert len(blocks) == len(studies)
+    for text, (method, study) in zip(blocks, studies.items(), strict=True):
+        assert text.startswith(f"# {method}")
+        (tmp_path / "mine.toml").write_text(f'extends = "{base}"\n{text}', encoding="utf-8")
+        mine = recipes.load(str(tmp_path / "mine.toml"))
+        study_file = ROOT / "benchmarks" / "studies" / f"{study}.toml"
+        theirs = recipes.parse(protocol.read([str(study_file)], {}).methods[method])
+        assert (mine.attack, mine.objective) == (theirs.attack, theirs.objective), method
+
+
+def test_names_on_the_api_page_can_be_imported():
+    shown = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    for name in shown:
+        if name.startswith("kernels."):
+            name = f"engine.{name}"
+        assert pkgutil.resolve_name(name) is not None
 
 
 def test_every_public_name_is_on_the_api_page():

@@ -30,13 +30,13 @@ def every_op():
 
     def remember():
         stored = memory.clone()
-        _, where, _ = kernels.augment(data, torch.arange(64), rng, pad=4, flip=True)
-        kernels.remember(stored, torch.arange(64), where, x, z, 0.1)
+        _, crops, _ = kernels.augment(data, torch.arange(64), rng, pad=4, flip=True)
+        kernels.remember(stored, torch.arange(64), crops, x, z, 0.1)
         return stored
 
     def recall():
-        _, where, _ = kernels.augment(data, index, rng, pad=4, flip=True)
-        return kernels.recall(memory, index, where, x, 0.1, norm="L2")
+        _, crops, _ = kernels.augment(data, index, rng, pad=4, flip=True)
+        return kernels.recall(memory, index, crops, x, 0.1, norm="L2")
 
     def step_in_place():
         stepped = z.clone()
@@ -238,14 +238,14 @@ def test_what_the_kernels_do_not_cover_goes_to_the_reference():
 
 
 def test_extreme_crops_stay_inside_the_memory():
-    """`where` comes from the caller: offsets beyond the image show padding and write nothing."""
+    """`crops` comes from the caller: offsets beyond the image show padding and write nothing."""
     memory = torch.full((2, 1, 4, 4), 5, dtype=torch.int8)
     x, index = torch.rand(2, 1, 4, 4), torch.tensor([0, 1])
     for offset in (4, -4, 100, -100, 2**31 - 1, -(2**31)):
         for mirrored in (0, 1):
-            where = torch.tensor([[0, offset, mirrored], [offset, 0, mirrored]], dtype=torch.int32)
-            assert torch.equal(native.recall(memory, index, where, x, torch.tensor(0.1), "Linf"), x)
-            native.remember(memory, index, where, x, x, torch.tensor(0.1))
+            crops = torch.tensor([[0, offset, mirrored], [offset, 0, mirrored]], dtype=torch.int32)
+            assert torch.equal(native.recall(memory, index, crops, x, torch.tensor(0.1), "Linf"), x)
+            native.remember(memory, index, crops, x, x, torch.tensor(0.1))
             assert (memory == 5).all()
 
 

@@ -168,16 +168,16 @@ def test_images_over_many_programs(narrow, poison, norm, shape):
 def test_data_over_many_programs(narrow, poison, norm, last):
     images = (255 * draw(9, 3, 6, 5)).to(torch.uint8)
     index, rng = torch.tensor([4, 0, 8, 3], device=DEVICE), torch.tensor([1, 2], device=DEVICE)
-    x, where, _ = on_reference("augment", images, index, rng, pad=3, flip=True)
+    x, crops, _ = on_reference("augment", images, index, rng, pad=3, flip=True)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     memory = (254 * draw(9, 3, 6, 5, seed=1) - 127).to(torch.int8)
     compare("augment", images, index, rng, pad=3, flip=True)
     compare("augment", images, index, rng, pad=3, flip=True, memory=memory, eps=0.1, norm=norm)
-    compare("recall", memory, index, where, x, 0.1, norm=norm)
+    compare("recall", memory, index, crops, x, 0.1, norm=norm)
     written, wanted = memory.clone(), memory.clone()
     z = x + 0.2 * (draw(*x.shape, seed=3) - 0.5)
-    on_triton("remember", written, index, where, x, z, 0.1)
-    on_reference("remember", wanted, index, where, x, z, 0.1)
+    on_triton("remember", written, index, crops, x, z, 0.1)
+    on_reference("remember", wanted, index, crops, x, z, 0.1)
     assert torch.equal(written, wanted)
 
 
@@ -457,11 +457,11 @@ def train(steps, device):
     losses = []
     for step in range(steps):
         index = (torch.arange(32, device=device) + 32 * step) % 64
-        x, where, _ = kernels.augment(images, index, rng, pad=1, flip=True)
+        x, crops, _ = kernels.augment(images, index, rng, pad=1, flip=True)
         target = labels[index]
         start = kernels.uniform_start(x, eps, rng)
         # Each half of the data is met at random once; from then on its last attack is taken up again.
-        z = start if step < 2 else kernels.recall(memory, index, where, x, eps)
+        z = start if step < 2 else kernels.recall(memory, index, crops, x, eps)
         # Adversary: the backward pass stops at the stem's output.
         with torch.no_grad():
             features = net.stem(z)
@@ -473,7 +473,7 @@ def train(steps, device):
         z = kernels.input_grad_step(
             x, z, grad, net.stem.weight.detach(), stride=2, padding=1, eps=eps, alpha=alpha
         )
-        kernels.remember(memory, index, where, x, z, eps)
+        kernels.remember(memory, index, crops, x, z, eps)
         # Worst point of the local ball around it: one step on the divergence, all the way to the pixels.
         with torch.no_grad():
             centre = net(z)

@@ -22,15 +22,16 @@ class Batch(NamedTuple):
 
     Attributes:
         x: float32 [B, C, H, W] in [0, 1]; y: int64 [B].
-        samples: int64 [B], positions in the training set; where: int32 [B, 3], the (dy, dx, mirrored)
-            of each crop. An adversary memory needs both; None where a loader cannot tell.
+        samples: int64 [B], positions in the training set.
+        crops: int32 [B, 3], (dy, dx, mirrored) of each sample's crop. An adversary memory needs
+            `samples` and `crops`; both are None if the loader does not know them.
         start: float32 like x, where the attack starts; None where the loader has no memory of its own.
     """
 
     x: Tensor
     y: Tensor
     samples: Tensor | None = None
-    where: Tensor | None = None
+    crops: Tensor | None = None
     start: Tensor | None = None
 
 

@@ -95,8 +95,8 @@ class DaliLoader(Loader):
         # Made on the stream that reads them: no wait for the device.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         outputs = self._pipeline.run(stream)
-        x, y, samples, where = (torch.from_dlpack(out.as_tensor()) for out in outputs)
-        return Batch(x, y.view(-1), samples.view(-1), where)
+        x, y, samples, crops = (torch.from_dlpack(out.as_tensor()) for out in outputs)
+        return Batch(x, y.view(-1), samples.view(-1), crops)
 
     def _source(self, info: Any) -> list[np.ndarray]:
         """One batch of arguments for DALI: all that is random in it."""

@@ -74,10 +74,10 @@ class ResidentLoader(Loader):
         index = self._order.index_select(0, row).view(-1)
         labels = self.labels.index_select(0, index)
         if self.images.is_floating_point():
-            where = torch.zeros((len(index), 3), dtype=torch.int32, device=index.device)
-            return Batch(self.images.index_select(0, index), labels, index, where)
+            crops = torch.zeros((len(index), 3), dtype=torch.int32, device=index.device)
+            return Batch(self.images.index_select(0, index), labels, index, crops)
         memory = self.memory
-        x, where, start = kernels.augment(
+        x, crops, start = kernels.augment(
             self.images,
             index,
             state,
@@ -89,7 +89,7 @@ class ResidentLoader(Loader):
             eps=None if memory is None else memory.threat.eps,
             norm="Linf" if memory is None else memory.threat.norm,
         )
-        return Batch(x, labels, index, where, start)
+        return Batch(x, labels, index, crops, start)
 
     def tensors(self) -> list[Tensor]:
         """What `take` reads, and must find where it was."""

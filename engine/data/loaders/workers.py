@@ -98,8 +98,8 @@ class WorkerLoader(Loader):
         order = self.sampling.order(epoch)
         for position, (x, y) in enumerate(self._loader, start=first):
             samples = order[position // self.sampling.replays]
-            where = self.sampling.crops(epoch * len(self) + position)[:, :3].contiguous()
-            yield Batch(*(t.to(self.device, non_blocking=True) for t in (x, y, samples, where)))
+            crops = self.sampling.crops(epoch * len(self) + position)[:, :3].contiguous()
+            yield Batch(*(t.to(self.device, non_blocking=True) for t in (x, y, samples, crops)))
 
     def close(self) -> None:
         self._loader = ()

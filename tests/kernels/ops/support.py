@@ -202,10 +202,10 @@ def memory_inputs(shape, pad, batch, device, layout="contiguous"):
     memory = torch.randint(-127, 128, shape, generator=generator(23), dtype=torch.int8).to(device)
     index = torch.randperm(shape[0], generator=generator(24))[:batch].to(device)
     with backends.use("reference"):
-        x, where, _ = kernels.augment(
+        x, crops, _ = kernels.augment(
             dataset(shape, device), index, rng_state(device), pad=pad, flip=True
         )
-    return memory, index, where, lay_out(x, layout)
+    return memory, index, crops, lay_out(x, layout)
 
 
 PARAMETERS = [(16, 1, 4, 4), (16,), (1,), (0, 3), (), (100, 33), (7, 3, 3, 3)]

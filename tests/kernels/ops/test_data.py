@@ -43,23 +43,23 @@ def test_augment_forms_the_start_that_recall_gives(backend, device, shape, pad, 
     # Twice the same sample under two crops is no rarity here.
     data, index = dataset(shape, device), indices(shape[0], batch, device)
     options = {"pad": pad, "flip": True, "cutout": min(3, shape[2]), "stream": 5}
-    x, where, start = kernels.augment(
+    x, crops, start = kernels.augment(
         data, index, rng_state(device), memory=memory, eps=eps, norm=norm, **options
     )
     alone = kernels.augment(data, index, rng_state(device), **options)
     assert torch.equal(x, alone[0])
-    assert torch.equal(where, alone[1])
-    assert torch.equal(start, kernels.recall(memory, index, where, x, eps, norm=norm))
+    assert torch.equal(crops, alone[1])
+    assert torch.equal(start, kernels.recall(memory, index, crops, x, eps, norm=norm))
 
 
 def test_augment_draws_every_shift_and_both_mirrors(backend, device):
     data, index = dataset((4, 1, 8, 8), device), indices(4, 256, device)
-    _, where, _ = kernels.augment(data, index, rng_state(device), pad=1, flip=True)
-    where = where.cpu()
-    assert {tuple(w) for w in where[:, :2].tolist()} == {
+    _, crops, _ = kernels.augment(data, index, rng_state(device), pad=1, flip=True)
+    crops = crops.cpu()
+    assert {tuple(w) for w in crops[:, :2].tolist()} == {
         (dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)
     }
-    assert 0.3 < where[:, 2].float().mean() < 0.7
+    assert 0.3 < crops[:, 2].float().mean() < 0.7
 
 
 def test_cutout_is_a_square_that_lies_anywhere(backend, device):
@@ -90,11 +90,11 @@ def test_recall(backend, device, shape, pad, norm, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("shape", "pad"), DATA, ids=str)
 def test_remember(backend, device, shape, pad, layout):
-    memory, index, where, x = memory_inputs(shape, pad, 3, device, layout)
+    memory, index, crops, x = memory_inputs(shape, pad, 3, device, layout)
     z = (x + normal(x.shape, device, 0.1)).clamp(0, 1)
     expected = memory.cpu().clone()
-    plainly("remember", expected, index, where, x, z, 0.2)
-    kernels.remember(memory, index, where, x, z, 0.2)
+    plainly("remember", expected, index, crops, x, z, 0.2)
+    kernels.remember(memory, index, crops, x, z, 0.2)
     gap = (memory.cpu().int() - expected.int()).abs()
     # A division that is not IEEE's may round a tie the other way.
     assert gap.max() <= 1
@@ -103,15 +103,15 @@ def test_remember(backend, device, shape, pad, layout):
 
 @pytest.mark.parametrize(("shape", "pad"), DATA, ids=str)
 def test_what_is_remembered_is_recalled(backend, device, shape, pad):
-    memory, index, where, x = memory_inputs(shape, pad, 3, device)
+    memory, index, crops, x = memory_inputs(shape, pad, 3, device)
     eps = 0.3
     z = kernels.uniform_start(x, eps, rng_state(device))
     before = memory.clone()
-    kernels.remember(memory, index, where, x, z, eps)
-    again = kernels.recall(memory, index, where, x, eps)
+    kernels.remember(memory, index, crops, x, z, eps)
+    again = kernels.recall(memory, index, crops, x, eps)
     # What the crop shows of the padding is not stored, and comes back as x.
     h, w = shape[2:]
-    _, inside = source_pixels(where.cpu(), h, w)
+    _, inside = source_pixels(crops.cpu(), h, w)
     inside = inside.view(-1, 1, h, w).expand(x.shape)
     again, x, z = again.cpu(), x.cpu(), z.cpu()
     assert ((again - z).abs()[inside] <= 0.51 * eps / 127).all()
@@ -121,17 +121,17 @@ def test_what_is_remembered_is_recalled(backend, device, shape, pad):
 
 
 def test_remember_and_recall_with_no_radius(backend, device):
-    memory, index, where, x = memory_inputs((6, 3, 7, 5), 2, 4, device)
-    kernels.remember(memory, index, where, x, x, 0.0)
-    assert torch.equal(kernels.recall(memory, index, where, x, 0.0), x)
+    memory, index, crops, x = memory_inputs((6, 3, 7, 5), 2, 4, device)
+    kernels.remember(memory, index, crops, x, x, 0.0)
+    assert torch.equal(kernels.recall(memory, index, crops, x, 0.0), x)
 
 
 def test_memory_of_an_empty_batch(backend, device):
-    memory, index, where, x = memory_inputs((6, 3, 7, 5), 2, 0, device)
+    memory, index, crops, x = memory_inputs((6, 3, 7, 5), 2, 0, device)
     before = memory.clone()
-    kernels.remember(memory, index, where, x, x, 0.1)
+    kernels.remember(memory, index, crops, x, x, 0.1)
     assert torch.equal(memory, before)
-    assert kernels.recall(memory, index, where, x, 0.1).shape == x.shape
+    assert kernels.recall(memory, index, crops, x, 0.1).shape == x.shape
 
 
 def test_an_index_outside_the_dataset_is_refused(backend, device):

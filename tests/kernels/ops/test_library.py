@@ -31,7 +31,7 @@ def operator_arguments(device):
     adv, ball, clean = logit_inputs((5, 10), device)
     target = targets(5, 10, device)
     gy, weight = normal((2, 4, 6, 6), device), normal((4, 3, 3, 3), device)
-    memory, index, where, batch = memory_inputs((6, 3, 7, 5), 2, 4, device)
+    memory, index, crops, batch = memory_inputs((6, 3, 7, 5), 2, 4, device)
     state = optimiser_state(device)
     learn = [t.clone().requires_grad_() for t in (adv, ball, clean)]
     return {
@@ -62,8 +62,8 @@ def operator_arguments(device):
             (dataset((6, 3, 7, 5), device), index, rng, 2, True, 3, 0, memory, small, "Linf"),
             (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, 0, memory, small, "L2"),
         ],
-        "recall": [(memory, index, where, batch, small, "Linf")],
-        "remember": [(memory, index, where, batch, batch, small)],
+        "recall": [(memory, index, crops, batch, small, "Linf")],
+        "remember": [(memory, index, crops, batch, batch, small)],
         "sgd_ema_step": [(*state, small, torch.zeros_like(small), 0.9, DECAY, True, small)],
         "adamw_ema_step": [
             (
@@ -96,7 +96,7 @@ def bad_calls(device):
     logits, target = logit_inputs((5, 10), device)[0], targets(5, 10, device)
     gy, weight = normal((2, 4, 6, 6), device), normal((4, 3, 3, 3), device)
     data, index = dataset((6, 3, 7, 5), device), indices(6, 4, device)
-    memory, index, where, batch = memory_inputs((6, 3, 7, 5), 2, 4, device)
+    memory, index, crops, batch = memory_inputs((6, 3, 7, 5), 2, 4, device)
     p = [x.clone()]
     k = kernels
     stem = {"stride": 1, "padding": 1, "eps": 0.1, "alpha": 0.1}
@@ -207,13 +207,13 @@ def bad_calls(device):
         ),
         "augment eps": (ValueError, "eps", lambda: k.augment(data, index, rng, memory=memory)),
         "augment norm": (ValueError, "norm", lambda: k.augment(data, index, rng, norm="L1")),
-        "memory": (TypeError, "memory", lambda: k.recall(memory.int(), index, where, batch, 0.1)),
-        "where": (TypeError, "where", lambda: k.recall(memory, index, where.long(), batch, 0.1)),
-        "recall x": (ValueError, "x", lambda: k.recall(memory, index, where, batch[:, :2], 0.1)),
+        "memory": (TypeError, "memory", lambda: k.recall(memory.int(), index, crops, batch, 0.1)),
+        "crops": (TypeError, "crops", lambda: k.recall(memory, index, crops.long(), batch, 0.1)),
+        "recall x": (ValueError, "x", lambda: k.recall(memory, index, crops, batch[:, :2], 0.1)),
         "remember z": (
             ValueError,
             "z",
-            lambda: k.remember(memory, index, where, batch, batch[:1], 0.1),
+            lambda: k.remember(memory, index, crops, batch, batch[:1], 0.1),
         ),
         "stem_input_grad stem_grad": (
             ValueError,
@@ -276,7 +276,7 @@ def test_an_op_dispatches_itself_and_nothing_else(backend, device):
     grad, rng = normal(x.shape, device), rng_state(device)
     gy, weight = normal((2, 4, 6, 6), device), normal((4, 3, 3, 3), device)
     (adv, ball, clean), target = logit_inputs((5, 10), device), targets(5, 10, device)
-    memory, index, where, batch = memory_inputs((6, 3, 7, 5), 2, 4, device)
+    memory, index, crops, batch = memory_inputs((6, 3, 7, 5), 2, 4, device)
     data, state, zero = (
         dataset((6, 3, 7, 5), device),
         optimiser_state(device),
@@ -294,8 +294,8 @@ def test_an_op_dispatches_itself_and_nothing_else(backend, device):
         lambda: kernels.stem_weight_grad(x, gy, kernel=(3, 3), stride=1, padding=1),
         lambda: kernels.local_ball_loss(adv, target, ball, clean, lam=0.5, mu=2.0),
         lambda: kernels.augment(data, index, rng, pad=2, flip=True, memory=memory, eps=0.25),
-        lambda: kernels.recall(memory, index, where, batch, 0.25),
-        lambda: kernels.remember(memory, index, where, batch, batch, 0.25),
+        lambda: kernels.recall(memory, index, crops, batch, 0.25),
+        lambda: kernels.remember(memory, index, crops, batch, batch, 0.25),
         lambda: kernels.sgd_ema_step(
             *state, lr=0.125, found_inf=zero, weight_decay=DECAY, ema_decay=0.5
         ),

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from engine import cli
-from engine.benchmarks import loaders, store
+from engine import cli, results
+from engine.benchmarks import loaders
 from engine.kernels import audit
 
 ROWS = [{"loader": "resident", "p50_ms": 1.0}]
@@ -16,7 +16,7 @@ ROWS = [{"loader": "resident", "p50_ms": 1.0}]
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(store, "RESULTS", tmp_path / "benchmarks" / "results")
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "benchmarks" / "results")
     monkeypatch.setattr(loaders, "run", lambda quick: ROWS)
     return tmp_path
 
@@ -36,7 +36,7 @@ def test_a_result_knows_its_machine_and_its_command(checkout, capsys):
 
 
 def test_outside_a_checkout_nothing_is_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(store, "RESULTS", tmp_path / "engine" / "benchmarks" / "results")
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "engine" / "benchmarks" / "results")
     monkeypatch.setattr(loaders, "run", lambda quick: pytest.fail("measured in vain"))
     assert cli.run(["bench", "loaders", "--store"]) == 2
     err = capsys.readouterr().err
