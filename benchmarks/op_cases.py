@@ -1,4 +1,4 @@
-"""Define the cases of the op benchmark: inputs, eager opponents, and checks against the reference."""
+"""Define the cases of the op benchmark: inputs, eager opponents, checks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ MNIST, CIFAR, LARGE = (256, 1, 28, 28), (128, 3, 32, 32), (2048, 3, 32, 32)
 
 @dataclass
 class Case:
-    """One op at one shape.
+    """Hold one op at one shape.
 
     Attributes:
-        op, eager: the same work by the engine's op and by plain PyTorch, without arguments.
+        op, eager: the same work by the engine's op and by plain PyTorch; `op` takes no arguments,
+            `eager` takes `args`.
         check: raises AssertionError unless the op agrees with the reference in float64.
         bytes: the least that must be read and written.
     """
@@ -234,7 +235,7 @@ def _stem_case(
     geometry = {"stride": stride, "padding": pad}
 
     def check() -> None:
-        # L2 compares the gradient itself; Linf would compare signs, which rounding may turn near 0.
+        # L2 compares the gradient; Linf would compare signs, which rounding may flip near 0.
         _against_reference(
             kernels.input_grad_step, x, z, gy, weight, **geometry, eps=1.0, alpha=0.5, norm="L2"
         )()
@@ -323,11 +324,11 @@ def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
     second = [t.square() for t in first]
     lr, zero, count, decay = torch.tensor(0.01), torch.tensor(0.0), torch.tensor(5.0), 5e-4
     n = sum(p.numel() for p in params)
-    theirs = [p.clone().requires_grad_() for p in params]
-    for p, g in zip(theirs, grads, strict=True):
+    foreign = [p.clone().requires_grad_() for p in params]
+    for p, g in zip(foreign, grads, strict=True):
         p.grad = g
-    optimiser = torch.optim.AdamW(theirs, lr=0.01, weight_decay=decay, fused=True)
-    followed = [p.detach().clone() for p in theirs]
+    optimiser = torch.optim.AdamW(foreign, lr=0.01, weight_decay=decay, fused=True)
+    followed = [p.detach().clone() for p in foreign]
 
     def step(*lists: list[Tensor]) -> None:
         kernels.adamw_ema_step(
@@ -341,7 +342,7 @@ def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
 
     def eager() -> None:
         optimiser.step()
-        torch._foreach_lerp_(followed, [p.detach() for p in theirs], 0.001)
+        torch._foreach_lerp_(followed, [p.detach() for p in foreign], 0.001)
 
     def check() -> None:
         lists = (params, grads, first, second, averages)

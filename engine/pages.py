@@ -16,7 +16,7 @@ from .text import duration, percent
 
 
 def render(name: str, **context: Any) -> str:
-    """A page from `templates/NAME.html.j2`, in the project's colours."""
+    """Render a page from `templates/NAME.html.j2`, in the project's colours."""
     folder = resources.files("engine").joinpath("templates")
     environment = jinja2.Environment(
         autoescape=True,
