@@ -11,8 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from . import pictures
-from .errors import printable
-from .text import duration, percent
+from .text import duration, percent, printable
 
 
 def render(name: str, **context: Any) -> str:

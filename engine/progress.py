@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from .errors import printable
+from .text import printable
 
 
 class _PlainConsole(Console):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..errors import EngineError, printable
+from ..errors import EngineError
+from ..text import printable
 from .shared import Commands, add_command
 
 

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EngineError, printable
+from ..errors import EngineError
+from ..text import printable
 from .shared import Commands, exit_status, parse_overrides, print_row
 
 if TYPE_CHECKING:

@@ -20,8 +20,9 @@ from pydantic_core import PydanticUndefined
 
 from .. import files
 from ..device import apex
-from ..errors import EngineError, shown
+from ..errors import EngineError
 from ..objectives import AnyObjective, LocalBall
+from ..text import shown
 from .fields import Recipe
 
 # A recipe is a page of text; a larger one is something else.

@@ -11,7 +11,8 @@ import jinja2
 import torch
 
 from .. import files
-from ..errors import EngineError, printable
+from ..errors import EngineError
+from ..text import printable
 from ..threat import as_written
 from ..training.checkpoint import save_tensors
 from . import evaluate, images

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import engine
 from engine import Attack, EngineError, Linf, LocalBall, cli, files, recipes
-from engine.errors import printable
 from engine.runs import build
 from engine.runs.folder import Run
+from engine.text import printable
 from engine.training.signals import Stopped, Watch, end_tidily
 
 from ..conftest import Foreign, blobs
