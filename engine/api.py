@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from .data.loaders import ResidentLoader, TensorLoader
 from .device.capture import CudaGraphs, unavailable
 from .device.precision import Precision
 from .errors import EngineError
-from .evaluation.robust_accuracy import Report, evaluate, evaluation_mode
+from .evaluation.autoattack import ensemble
+from .evaluation.autoattack.ensemble import Verdict
+from .evaluation.robust_accuracy import Report, check_images, evaluate, evaluation_mode
 from .objectives import LocalBall, Objective
 from .threat import ThreatModel, check_pixels
 from .training.optimiser import Optimiser, OptimiserName
@@ -22,7 +25,7 @@ from .training.schedule import Schedule
 from .training.step import Step
 from .training.trainer import Hooks, Result, Trainer
 
-__all__ = ["Report", "attack", "evaluate", "train"]
+__all__ = ["Report", "Verdict", "attack", "autoattack", "evaluate", "train"]
 
 
 def train(
@@ -159,3 +162,31 @@ def attack(
             model, x, y, threat, state=rng.state(seed, x.device)
         )
     return found
+
+
+def autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    version: Literal["standard", "apgd"] = "standard",
+    seed: int = 0,
+    batch_size: int = 500,
+) -> Verdict:
+    """Run AutoAttack (Croce & Hein, arXiv 2003.01690) in the engine's own, faster form.
+
+    Args:
+        model: [0, 1] images to logits [N, K], K >= 2; attacked in evaluation mode, restored afterwards.
+        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; on the model's device.
+        threat: the ball to attack in.
+        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" (the first two).
+        seed: of the random starts and windows; batch_size: images in memory at once.
+    Returns:
+        Which images withstood all attacks, and an adversary of each other image.
+    Raises:
+        EngineError: if the images leave [0, 1] or there are none.
+    """
+    check_images(x, y)
+    with evaluation_mode(model):
+        return ensemble.run(model, x, y, threat, version=version, seed=seed, batch_size=batch_size)

@@ -124,7 +124,6 @@ def _balls_share(objective: Any) -> str:
 
 def _numbers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the three main numbers; a value of None was not measured."""
-    version = evaluation.get("autoattack_version")
     shown = (
         ("clean", "Clean accuracy", "clean_acc", "test images as they are"),
         ("pgd", "PGD accuracy", "pgd_acc", _pgd_words(evaluation.get("pgd"))),
@@ -132,7 +131,7 @@ def _numbers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             "autoattack",
             "AutoAttack accuracy",
             "autoattack_acc",
-            "its two APGD attacks only" if version == "apgd" else "standard: four attacks",
+            _autoattack_words(evaluation),
         ),
     )
     numbers = []
@@ -143,6 +142,14 @@ def _numbers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             error = math.sqrt(value * (1 - value) / max(int(evaluation["examples"]), 1))
         numbers.append({"name": name, "title": title, "value": value, "error": error, "how": how})
     return numbers
+
+
+def _autoattack_words(evaluation: Mapping[str, Any]) -> str:
+    """Say which attacks AutoAttack ran, and who ran them where it was not the authors' package."""
+    apgd = evaluation.get("autoattack_version") == "apgd"
+    words = "its two APGD attacks only" if apgd else "standard: four attacks"
+    by_engine = evaluation.get("autoattack_judge") == "engine"
+    return f"{words}, the engine's own" if by_engine else words
 
 
 def _pgd_words(name: str | None) -> str:

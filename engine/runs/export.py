@@ -87,6 +87,9 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("autoattack_version") != "standard":
         claim["autoattack_acc"] = None
         claim["footnote"] = "AutoAttack (standard) has not been run"
+    elif found.get("autoattack_judge") == "engine":
+        claim["autoattack_acc"] = None
+        claim["footnote"] = "AutoAttack by its authors' package has not been run"
     elif found.get("examples") != images.test_size(run.recipe):
         claim["footnote"] = f"first {found.get('examples')} test images only"
     return claim
