@@ -80,8 +80,8 @@ class Optim:
         int,
         Field(
             ge=1,
-            description="steps in a row on every batch (Free-AT's m); an epoch has as many times more "
-            "steps [count]",
+            description="steps in a row on every batch (Free-AT's m); an epoch has as many times "
+            "more steps [count]",
         ),
     ] = 1
     ema: Annotated[
@@ -158,7 +158,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All there is to know about a run."""
+    """Hold all settings of a run."""
 
     name: str = "unnamed"
     seed: Annotated[int, Field(ge=0, lt=1 << 31, description="seed of everything random")] = 0

@@ -1,4 +1,4 @@
-"""A finished run as others want it: plain weights, RobustBench's claim, a model card."""
+"""Export a finished run: plain weights, RobustBench's claim, a model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..training.checkpoint import save_tensors
 from . import evaluate, images
 from .folder import Run
 
-# Where RobustBench defines the network, and what builds it; its short names all have ten classes.
+# RobustBench's file that defines the network, and the call that builds it; RobustBench's short names
+# all have ten classes.
 _ARCHITECTURES = {
     "resnet18": ("architectures/resnet.py", "ResNet(BasicBlock, [2, 2, 2, 2], num_classes={})"),
     "preact-resnet18": (
@@ -68,7 +69,7 @@ def export(run: Run, out: Path | None = None) -> list[Path]:
 
 
 def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
-    """RobustBench's model-info fields; what a run cannot know (link, authors, venue) is empty."""
+    """Return RobustBench's model-info fields; link and authors, which a run cannot know, are empty."""
     claim = {
         "link": "",
         "name": run.recipe.name,
@@ -96,7 +97,7 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def architecture_of(network: str, classes: int) -> tuple[str, str] | None:
-    """RobustBench's file and the call in it that builds `network`; None: it has none of that kind."""
+    """Return RobustBench's file and the call in it that builds `network`, or None."""
     if network not in _ARCHITECTURES:
         return None
     file, call = _ARCHITECTURES[network]

@@ -52,13 +52,13 @@ def build_trainer(
 
 
 def train(run: Run, world: World = ALONE) -> Result:
-    """Train as the run's recipe says, from its newest checkpoint where it has one, logging and saving into its folder.
+    """Train by the run's recipe, from the newest checkpoint if there is one, into the run's folder.
 
     Args:
         world: the processes that train together; the first alone writes.
     Raises:
-        EngineError: for whatever fails; the folder keeps what it had.
-        Stopped: on SIGINT or SIGTERM, after a checkpoint.
+        EngineError: for any fault; the folder keeps its files.
+        Stopped: on SIGINT, SIGTERM or SIGHUP, after a checkpoint.
     """
     recipe = run.recipe
     if recipe.threads is not None:
@@ -73,7 +73,7 @@ def train(run: Run, world: World = ALONE) -> Result:
             ) from None
         if not _is_out_of_memory(error) or world.size > 1:
             raise
-    # Outside the handler: the exception holds every tensor of the step that did not fit.
+    # Outside the handler: there the exception keeps every tensor of the step alive.
     raise EngineError(_what_fits(recipe))
 
 
@@ -123,7 +123,7 @@ class _Session:
     def hooks(self) -> Hooks:
         """Return the trainer's hooks; processes other than the first have none."""
         if not self.world.first:
-            # The first process stops on a signal; the others find it gone. Were each to stop at a step
+            # The first process stops on a signal, and the others then lose it. If each stopped at a step
             # of its own, one would wait for ever for the gradients of another.
             return Hooks()
         return Hooks(self.shown.step, self.log, self.keep, self.safe_point)
@@ -247,7 +247,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _what_fits(recipe: Recipe) -> str:
-    """What to say when memory has run out: the largest of half, a quarter, ... of the batch that a step ran with."""
+    """Return the line for exhausted memory: the largest part (half, a quarter, ...) of the batch
+    with which a step ran."""
     batch = recipe.optim.batch_size
     said = f"out of memory with optim.batch_size = {batch}"
     for smaller in itertools.takewhile(bool, (batch >> n for n in itertools.count(1))):

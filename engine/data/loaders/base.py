@@ -18,7 +18,7 @@ from ...threat import check_pixels
 
 
 class Batch(NamedTuple):
-    """One training batch.
+    """Hold one training batch.
 
     Attributes:
         x: float32 [B, C, H, W] in [0, 1]; y: int64 [B].
@@ -47,11 +47,11 @@ class Loader(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Steps in an epoch."""
+        """Return the number of steps in an epoch."""
 
     @abc.abstractmethod
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch (counted from 0), from position `first` on."""
+        """Give the batches of one epoch (counted from 0), from position `first` on."""
 
     def begin(self, epoch: int) -> None:  # noqa: B027
         """Prepare `take` for the batches of an epoch (counted from 0)."""
@@ -79,7 +79,7 @@ class Loader(abc.ABC):
 
 
 def blank(sampling: Sampling, device: torch.device) -> Batch:
-    """A batch of zeros with the shapes of all the others."""
+    """Return a batch of zeros with the shapes of all others."""
     b = sampling.batch_size
     return Batch(
         torch.zeros((b, *sampling.shape), device=device),
@@ -91,7 +91,7 @@ def blank(sampling: Sampling, device: torch.device) -> Batch:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which samples make a batch and how each is cropped: a pure function of seed and step.
+    """Draw the samples of every batch, and their crops, as a pure function of seed and step.
 
     Attributes:
         shape: (C, H, W) of one image.
@@ -124,22 +124,26 @@ class Sampling:
 
     @property
     def batches(self) -> int:
-        """Different batches in an epoch."""
+        """Return the number of different batches in an epoch."""
         return self.count // (self.batch_size * self.world)
 
     def __len__(self) -> int:
         return self.batches * self.replays
 
     def order(self, epoch: int) -> Tensor:
-        """The samples of every batch of an epoch, int64 [batches, batch_size]."""
-        # A generator of its own for every epoch: the order never depends on what ran before.
+        """Return the samples of every batch of an epoch, int64 [batches, batch_size]."""
+        # Every epoch has its own generator: the order does not depend on earlier draws.
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.count, generator=draw)
         whole = order[: self.batches * self.world * self.batch_size]
         return whole.view(self.batches, self.world, self.batch_size)[:, self.rank]
 
     def crops(self, step: int) -> Tensor:
-        """int32 [batch_size, 5] of a step since training began: (dy, dx, mirrored), the cutout's centre (y, x)."""
+        """Return the crops of a step, counted since training began.
+
+        Returns:
+            int32 [batch_size, 5]: (dy, dx, mirrored), and the cutout's centre (y, x).
+        """
         state = rng.state(self.seed, step=step - step % len(self) % self.replays)
         drawn = reference.draw_crops(
             state,
@@ -153,7 +157,11 @@ class Sampling:
 
 
 def check_images(images: Tensor, labels: Tensor, *, plain: bool = False) -> None:
-    """EngineError unless images are uint8 [N, C, H, W] (or, `plain`, float32 [N, ...]) with a label each."""
+    """Refuse images that are not uint8 [N, C, H, W] with a label each.
+
+    Args:
+        plain: float32 images [N, ...] in [0, 1] are taken too.
+    """
     if not (plain and images.dtype == torch.float32) and (
         images.dtype != torch.uint8 or images.dim() != 4
     ):
