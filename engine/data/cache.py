@@ -1,10 +1,10 @@
 """The cache of parsed data sets: a memory-mapped file of pixels and labels for each split.
 
-A file is ROOT/cache/NAME-SPLIT-KEY.safetensors. KEY stands for the version of this format and for the
-names, sizes and times of the source files: where one of them changes, another file is made and the old
-one is removed. The file is written beside its place and renamed, so two processes may write it at once.
-Every read checks the content's SHA-256; a damaged file is announced and made again. A full disk, or a
-folder that cannot be written, costs the cache and nothing else.
+A file is ROOT/cache/NAME-SPLIT-KEY.safetensors. KEY stands for the version of this format and for
+the names, sizes and times of the source files: where one of them changes, another file is made and
+the old one is removed. The file is written beside its place and renamed, so two processes may write
+it at once. Every read checks the content's SHA-256; a damaged file is announced and made again. A
+full disk, or a folder that cannot be written, costs the cache and nothing else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The published data sets: their facts, files and checksums.
 
-Every SHA-256 is of the decompressed bytes, so one sum serves the publisher's file, Debian's repacking
-and an unpacked copy.
+Every SHA-256 is of the decompressed bytes, so one sum serves the publisher's file, Debian's
+repacking and an unpacked copy.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ _FASHION_MNIST = Spec(
     debian="dataset-fashion-mnist",
 )
 
-# The sums of MNIST and CIFAR are those that others have published; no own download has confirmed them
-# yet. MNIST's and CIFAR-10's agree between independent projects.
+# The sums of MNIST and CIFAR are those that others have published; no own download has confirmed
+# them yet. MNIST's and CIFAR-10's agree between independent projects.
 _MNIST = Spec(
     name="mnist",
     shape=(1, 28, 28),

@@ -2,10 +2,10 @@
 
 A data set lies in the folder ROOT/NAME, where ROOT is `$ENGINE_DATA`, else `robust-engine` in the
 user's cache folder. Its files may be compressed as published or not: every SHA-256 here is of the
-decompressed bytes, so the publisher's file, Debian's repacking of it and an unpacked copy are held to
-one and the same sum. A folder with a `SHA256SUMS` of its own (as `sha256sum * > SHA256SUMS` writes it)
-holds the user's data in the same format: it is checked against that list instead, and may have fewer
-samples.
+decompressed bytes, so the publisher's file, Debian's repacking of it and an unpacked copy are held
+to one and the same sum. A folder with a `SHA256SUMS` of its own (as `sha256sum * > SHA256SUMS`
+writes it) holds the user's data in the same format: it is checked against that list instead, and
+may have fewer samples.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ def info(name: str, root: Path | str | None = None) -> Info:
 
 
 def load(name: str, split: Split, root: Path | str | None = None) -> ImageSet:
-    """Return one split of a data set: a known one by its name, a user's own by its path (see `own`).
+    """Return one split of a data set: a known one by name, a user's own by path (see `own`).
 
-    The files are read once, with their checksums verified; later calls read the `cache`. No network is
-    used. EngineError: unknown name or split; a file that is absent, unreadable, damaged or of another
-    kind, named in one line.
+    The files are read once, with their checksums verified; later calls read the `cache`. No network
+    is used. EngineError: unknown name or split; a file that is absent, unreadable, damaged or of
+    another kind, named in one line.
     """
     if split not in get_args(Split):
         raise EngineError(f"split {split!r} is not known: it is train or test")
@@ -200,7 +200,7 @@ def _outcome(read: Callable[[], object]) -> tuple[bool, str]:
 
 
 def data_root(root: Path | str | None = None) -> Path:
-    """Return `root`, else `$ENGINE_DATA`, else `robust-engine` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Return `root`, `$ENGINE_DATA`, or `robust-engine` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if root is None:
         root = os.environ.get("ENGINE_DATA") or None
     try:
@@ -237,7 +237,7 @@ def home_of(spec: Spec, root: Path | str | None = None) -> Path | None:
 
 
 def edition_in(spec: Spec, folder: Path) -> Spec:
-    """Return the edition of `spec` in `folder`: the publisher's Python edition if only that is there."""
+    """Return the edition of `spec` in `folder`: the Python edition if only that is there."""
     other = spec.python
     if other is None or present(spec, folder, spec.all_parts):
         return spec
@@ -279,8 +279,8 @@ def read_parts(
 ) -> dict[str, tuple[np.ndarray, ...]]:
     """Return the arrays of `parts`, by name, from the one file that holds them; verify all of them.
 
-    IDX: one uint8 array, [N, 28, 28] or [N]. CIFAR: images uint8 [N, 3, 32, 32] and labels uint8 [N].
-    `where` is the name to show, if not `path`. EngineError: for any fault of the file.
+    IDX: one uint8 array, [N, 28, 28] or [N]. CIFAR: images uint8 [N, 3, 32, 32] and labels uint8
+    [N]. `where` is the name to show, if not `path`. EngineError: for any fault of the file.
     """
     where = where or str(path)
     own = _check_own_sum(spec, path)
@@ -302,7 +302,7 @@ def read_parts(
 
 
 def size_limit(parts: Iterable[Part]) -> int:
-    """Return the most bytes that a file of `parts` may decompress to; archives hold a page besides."""
+    """Return the most bytes that a file of `parts` may decompress to, with an archive's page."""
     return sum(part.size for part in parts) + (1 << 20)
 
 

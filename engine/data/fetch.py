@@ -1,11 +1,11 @@
 """Get a data set onto this machine: from an installed copy, from Debian, from its publisher.
 
-A file from any source is written under a temporary name beside its place, read and checked there (see
-`datasets`: the SHA-256 is of its content), and only then renamed. A download that is cut short leaves
-its beginning as .FILE.part, locked by the process that writes it, and the next download goes on from
-there. Any other interrupt or fault leaves nothing behind.
-`$ENGINE_MIRROR` (http://, https:// or file://) stands in for apt and the publisher; a file is looked
-for at MIRROR/NAME/FILE.
+A file from any source is written under a temporary name beside its place, read and checked there
+(see `datasets`: the SHA-256 is of its content), and only then renamed. A download that is cut short
+leaves its beginning as .FILE.part, locked by the process that writes it, and the next download goes
+on from there. Any other interrupt or fault leaves nothing behind.
+`$ENGINE_MIRROR` (http://, https:// or file://) stands in for apt and the publisher; a file is
+looked for at MIRROR/NAME/FILE.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ _APT_CONNECT_SECONDS = 2
 def fetch(name: str, root: Path | str | None = None, progress: bool = True) -> Path:
     """Get the files of a data set, unless they are there, and return the folder that holds them.
 
-    Sources, in this order: whole files in ROOT/NAME; files that a package of the system has installed
-    (used in place); Debian's package through apt, which needs no root; the publisher's site.
-    `progress` shows bars on stderr. EngineError: unknown name; no source works, and the line then says
-    which files to place in which folder.
+    Sources, in this order: whole files in ROOT/NAME; files that a package of the system has
+    installed (used in place); Debian's package through apt, which needs no root; the publisher's
+    site. `progress` shows bars on stderr. EngineError: unknown name; no source works, and the line
+    then says which files to place in which folder.
     """
     spec = find_spec(name)
     if not spec.files:

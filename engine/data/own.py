@@ -1,12 +1,12 @@
 """A user's own data set: a folder of images, or one .npz or .safetensors file of arrays.
 
-A folder has train/CLASS/*.png and test/CLASS/*.png (or .jpg, .bmp, .ppm, .webp), all of one size; classes
-are numbered in the order of their names. A file has the arrays `train_images`, `train_labels`,
-`test_images` and `test_labels` (or `x_train`, `y_train`, `x_test`, `y_test`, as Keras names them): images
-uint8 [N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1] as labels.
+A folder has train/CLASS/*.png and test/CLASS/*.png (or .jpg, .bmp, .ppm, .webp), all of one size;
+classes are numbered in the order of their names. A file has the arrays `train_images`,
+`train_labels`, `test_images` and `test_labels` (or `x_train`, `y_train`, `x_test`, `y_test`, as
+Keras names them): images uint8 [N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1] as labels.
 
-The files may be anything: nothing is unpickled, no name leaves its folder, and no more than `LIMIT` bytes
-are ever decompressed. Every fault is an `EngineError` that begins with the file's name.
+The files may be anything: nothing is unpickled, no name leaves its folder, and no more than `LIMIT`
+bytes are ever decompressed. Every fault is an `EngineError` that begins with the file's name.
 """
 
 from __future__ import annotations

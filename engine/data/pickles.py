@@ -1,9 +1,9 @@
 """CIFAR's Python edition: pickles, read without unpickling.
 
-A pickle is a program. `pickletools` takes it apart into instructions and runs none of them. This module
-interprets the few instructions that the published files use, on plain values only. It imports nothing
-and calls nothing: such a file names two callables, the constructors of an array and of a dtype, and
-both are recognised by name and stand for a uint8 array.
+A pickle is a program. `pickletools` takes it apart into instructions and runs none of them. This
+module interprets the few instructions that the published files use, on plain values only. It
+imports nothing and calls nothing: such a file names two callables, the constructors of an array and
+of a dtype, and both are recognised by name and stand for a uint8 array.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def parse(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return images uint8 [N, 3, 32, 32] and labels uint8 [N] of one batch file, 1 <= N <= `most`.
 
-    `labels` has the name and the number of classes of each list of labels; the last list is returned.
-    EngineError, which begins with `where`: for any fault of the file.
+    `labels` has the name and the number of classes of each list of labels; the last list is
+    returned. EngineError, which begins with `where`: for any fault of the file.
     """
     try:
         with warnings.catch_warnings():
@@ -96,7 +96,7 @@ def parse(
 
 
 def _plain(data: bytes) -> Any:
-    """Return the value of a pickle of dictionaries, lists, tuples, numbers, strings and uint8 arrays.
+    """Return the value of a pickle of dictionaries, lists, tuples, numbers, strings, uint8 arrays.
 
     Raises:
         ValueError, IndexError, TypeError, KeyError, OverflowError: for any other pickle.
@@ -116,7 +116,8 @@ class _Machine:
     """Interpret a pickle's instructions on plain values.
 
     Attributes:
-        stack: the values so far, the top one last; memo: values that later instructions fetch again.
+        stack: the values so far, the top one last; memo: values that later instructions fetch
+            again.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Strict readers of the IDX and CIFAR binary formats, from files that may be anything.
 
 Formats: IDX as on the MNIST page (big-endian magic 00 00 08 rank, one uint32 a dimension, then the
-bytes), plain or as one gzip member; CIFAR records as on the CIFAR page (one label byte, or coarse and
-fine label, then 3 x 32 x 32 bytes, channels first), plain or as members of a tar.gz.
+bytes), plain or as one gzip member; CIFAR records as on the CIFAR page (one label byte, or coarse
+and fine label, then 3 x 32 x 32 bytes, channels first), plain or as members of a tar.gz.
 
 Nothing is written to disk, nothing is unpickled, and no more is ever decompressed than the caller's
 `limit`. `where` is the file's name as the user should read it; every fault is an `EngineError` that
@@ -50,7 +50,7 @@ def open_file(path: Path, where: str, limit: int) -> Iterator[BufferedReader]:
 
 
 class _Gunzip:
-    """Decompress a gzip file of one member, at most `limit` bytes; check its CRC, length and end."""
+    """Decompress a gzip file of one member, at most `limit` bytes; check CRC, length and end."""
 
     def __init__(self, file: BinaryIO, where: str, limit: int) -> None:
         self._file, self._where, self._limit, self._left = file, where, limit, limit
@@ -90,7 +90,7 @@ def packed_limit(limit: int) -> int:
 
 
 def read_file(path: Path, where: str, limit: int) -> bytes:
-    """Return all bytes, at most `limit`, of a plain or gzip file (its first two bytes tell which)."""
+    """Return all bytes, at most `limit`, of a plain or gzip file (the first two bytes tell)."""
     with open_file(path, where, packed_limit(limit)) as file:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
@@ -174,7 +174,8 @@ def parse_cifar(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return images uint8 [N, 3, 32, 32] and labels uint8 [N], 1 <= N <= `most`, of CIFAR records.
 
-    `label_ranges` has the number of classes for each label byte of a record; the last label is returned.
+    `label_ranges` has the number of classes for each label byte of a record; the last label is
+    returned.
     """
     record = len(label_ranges) + CIFAR_PIXELS
     count = max(1, -(-len(data) // record))

@@ -66,12 +66,13 @@ def check_precision(optimiser: str, precision: str) -> None:
 
 
 def build(name: str, params: Sequence[Tensor], lr: Tensor, **options: Any) -> torch.optim.Optimizer:
-    """Return an apex optimiser with its state made now: a checkpoint and a graph need the state early.
+    """Return an apex optimiser with its state made now: checkpoints and graphs need it early.
 
     Args:
         name: "apex-sgd", "apex-adam" or "apex-lamb".
         lr: 0-d on the device; Adam reads it at every step. The other two read their rate from
-            `param_groups`, and LAMB the number of earlier steps too: put both there before each step.
+            `param_groups`, and LAMB the number of earlier steps too: put both there before each
+            step.
         options: the constructor's.
     """
     optimisers = load()

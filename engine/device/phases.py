@@ -1,7 +1,7 @@
 """Named phases of a training step, for listeners: a profiler's ranges, the audit's counts.
 
-Without a listener a phase costs one method call. Python does not run when a CUDA graph is replayed, so
-listeners hear the capture and no replay.
+Without a listener a phase costs one method call. Python does not run when a CUDA graph is replayed,
+so listeners hear the capture and no replay.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ class Optim:
     name: Annotated[
         OptimiserName,
         Field(
-            description="optimiser: ours (sgd, adamw), torch's fused ones, or NVIDIA apex's where it "
-            "is built"
+            description="optimiser: ours (sgd, adamw), torch's fused ones, or NVIDIA apex's where "
+            "it is built"
         ),
     ] = "adamw"
     lr: Annotated[Number, Field(gt=0, description="peak learning rate")] = 3e-3
@@ -99,8 +99,8 @@ class StepOptions:
     precision: Annotated[
         Precision,
         Field(
-            description="arithmetic of the network's passes: auto is bf16 on GPUs that have it, fp32 "
-            "elsewhere"
+            description="arithmetic of the network's passes: auto is bf16 on GPUs that have it, "
+            "fp32 elsewhere"
         ),
     ] = "auto"
     capture: Annotated[
@@ -149,8 +149,8 @@ class Evaluation:
     judge: Annotated[
         Literal["pyautoattack", "engine"],
         Field(
-            description="AutoAttack by its authors' package, or by the engine's own form of the same "
-            "attacks (docs/autoattack.md); networks of two or three classes: always the engine's"
+            description="AutoAttack by its authors' package, or by the engine's own form of the "
+            "same attacks (docs/autoattack.md); networks of two or three classes: always the engine's"
         ),
     ] = "pyautoattack"
     batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500

@@ -41,8 +41,8 @@ def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torc
     """Return the recipe's network for images [C, H, W] = `shape`.
 
     Args:
-        images: uint8 [N, C, H, W], whose statistics the network normalises by; None: a checkpoint will
-            bring them.
+        images: uint8 [N, C, H, W], whose statistics the network normalises by; None: a checkpoint
+            will bring them.
     """
     if shape[1] != shape[2]:
         raise EngineError(
@@ -166,9 +166,9 @@ def build_step(
 def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
     """Return the recipe with stand-ins for the parts that the CPU or the meta device lacks.
 
-    On the CPU: no CUDA graph, fp32 for tf32, and our optimisers for apex's. The meta device has shapes
-    and no numbers: there also our optimisers for torch's, which read numbers, and float32 throughout,
-    which every operator supports.
+    On the CPU: no CUDA graph, fp32 for tf32, and our optimisers for apex's. The meta device has
+    shapes and no numbers: there also our optimisers for torch's, which read numbers, and float32
+    throughout, which every operator supports.
     """
     step, name = recipe.step, recipe.optim.name
     meta = where.type == "meta"
@@ -185,7 +185,7 @@ def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
 def memory_for(
     recipe: Recipe, images: Tensor, where: torch.device | str = "cpu"
 ) -> AdversaryMemory | None:
-    """Return the adversary memory of training images [N, C, H, W], if the attack starts from one."""
+    """Return the adversary memory of images [N, C, H, W], if the attack starts from one."""
     if recipe.attack.start != "memory":
         return None
     return AdversaryMemory(

@@ -18,8 +18,8 @@ from ..training.checkpoint import save_tensors
 from . import evaluate, images
 from .folder import Run
 
-# RobustBench's file that defines the network, and the call that builds it; RobustBench's short names
-# all have ten classes.
+# RobustBench's file that defines the network, and the call that builds it; RobustBench's short
+# names all have ten classes.
 _ARCHITECTURES = {
     "resnet18": ("architectures/resnet.py", "ResNet(BasicBlock, [2, 2, 2, 2], num_classes={})"),
     "preact-resnet18": (
@@ -36,17 +36,18 @@ _ARCHITECTURES = {
 def export(run: Run, out: Path | None = None) -> list[Path]:
     """Write the evaluated checkpoint of `run` for others.
 
-    `model.safetensors` and `model.pt` hold the state dict, tensors only, under RobustBench's names (and
-    `mu`, `sigma` where the network normalises: its Wong2020Fast has buffers of these names), each with
-    its SHA-256 beside it for `sha256sum -c`; `claim.json` holds the fields of a RobustBench model-info
-    file; `README.md` is the model card.
+    `model.safetensors` and `model.pt` hold the state dict, tensors only, under RobustBench's names
+    (and `mu`, `sigma` where the network normalises: its Wong2020Fast has buffers of these names),
+    each with its SHA-256 beside it for `sha256sum -c`; `claim.json` holds the fields of a
+    RobustBench model-info file; `README.md` is the model card.
 
     Args:
         out: default RUN/export.
     Returns:
         The files written.
     Raises:
-        EngineError: for a run without an evaluation or a checkpoint, or a folder that cannot be written.
+        EngineError: for a run without an evaluation or a checkpoint, or a folder that cannot be
+            written.
     """
     found = run.read_json("evaluation.json")
     if not found:
@@ -69,7 +70,7 @@ def export(run: Run, out: Path | None = None) -> list[Path]:
 
 
 def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return RobustBench's model-info fields; link and authors, which a run cannot know, are empty."""
+    """Return RobustBench's model-info fields; a run does not know link and authors: empty."""
     claim = {
         "link": "",
         "name": run.recipe.name,

@@ -38,7 +38,7 @@ def build_trainer(
     hooks: Hooks | None = None,
     world: World = ALONE,
 ) -> Trainer:
-    """Return the trainer of what `prepare` gave: the recipe's epochs, validated on held-out images."""
+    """Return the recipe's trainer for the outcome of `prepare`, validated on held-out images."""
     return Trainer(
         step,
         loader,
@@ -69,7 +69,8 @@ def train(run: Run, world: World = ALONE) -> Result:
     except (MemoryError, RuntimeError) as error:
         if distributed.is_broken(error):
             raise EngineError(
-                f"process {world.rank} has lost another process of this run: {str(error).splitlines()[0]}"
+                f"process {world.rank} has lost another process of this run: "
+                f"{str(error).splitlines()[0]}"
             ) from None
         if not _is_out_of_memory(error) or world.size > 1:
             raise
@@ -123,13 +124,13 @@ class _Session:
     def hooks(self) -> Hooks:
         """Return the trainer's hooks; processes other than the first have none."""
         if not self.world.first:
-            # The first process stops on a signal, and the others then lose it. If each stopped at a step
-            # of its own, one would wait for ever for the gradients of another.
+            # The first process stops on a signal, and the others then lose it. If each stopped at a
+            # step of its own, one would wait for ever for the gradients of another.
             return Hooks()
         return Hooks(self.shown.step, self.log, self.keep, self.safe_point)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one; drop the rows that will be logged again."""
+        """Resume from the newest checkpoint, if there is one; drop the rows after it."""
         first = self.world.first
         networks = self.trainer.step.networks()
         limit = most_bytes(
@@ -161,8 +162,8 @@ class _Session:
             return
         done = self.trainer.step.done
         log.warning(
-            "%s was trained by %d process(es) up to step %d and goes on with %d: other random numbers "
-            "and other BatchNorm statistics, so not the same bits",
+            "%s was trained by %d process(es) up to step %d and goes on with %d: other random "
+            "numbers and other BatchNorm statistics, so not the same bits",
             self.run.path,
             before,
             done,
@@ -220,8 +221,9 @@ class _Session:
         if self.watch.stop is not None:
             self.save(self.checkpoints.save)
             raise Stopped(self.watch.stop)
-        # Within an epoch the processes' means and BatchNorm statistics differ: a checkpoint is exact
-        # for one process; for several it holds the first one's, so there only a signal asks for it.
+        # Within an epoch the processes' means and BatchNorm statistics differ: a checkpoint is
+        # exact for one process; for several it holds the first one's, so there only a signal asks
+        # for it.
         exact = self.world.size == 1 or self.trainer.step.batches == 0
         if exact and (self.watch.save or self.checkpoints.due()):
             self.watch.save = False

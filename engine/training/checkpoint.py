@@ -1,7 +1,8 @@
 """Checkpoints: all that a run needs to resume as if it had never stopped.
 
-A checkpoint is a safetensors file and a JSON manifest with the file's SHA-256. They are written in this
-order, each atomically: a checkpoint exists once its manifest does. Reading one executes nothing.
+A checkpoint is a safetensors file and a JSON manifest with the file's SHA-256. They are written in
+this order, each atomically: a checkpoint exists once its manifest does. Reading one executes
+nothing.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Checkpoints:
     def latest(self, limit: int = 1 << 50) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the newest checkpoint that is whole, as `save` had it; None: there is none.
 
-        A damaged one is named in a warning and set aside (`.damaged`), and the one before it is used.
+        A damaged one is named in a warning and set aside (`.damaged`), and the one before it is
+        used.
 
         Args:
             limit: the most bytes that a checkpoint of this run may have, see `most_bytes`.
@@ -118,7 +120,7 @@ class Checkpoints:
 
 
 def most_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return a bound on the size of a safetensors file of `tensors` [bytes], with much room to spare.
+    """Return a generous bound on the size [bytes] of a safetensors file of `tensors`.
 
     A larger file is not read: hashing a sparse one of 100 GB takes minutes.
     """

@@ -22,9 +22,9 @@ from .step import Step
 log = logging.getLogger(__name__)
 
 # Catastrophic overfitting (Wong et al., arXiv 2001.03994): within an epoch, accuracy on the weak
-# attack's images goes on rising while accuracy on a stronger attack's falls to about zero. Here it is
-# a fall below this share of the best accuracy, and by more than noise. Where both accuracies fall, the
-# start is unsteady, and training recovers by itself.
+# attack's images goes on rising while accuracy on a stronger attack's falls to about zero. Here it
+# is a fall below this share of the best accuracy, and by more than noise. Where both accuracies
+# fall, the start is unsteady, and training recovers by itself.
 _COLLAPSE, _NOISE = 0.6, 0.1
 
 
@@ -36,8 +36,8 @@ class Hooks:
         step: (steps done, steps in all, the epoch's means so far: calling it waits for the device).
         epoch: the row to log, after validation.
         checkpoint: ("best" or "last", model, row).
-        safe_point: called wherever `Trainer.state` can be saved: after every step, and once an epoch
-            has been logged. An exception from it ends the training.
+        safe_point: called wherever `Trainer.state` can be saved: after every step, and once an
+            epoch has been logged. An exception from it ends the training.
     """
 
     step: Callable[[int, int, Callable[[], dict[str, float]]], None] = lambda done, total, means: (
@@ -54,8 +54,8 @@ class Result:
 
     Attributes:
         model: the evaluated network (the moving average where there is one), last epoch.
-        best: state dict of the epoch with the best validation PGD accuracy; the last epoch's without
-            a validation set.
+        best: state dict of the epoch with the best validation PGD accuracy; the last epoch's
+            without a validation set.
         best_epoch: that epoch's number, from 1; steps: the number of steps.
         rows: the logged rows, one for each epoch.
         train_seconds: wall-clock seconds of training steps, data included, evaluation excluded.
@@ -77,8 +77,8 @@ class Trainer:
     Args:
         step: the training step; its optimiser has a learning rate for each of `epochs` times
             `len(loader)` steps.
-        loader: yields `Batch`es with `samples` and `crops` if the step has an adversary memory. Where the
-            step takes its batches itself, they are this loader's.
+        loader: yields `Batch`es with `samples` and `crops` if the step has an adversary memory.
+            Where the step takes its batches itself, they are this loader's.
         validation: held-out (x float32 [V, C, H, W] in [0, 1], y int64 [V]), never the test set;
             each of several processes has a part of it.
         seed: of the validation attack.
@@ -115,8 +115,8 @@ class Trainer:
         """Train to the end of the schedule, from the beginning or from where `load` has put it.
 
         Raises:
-            EngineError: when training has failed beyond repair (`_fault`), or a loader lacks what the
-                memory needs.
+            EngineError: when training has failed beyond repair (`_fault`), or a loader lacks what
+                the memory needs.
         """
         step, result = self.step, self.result
         if step.take is None and (example := self.loader.example()) is not None:
@@ -292,8 +292,8 @@ class Trainer:
         if self._constant == 2:
             # A fresh network under PGD from random starts ends here where eps is large.
             log.warning(
-                "twice in a row the network gave all validation images one class: it does not learn; "
-                "let eps grow at first (schedule.eps_warmup = 0.2), or lower optim.lr"
+                "twice in a row the network gave all validation images one class: it does not "
+                "learn; let eps grow at first (schedule.eps_warmup = 0.2), or lower optim.lr"
             )
         # Each process has a part of the images; the parts have nearly the same size.
         right = torch.stack([clean.double().sum(), robust.double().sum(), y.new_tensor(len(y))])

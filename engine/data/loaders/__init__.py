@@ -49,9 +49,9 @@ class NullLoader(Loader):
 def choose(images: Tensor, device: torch.device | str) -> LoaderName:
     """Return the fastest loader for a set: resident, unless the device has no room for the set.
 
-    Measured (docs/performance.md): on the CPU the resident loader makes batches several times as fast as
-    DALI, and it is the only one that can be captured with the step. An adversary memory is as large as
-    the set again.
+    Measured (docs/performance.md): on the CPU the resident loader makes batches several times as
+    fast as DALI, and it is the only one that can be captured with the step. An adversary memory is
+    as large as the set again.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -86,8 +86,8 @@ def build(
         workers: threads of DALI, processes of torch's loader.
         sampling: options as `Sampling` has them.
     Raises:
-        EngineError: where DALI is asked for and missing; for a set smaller than a batch, or of another
-            type.
+        EngineError: where DALI is asked for and missing; for a set smaller than a batch, or of
+            another type.
     """
     if name == "auto":
         name = choose(images, device)

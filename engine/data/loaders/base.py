@@ -25,7 +25,8 @@ class Batch(NamedTuple):
         samples: int64 [B], positions in the training set.
         crops: int32 [B, 3], (dy, dx, mirrored) of each sample's crop. An adversary memory needs
             `samples` and `crops`; both are None if the loader does not know them.
-        start: float32 like x, where the attack starts; None where the loader has no memory of its own.
+        start: float32 like x, where the attack starts; None where the loader has no memory of its
+            own.
     """
 
     x: Tensor
@@ -39,8 +40,8 @@ class Loader(abc.ABC):
     """Give the batches of a training set, the same ones for the same (epoch, position).
 
     Attributes:
-        take: makes the batch of a step on the device, from the step's random state; None: the loader
-            hands every batch over from the host.
+        take: makes the batch of a step on the device, from the step's random state; None: the
+            loader hands every batch over from the host.
     """
 
     take: Callable[[Tensor], Batch] | None = None
@@ -96,8 +97,8 @@ class Sampling:
     Attributes:
         shape: (C, H, W) of one image.
         batch_size: of one process; a last short batch is dropped, so every step has one shape.
-        pad: random crop of the image padded by this [pixels]; flip: random mirroring; cutout: side of a
-            square set to 0 [pixels], 0: none.
+        pad: random crop of the image padded by this [pixels]; flip: random mirroring; cutout: side
+            of a square set to 0 [pixels], 0: none.
         replays: steps in a row on every batch, which keeps its crops meanwhile.
         rank, world: this process takes its share of each of the `world` times larger batches.
     Raises:
@@ -118,8 +119,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.count < self.batch_size * self.world:
             raise EngineError(
-                f"a batch of {self.batch_size * self.world} is larger than the {self.count} training "
-                "images: lower --optim.batch-size"
+                f"a batch of {self.batch_size * self.world} is larger than the {self.count} "
+                "training images: lower --optim.batch-size"
             )
 
     @property

@@ -1,9 +1,9 @@
 """NVIDIA DALI: one pipeline for the CPU and the GPU; its batches are a pure function of the step.
 
-The host gathers the images and draws crops, mirrors and holes (`Sampling`). DALI crops, mirrors, scales
-and cuts out in its own threads, two batches ahead. So the batches equal those of every other loader, and
-one number says where to resume. DALI stays outside CUDA graphs: its batches are copied into the tensors
-that a captured step reads.
+The host gathers the images and draws crops, mirrors and holes (`Sampling`). DALI crops, mirrors,
+scales and cuts out in its own threads, two batches ahead. So the batches equal those of every other
+loader, and one number says where to resume. DALI stays outside CUDA graphs: its batches are copied
+into the tensors that a captured step reads.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class DaliLoader(Loader):
         return arrays
 
     def _build(self) -> Any:
-        # Any: DALI makes its enumerations at run time, and its stubs have no pipeline without a GPU.
+        # Any: DALI makes its enumerations at run time, and its stubs have no pipeline without a
+        # GPU.
         dali: Any = importlib.import_module("nvidia.dali")
         fn, types = importlib.import_module("nvidia.dali.fn"), dali.types
 
