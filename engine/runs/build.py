@@ -159,6 +159,7 @@ def build_step(
         rank=rank,
         device=where,
         compile=recipe.step.compile,
+        deterministic=recipe.step.deterministic,
         recorder=recorder,
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.loaders import Loader
 from ..device import distributed, phases
 from ..device.distributed import World
+from ..device.precision import repeatable
 from ..errors import EngineError
 from ..progress import TrainingBar, bar
 from ..recipes import Recipe
@@ -84,6 +85,8 @@ def _train(run: Run, world: World) -> Result:
     with (
         contextlib.closing(loader),
         contextlib.closing(step),
+        # Validation too: it chooses the best epoch, to which training may go back.
+        repeatable(recipe.step.deterministic),
         phases.nvtx(),
         Watch() as watch,
         bar() as progress,
