@@ -91,7 +91,7 @@ def _cpu() -> str:
 
 def _commit() -> str | None:
     """Return the source tree's commit, with `+` after changes; None outside a checkout."""
-    here = Path(__file__).resolve().parents[1]
+    here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
     try:

@@ -44,7 +44,7 @@ def export(run: Run, out: Path | None = None) -> list[Path]:
     Args:
         out: default RUN/export.
     Returns:
-        The files written.
+        The files written; the sums beside the weights are not among them.
     Raises:
         EngineError: for a run without an evaluation or a checkpoint, or a folder that cannot be
             written.
@@ -65,8 +65,7 @@ def export(run: Run, out: Path | None = None) -> list[Path]:
         torch.save(tensors, temporary)
     files.write_json(claim, claim_of(run, found))
     files.write_text(card, printable(_card(run, found, tensors), "\n\t"))
-    sums = [files.sum_path(path) for path in (weights, pickled)]
-    return [weights, pickled, *sums, claim, card]
+    return [weights, pickled, claim, card]
 
 
 def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
