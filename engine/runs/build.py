@@ -146,6 +146,7 @@ def build_step(
         rank=rank,
         device=where,
         compile=recipe.step.compile,
+        deterministic=recipe.step.deterministic,
         recorder=recorder,
     )
 

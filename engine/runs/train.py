@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.loaders import Loader
 from ..device import distributed, phases
 from ..device.distributed import World
+from ..device.precision import repeatable
 from ..errors import EngineError
 from ..progress import TrainingBar, bar
 from ..recipes import Recipe
@@ -76,7 +77,9 @@ def _train(run: Run, world: World) -> Result:
         run.path / "checkpoints", keep=recipe.checkpoint.keep, seconds=recipe.checkpoint.seconds
     )
     board = None
-    with bar() as progress, Watch() as watch, phases.nvtx():
+    # Validation too: it chooses the best epoch, and what to go back to.
+    exactly = repeatable(recipe.step.deterministic)
+    with bar() as progress, Watch() as watch, phases.nvtx(), exactly:
         shown = TrainingBar(progress, recipe.name, recipe.optim.epochs)
 
         def epoch(row: dict[str, Any]) -> None:
