@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu gpu-check gpu-wheels gpu-showcase matrix bench-gpu docs tables pictures soak rivals check bench clean help
+.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu gpu-check gpu-wheels gpu-showcase matrix bench-gpu docs tables pictures soak rivals check types bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -97,7 +97,13 @@ bench-gpu: .venv/ready ## every benchmark in full on this machine's GPU, rows in
 check: .venv/ready ## lint, format, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -m mypy
+	@$(MAKE) -s types
+
+# mypy needs the layout of a wheel: kernels/ and benchmarks/ inside engine/.
+types: .venv/ready ## types of engine/, kernels/ and benchmarks/
+	@rm -rf build/typing/engine && mkdir -p build/typing/engine
+	@cd build/typing/engine && ln -s ../../../engine/* ../../../kernels ../../../benchmarks .
+	@cd build/typing && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml
 
 clean: ## remove what a build leaves
 	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache

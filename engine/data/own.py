@@ -159,6 +159,9 @@ def _pixels(file: Path, mode: str) -> np.ndarray:
 def _opened(file: Path) -> Any:
     from PIL import Image
 
+    if file.exists() and not file.is_file():
+        # Opening a FIFO waits for a writer.
+        raise EngineError(f"{file}: cannot read it: not a regular file")
     try:
         with warnings.catch_warnings():
             # Sizes are checked here, and a fault of the file is said once.

@@ -103,7 +103,8 @@ def _parameters(
     Also returns gradients brought into another layout, which must live until the kernel has run.
     """
     float32 = torch.float32
-    rows, kept = [], []
+    rows: list[tuple] = []
+    kept: list[Tensor] = []
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
         state = [m[i] for m in moments]
         e = averages[i] if averages else None
