@@ -1,8 +1,8 @@
-"""Time to accuracy: `engine bench accuracy`. Training seconds until the validation images are classified robustly.
+"""Measure the time to an accuracy: `engine bench accuracy`.
 
-Each seed of each recipe is a whole run, validated under PGD after every epoch; seeds are the outer loop, so
-that a machine that slows down does so to every recipe. The clock is metrics.jsonl's `train_seconds`: steps
-and their batches, and neither validation nor anything else.
+Each seed of each recipe is a whole run, validated under PGD after every epoch. Seeds are the outer
+loop, so that a machine that slows down slows all recipes. The clock is `train_seconds` of
+metrics.jsonl: steps and their batches, without validation.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from engine.runs.folder import Run
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and how far.
+    """Hold the recipes to train and their target.
 
     Attributes:
-        recipes: on one dataset, network and threat; the last is what the others are held against.
+        recipes: on one dataset, network and threat; the last recipe is the baseline.
         target: validation accuracy under PGD to reach [0..1].
         seeds: 0 .. seeds - 1, of each recipe [count].
-        changes: made to every recipe.
+        changes: fields set in every recipe.
     """
 
     recipes: tuple[str, ...]
@@ -55,7 +55,10 @@ def settings(quick: bool) -> Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: what it took until the target was reached, inf where it was not, and how it ended."""
+    """Hold the cost of reaching the target in one run, and the final accuracies.
+
+    `seconds` and `epochs` are inf where the run does not reach the target.
+    """
 
     seconds: float
     epochs: float
@@ -69,10 +72,11 @@ def run(quick: bool) -> list[dict[str, Any]]:
     Args:
         quick: the 8x8 digits in place of 20,000 images of Fashion-MNIST; about a minute.
     Returns:
-        One row a recipe. Training seconds until the target is first reached, over seeds: p20_s, p50_s, p80_s,
-        None where so many seeds do not reach it; reached (how many do) of seeds; epochs_to_target (median);
-        share_of_last (of the last recipe's time, seeds paired, the median; None unless all reach it); clean
-        and pgd (validation accuracies after the last epoch, means over seeds).
+        One row a recipe. p20_s, p50_s, p80_s: training seconds until the target is first reached,
+        over seeds, None where too few seeds reach it; reached: number of seeds that do;
+        epochs_to_target: median; share_of_last: of the last recipe's time, seeds paired, the
+        median, None unless all reach it; clean and pgd: validation accuracies after the last epoch,
+        means over seeds.
     """
     setting = settings(quick)
     changes = {**setting.changes, "validation.every": "1"}
@@ -89,9 +93,9 @@ def run(quick: bool) -> list[dict[str, Any]]:
 def _outcomes(
     setting: Setting, chosen: Mapping[str, Recipe], changes: Mapping[str, str]
 ) -> dict[str, list[Outcome]]:
-    found: dict[str, list[Outcome]] = {name: [] for name in chosen}
+    outcomes_of: dict[str, list[Outcome]] = {name: [] for name in chosen}
     for recipe in chosen.values():
-        # What a process loads at its first step is no training's own.
+        # The first step of a process loads libraries; that time is no training time.
         build.step_of(recipe)()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(setting.seeds):
@@ -100,27 +104,27 @@ def _outcomes(
                 recipe = recipes.load(name, {**changes, "seed": str(seed)})
                 one = Run.create(recipe, Path(folder) / f"{name}-s{seed}")
                 train.train(one)
-                found[name].append(outcome(one.metrics(), setting.target))
-    return found
+                outcomes_of[name].append(outcome(one.metrics(), setting.target))
+    return outcomes_of
 
 
 def outcome(rows: list[dict[str, Any]], target: float) -> Outcome:
-    """What the rows of a metrics.jsonl say."""
+    """Read the outcome from the rows of a metrics.jsonl."""
     last, never = rows[-1], {"train_seconds": math.inf, "epoch": math.inf}
     first = next((row for row in rows if row["val_pgd"] >= target), never)
     return Outcome(first["train_seconds"], first["epoch"], last["val_clean"], last["val_pgd"])
 
 
 def _rows(
-    setting: Setting, chosen: Mapping[str, Recipe], found: Mapping[str, list[Outcome]]
+    setting: Setting, chosen: Mapping[str, Recipe], outcomes_of: Mapping[str, list[Outcome]]
 ) -> list[dict[str, Any]]:
     timings = {
         name: timing.quantiles([one.seconds for one in outcomes])
-        for name, outcomes in found.items()
+        for name, outcomes in outcomes_of.items()
     }
     last = timings[setting.recipes[-1]]
     rows = []
-    for name, outcomes in found.items():
+    for name, outcomes in outcomes_of.items():
         recipe, measured = chosen[name], timings[name]
         all_reach = all(map(math.isfinite, (*measured.samples, *last.samples)))
         rows.append(

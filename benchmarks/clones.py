@@ -1,9 +1,9 @@
-"""Authors' own code as rivals: from a clone of the user's, where it lies, through its own functions.
+"""Run the authors' own training code as rivals, from the user's clone of their repository.
 
 Loading a file executes it. The scripts are written for CUDA, and import packages that the functions
 called here do not use. So `Tensor.cuda` is the identity while a file loads and while its function
-runs, where there is no GPU and the benchmark's tensors lie on the CPU; and while it loads, torchvision
-and apex are empty stand-ins: what does use them fails. Afterwards the process is as it was.
+runs, on a machine without a GPU whose tensors lie on the CPU. While a file loads, torchvision and
+apex are empty stand-ins: code that uses them fails. Afterwards the process is as before.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ _UNUSED = ("torchvision", "torchvision.datasets", "torchvision.transforms", "ape
 
 @dataclass(frozen=True)
 class Clone:
-    """A training loop around a function of a clone.
+    """Hold a training loop around a function of a clone.
 
-    `loop(model, eps, alpha, k)` returns `step(x, y, start=None)`, as in `rivals`; `label` is what tables call
-    it, `note` says what ran and how.
+    Attributes:
+        loop: `loop(model, eps, alpha, k)` returns `step(x, y, start=None)`, as in `rivals`.
+        label: the name in tables; note: which function ran, and how.
     """
 
     label: str
@@ -51,51 +52,48 @@ class Clone:
 
 
 def parse(words: Iterable[str]) -> dict[str, Path]:
-    """`["trades=PATH"]` as {"trades": PATH}.
+    """Turn `["trades=PATH"]` into {"trades": PATH}.
 
     Raises:
-        EngineError: for a word of another form, a name that is not in `HOMES`, or one given twice.
+        EngineError: for a word of another form, a name that is not in `HOMES`, or a repeated name.
     """
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for word in words:
         name, equals, path = word.partition("=")
         if name not in HOMES or not equals or not path:
             expected = " or ".join(f"{known}=PATH" for known in HOMES)
             raise EngineError(f"--clone takes {expected}, got {word!r}")
-        if name in found:
+        if name in folders:
             raise EngineError(f"--clone {name} is given twice")
-        found[name] = Path(path).expanduser()
-    return found
+        folders[name] = Path(path).expanduser()
+    return folders
 
 
 def load(name: str, root: Path, channels: int) -> Clone:
-    """The clone's loop for images of so many channels. Executes the file it is in.
+    """Return the clone's loop for images of so many channels. This executes a file of the clone.
 
     Args:
         name: one of `HOMES`.
-        channels: fast_adversarial has an attack for MNIST, and one for CIFAR-10.
+        channels: fast_adversarial has one attack for MNIST and another for CIFAR-10.
     Raises:
-        EngineError: when `root` is no such clone, or its file cannot be loaded or lacks the function.
+        EngineError: if `root` is no such clone, or its file cannot be loaded or lacks the function.
     """
     if not root.is_dir():
         raise EngineError(f"--clone {name}: there is no folder {root}")
-    how = "on the GPU with" if _on_a_gpu() else "on the CPU with Tensor.cuda as the identity and"
-    how += " empty stand-ins for torchvision and apex"
+    manner = "on the GPU with" if _on_a_gpu() else "on the CPU with Tensor.cuda as the identity and"
+    manner += " empty stand-ins for torchvision and apex"
     if name == "trades":
         trades_loss = _function(name, root, "trades.py", "trades_loss")
-        note = f"TRADES (clone) is its own trades_loss, {how}"
+        note = f"TRADES (clone) is its own trades_loss, {manner}"
         return Clone("TRADES (clone)", note, _around_trades_loss(trades_loss))
     file = "MNIST/evaluate_mnist.py" if channels == 1 else "CIFAR10/utils.py"
     attack_pgd = _function(name, root, file, "attack_pgd")
     attack = (lambda *values: attack_pgd(*values, 1)) if channels == 1 else _by_channel(attack_pgd)
     note = (
-        f"fast_adversarial (clone) is its own attack_pgd of {file}, {how}; that makes one forward pass "
-        "more than the attack in its training scripts"
+        f"fast_adversarial (clone) is its own attack_pgd of {file}, {manner}; "
+        "that makes one forward pass more than the attack in its training scripts"
     )
     return Clone("fast_adversarial (clone)", note, _around_attack(attack))
-
-
-# ---- the loops -------------------------------------------------------------------------------
 
 
 def _around_trades_loss(trades_loss: _Function) -> Loop:
@@ -104,7 +102,7 @@ def _around_trades_loss(trades_loss: _Function) -> Loop:
 
         def step(x: Tensor, y: Tensor, start: Tensor | None = None) -> None:
             def drawn(*_: object, **__: object) -> Tensor:
-                # It starts at x + 0.001 randn.
+                # The attack starts at x + 0.001 randn.
                 return (start - x) / 0.001  # type: ignore[operator]
 
             model.train()
@@ -121,14 +119,14 @@ def _around_trades_loss(trades_loss: _Function) -> Loop:
 
 
 def _around_attack(attack: Callable[..., Tensor]) -> Loop:
-    """A plain training loop: the authors' own lies within a function that fetches the data."""
+    """Return a plain training loop; the authors' loop is inside a function that fetches data."""
 
     def loop(model: nn.Module, eps: float, alpha: float, k: int) -> rivals.Step:
         opt = rivals.sgd(model)
 
         def step(x: Tensor, y: Tensor, start: Tensor | None = None) -> None:
             def drawn(delta: Tensor, *_: object) -> Tensor:
-                # Of a batch at once, or channel by channel: a start is handed in for one channel.
+                # A given start replaces the attack's draw: of the whole batch, or of one channel.
                 return delta.copy_((start - x).reshape(delta.shape))  # type: ignore[operator]
 
             model.train()
@@ -144,7 +142,8 @@ def _around_attack(attack: Callable[..., Tensor]) -> Loop:
 
 
 def _by_channel(attack_pgd: _Function) -> Callable[..., Tensor]:
-    # It works on normalised images, within limits that are its file's; ours are in [0, 1].
+    # The attack works on normalised images, within limits set in its file. The benchmark's images
+    # lie in [0, 1].
     low, high = torch.tensor([0.0, 1.0], device=machine.device())
     vars(attack_pgd.module).update(lower_limit=low, upper_limit=high)
 
@@ -155,12 +154,9 @@ def _by_channel(attack_pgd: _Function) -> Callable[..., Tensor]:
     return attack
 
 
-# ---- foreign code ----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Function:
-    """A function of a clone, called where the benchmark's tensors lie."""
+    """Hold a function of a clone, called on the device of the benchmark's tensors."""
 
     clone: str
     path: Path
@@ -190,13 +186,13 @@ def _function(clone: str, root: Path, file: str, name: str) -> _Function:
 
 
 @contextlib.contextmanager
-def _errors(clone: str, what: str) -> Iterator[None]:
+def _errors(clone: str, problem: str) -> Iterator[None]:
     try:
         yield
     # A script that parses its arguments exits.
     except (Exception, SystemExit) as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        raise EngineError(f"--clone {clone}: {what}: {type(error).__name__}: {first}") from error
+        raise EngineError(f"--clone {clone}: {problem}: {type(error).__name__}: {first}") from error
 
 
 def _on_a_gpu() -> bool:
@@ -204,21 +200,24 @@ def _on_a_gpu() -> bool:
 
 
 def _here() -> contextlib.AbstractContextManager[Any]:
-    """`Tensor.cuda` goes to the benchmark's device, as it does by itself where that is a GPU."""
-    where = machine.device()
-    return _replaced(Tensor, "cuda", lambda tensor, *_, **__: tensor.to(where), not _on_a_gpu())
+    """Make `Tensor.cuda` move to the benchmark's device in the block, on the CPU too."""
+    device = machine.device()
+    return _replaced(Tensor, "cuda", lambda tensor, *_, **__: tensor.to(device), not _on_a_gpu())
 
 
 def _replaced(
-    owner: Any, name: str, value: Any, wanted: bool = True
+    owner: Any, name: str, value: Any, needed: bool = True
 ) -> contextlib.AbstractContextManager[Any]:
-    return mock.patch.object(owner, name, value) if wanted else contextlib.nullcontext()
+    return mock.patch.object(owner, name, value) if needed else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _imports(folder: Path) -> Iterator[None]:
-    """Imports find stand-ins and what lies in `folder`; afterwards the process has neither, nor their logging."""
-    known, root = dict(sys.modules), logging.getLogger()
+    """Let imports find stand-ins and the modules in `folder`, in the block only.
+
+    Afterwards the modules and their logging handlers are removed from the process.
+    """
+    before, root = dict(sys.modules), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     path, no_bytecode = sys.path[:], sys.dont_write_bytecode
     for name in _UNUSED:
@@ -227,16 +226,16 @@ def _imports(folder: Path) -> Iterator[None]:
         if parent:
             setattr(sys.modules[parent], last, stand_in)
     sys.path.insert(0, str(folder))
-    sys.dont_write_bytecode = True  # not into the user's clone
+    sys.dont_write_bytecode = True  # keep bytecode out of the user's clone
     try:
         yield
     finally:
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None)
-            own = name not in known and file and Path(file).is_relative_to(folder)
+            own = name not in before and file and Path(file).is_relative_to(folder)
             if name in _UNUSED or own:
                 del sys.modules[name]
-        sys.modules.update({name: known[name] for name in _UNUSED if name in known})
+        sys.modules.update({name: before[name] for name in _UNUSED if name in before})
         sys.path[:], sys.dont_write_bytecode = path, no_bytecode
         root.handlers[:] = handlers
         root.setLevel(level)

@@ -1,10 +1,10 @@
-"""Whole trainings side by side: `engine bench end-to-end`. Images, passes and FLOPs a second, over epochs.
+"""Run whole trainings side by side: `engine bench end-to-end`.
 
-An epoch is what `engine train` makes of it: batches, steps, the moving average, the log's row, validation
-under PGD, the best and the last weights; and a whole checkpoint at its end, where a run makes one a minute.
-Beside the recipes runs PGD-10 training as people write it, a loop around torch's DataLoader, which does
-none of this. All take turns, an epoch each, and so does the matrix product whose rate they are held
-against: a machine that slows down does so to all.
+An epoch is an epoch of `engine train`: batches, steps, the moving average, the log's row,
+validation under PGD, the best and the last weights, and a whole checkpoint at its end (a run writes
+one a minute). Beside the recipes runs a plain PGD-10 loop around torch's DataLoader, which does
+none of this. All trainings take turns, an epoch each. So does the matrix product whose rate is the
+yardstick. A machine that slows down slows them all.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ PLAIN = "plain PyTorch, PGD-10"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained.
+    """Hold the trainings to run.
 
     Attributes:
-        trainings: by the name that rows show: a recipe, and what is changed in it.
-        plain: whose data, network, threat and attack the plain loop takes; a PGD recipe.
-        epochs: of each [count].
-        changes: made to every recipe.
+        trainings: by the name in the rows: a recipe and its changed fields.
+        plain: the PGD recipe that gives the plain loop its data, network, threat and attack.
+        epochs: of each training [count].
+        changes: fields set in every recipe.
     """
 
     trainings: Mapping[str, tuple[str, Mapping[str, str]]]
@@ -71,31 +71,31 @@ _DIGITS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def settings(quick: bool) -> Setting:
-    """Fashion-MNIST's recipes as they are; quick: on few images, or on the 8x8 digits where it is not fetched."""
+    """Return the setting: Fashion-MNIST's recipes.
+
+    Quick: the same on fewer images, or on the 8x8 digits where Fashion-MNIST is not fetched.
+    """
     if not quick:
         return Setting(_FASHION, "fashion-mnist-pgd10", 9, {})
     if datasets.info("fashion-mnist").folder is None:
         return Setting(_DIGITS, "quickstart-pgd10", 5, {})
-    # As many validation images to a training image as there are in full.
+    # Keep the ratio of validation images to training images.
     few = {"data.train_examples": "2560", "data.validation": "44"}
     return Setting(_FASHION, "fashion-mnist-pgd10", 5, few)
 
 
-# ---- what takes turns ------------------------------------------------------------------------
-
-
 class _Turn(Exception):
-    """An epoch has ended, and it is another training's turn."""
+    """Stop a training at the end of an epoch, for the next training's turn."""
 
 
 class Training:
-    """A recipe's training, an epoch at a call.
+    """Run a recipe's training, one epoch a call.
 
     Attributes:
-        images: of an epoch [count]; steps: of an epoch [count]; passes, flops: of a step.
+        images, steps: of an epoch [count]; passes, flops: of a step.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, shown: TrainingBar) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, bar_of_run: TrainingBar) -> None:
         run = Run.create(recipe, folder)
         self._step, self._loader = build.prepare(recipe, recipe.optim.epochs)
         checkpoints = Checkpoints(folder / "checkpoints", keep=recipe.checkpoint.keep)
@@ -109,7 +109,7 @@ class Training:
                 checkpoints.save(self._step.done, tensors, {**about, "logged": run.logged()})
                 raise _Turn
 
-        hooks = Hooks(shown.step, run.log, keep, safe_point)
+        hooks = Hooks(bar_of_run.step, run.log, keep, safe_point)
         self._trainer = train.build_trainer(recipe, self._step, self._loader, hooks)
         self.steps = len(self._loader)
         self.images = self.steps * recipe.optim.batch_size
@@ -117,13 +117,13 @@ class Training:
         self.flops = plan.flops(recipe)
 
     def epoch(self) -> None:
-        # The trainer goes on from where its last turn ended.
+        # The trainer resumes at the end of its last turn.
         with contextlib.suppress(_Turn):
             self._trainer.run()
 
     @property
     def seconds(self) -> float:
-        """Of all epochs so far: in steps and their batches."""
+        """The seconds of all epochs so far, in steps and their batches."""
         return self._trainer.result.train_seconds
 
     def close(self) -> None:
@@ -132,7 +132,10 @@ class Training:
 
 
 class Plain:
-    """The plain loop on a PGD recipe's data and network; its face is `Training`'s."""
+    """Run the plain loop on a PGD recipe's data and network.
+
+    It has the methods and attributes of `Training`.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self._where = machine.device()
@@ -140,7 +143,7 @@ class Plain:
         images, labels = parts.train
         torch.manual_seed(recipe.seed)
         network = build.build_model(recipe, images, len(parts.classes), images.shape[1:])
-        # As networks come.
+        # The plain loop keeps the default memory layout.
         network = rivals.plain(network.to(self._where, memory_format=torch.contiguous_format))
         attack, eps = recipe.attack, recipe.threat.eps
         self._step = rivals.fast_adversarial(network, eps, attack.step_size(eps), attack.steps)
@@ -153,7 +156,8 @@ class Plain:
         )
         self.steps = len(self._loader)
         self.images = self.steps * recipe.optim.batch_size
-        # What the objective needs: the loop makes more, the weights' gradients in every attack step.
+        # Count the passes that the objective needs; the loop also computes weight gradients in
+        # every attack step.
         self.passes = recipe.objective.passes(attack).total
         self.seconds = 0.0
         self.flops = plan.count(lambda: self._train(1)).total()
@@ -166,7 +170,7 @@ class Plain:
             self._step(x.to(self._where), y.to(self._where))
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: this training holds no files."""
 
 
 # ---- running ---------------------------------------------------------------------------------
@@ -178,12 +182,12 @@ def run(quick: bool) -> list[dict[str, Any]]:
     Args:
         quick: fewer images and epochs; under a minute.
     Returns:
-        One row a training. Of an epoch, validation and all: p20_ms, p50_ms, p80_ms. By the median epoch:
-        images_per_s; passes_per_s (images times the objective's passes); gflop_per_s, of training steps
-        (validation counts as time and not as work), and share_of_peak. gflop_per_step: arithmetic done, so
-        the plain loop's is larger for the same passes. share_in_steps: of all epochs, spent in steps and
-        their batches. speedup_vs_plain: epochs' times paired by turn, the median. peak_gflop_per_s: the
-        largest that a matrix product reached in any turn.
+        One row a training. p20_ms, p50_ms, p80_ms: of an epoch, validation included. images_per_s:
+        by the median epoch; passes_per_s: images times the objective's passes; gflop_per_s: of
+        training steps (validation adds time and no work); share_of_peak: of peak_gflop_per_s, the
+        best rate of a matrix product in any turn; gflop_per_step: arithmetic done, so the plain
+        loop has more for the same passes; share_in_steps: time in steps and their batches, of all
+        epochs; speedup_vs_plain: median of epoch times paired by turn.
     """
     setting = settings(quick)
     chosen = {name: setting.recipe(*about) for name, about in setting.trainings.items()}

@@ -1,7 +1,8 @@
-"""Loaders side by side: `engine bench loaders`. Images a second, and what of a training step they would cost.
+"""Compare loaders: `engine bench loaders`.
 
-A sample is a stretch of batches in a row, after the batches that a loader has read ahead while others had
-their turn: what is made ahead of time is not made for nothing.
+The rows hold images a second, and the loader's share of a training step. A sample is a stretch of
+batches in a row, after the batches that a loader read ahead while others had their turn: the sample
+then includes the work of reading ahead.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from engine.performance.timing import quantiles
 from engine.runs import build
 from engine.threat import Linf
 
-# More than any loader here reads ahead: DALI two batches, torch two for each of two processes.
+# More batches than any loader reads ahead: DALI two, torch two for each of two processes.
 _AHEAD = 5
 _STRETCH = 24
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Images [C, H, W], and the recipe whose training they would feed."""
+    """Hold images [C, H, W], and the recipe whose training they feed."""
 
     shape: tuple[int, int, int]
     recipe: str
@@ -41,7 +42,10 @@ _SAMPLES = 12_000
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
-    """A row for each loader and image shape, crop and mirror on; all loaders of a shape timed in turn."""
+    """Return a row for each loader and image shape, crop and mirror on.
+
+    All loaders of a shape are timed in turn.
+    """
     return [row for setting in SETTINGS for row in _rows(setting, 5 if quick else 15)]
 
 
@@ -50,9 +54,9 @@ def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (_SAMPLES, *setting.shape), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, 10, (_SAMPLES,), generator=draw)
-    batch, where = recipe.optim.batch_size, machine.device()
-    options: dict[str, Any] = {"device": where, "pad": 4, "flip": True}
-    memory = AdversaryMemory(_SAMPLES, setting.shape, Linf(0.1), device=where)
+    batch, device = recipe.optim.batch_size, machine.device()
+    options: dict[str, Any] = {"device": device, "pad": 4, "flip": True}
+    memory = AdversaryMemory(_SAMPLES, setting.shape, Linf(0.1), device=device)
 
     def loader(name: loaders.LoaderName, **more: Any) -> Loader:
         return loaders.build(name, images, labels, batch, **options, **more)
@@ -70,7 +74,7 @@ def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(rounds):
         for name, stream in streams.items():
-            times[name].append(_stretch(stream, where))
+            times[name].append(_stretch(stream, device))
     timings = {name: quantiles(values) for name, values in times.items()}
     for each in made.values():
         each.close()
@@ -87,7 +91,7 @@ def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
             "p20_ms": timing.p20,
             "p50_ms": timing.p50,
             "p80_ms": timing.p80,
-            # Against torch's loader with as many workers as suit it best here.
+            # Compare with torch's loader at its best number of workers on this machine.
             "speedup_vs_torch": fastest.over(timing),
             "share_of_step": timing.p50 / step_ms,
             "step": setting.recipe,
@@ -103,11 +107,11 @@ def _endless(loader: Loader) -> Iterator[Batch]:
         epoch += 1
 
 
-def _stretch(stream: Iterator[Batch], where: torch.device) -> float:
-    """Seconds a batch."""
+def _stretch(stream: Iterator[Batch], device: torch.device) -> float:
+    """Return the seconds a batch."""
     for _ in range(_AHEAD):
         next(stream)
-    wait: Callable[[], None] = torch.cuda.synchronize if where.type == "cuda" else lambda: None
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     began = time.perf_counter()
     for _ in range(_STRETCH):
@@ -117,25 +121,25 @@ def _stretch(stream: Iterator[Batch], where: torch.device) -> float:
 
 
 def _step_ms(recipe: recipes.Recipe, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """The recipe's training step on a batch that lies there already.
+    """Time the recipe's training step on a batch that lies on the device [ms].
 
-    Residual networks take a quarter of a minute a step on two cores: there it is timed on a part of the
-    batch, and counted as often.
+    A residual network takes a quarter of a minute a step on two cores: there a part of the batch is
+    timed, and the time is multiplied.
     """
-    where = machine.device()
-    parts = 8 if recipe.model.name.startswith("preact") and where.type == "cpu" else 1
-    model = build.build_model(recipe, images, 10, images.shape[1:]).to(where)
-    memory = build.memory_for(recipe, images, where)
+    device = machine.device()
+    parts = 8 if recipe.model.name.startswith("preact") and device.type == "cpu" else 1
+    model = build.build_model(recipe, images, 10, images.shape[1:]).to(device)
+    memory = build.memory_for(recipe, images, device)
     size = recipe.optim.batch_size // parts
-    batch = next(loaders.build("null", images, labels, size, device=where).epoch(0))
+    batch = next(loaders.build("null", images, labels, size, device=device).epoch(0))
     step = build.build_step(recipe, model, steps=100, memory=memory)
     step.train()
     times = []
-    # The first call pays for what is made once.
+    # The first call includes one-time work.
     for _ in range(2 if parts > 1 else 10):
         began = time.perf_counter()
         step(batch)
-        if where.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     step.close()

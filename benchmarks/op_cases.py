@@ -1,9 +1,10 @@
-"""Define the cases of the op benchmark: inputs, eager opponents, and checks against the reference."""
+"""Define the cases of the op benchmark: inputs, eager opponents, checks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +20,11 @@ MNIST, CIFAR, LARGE = (256, 1, 28, 28), (128, 3, 32, 32), (2048, 3, 32, 32)
 
 @dataclass
 class Case:
-    """One op at one shape.
+    """Hold one op at one shape.
 
     Attributes:
-        op, eager: the same work by the engine's op and by plain PyTorch, without arguments.
+        op, eager: the same work by the engine's op and by plain PyTorch; `op` takes no arguments,
+            `eager` takes `args`.
         check: raises AssertionError unless the op agrees with the reference in float64.
         bytes: the least that must be read and written.
     """
@@ -231,10 +233,10 @@ def _stem_case(
     x = torch.rand(x_shape)
     z = (x + 0.05 * torch.randn(x_shape)).clamp(0, 1)
     gy, weight = 1e-3 * torch.randn(b, out, side, side), 0.2 * torch.randn(out, c, k, k)
-    geometry = {"stride": stride, "padding": pad}
+    geometry: dict[str, Any] = {"stride": stride, "padding": pad}
 
     def check() -> None:
-        # L2 compares the gradient itself; Linf would compare signs, which rounding may turn near 0.
+        # L2 compares the gradient; Linf would compare signs, which rounding may flip near 0.
         _against_reference(
             kernels.input_grad_step, x, z, gy, weight, **geometry, eps=1.0, alpha=0.5, norm="L2"
         )()
@@ -256,7 +258,8 @@ def _input_case(
     b, c, h, _ = x_shape
     side = (h + 2 * pad - k) // stride + 1
     gy = torch.randn(b, out, side, side).contiguous(memory_format=torch.channels_last)
-    weight, options = torch.randn(out, c, k, k), {"size": (h, h), "stride": stride, "padding": pad}
+    weight = torch.randn(out, c, k, k)
+    options: dict[str, Any] = {"size": (h, h), "stride": stride, "padding": pad}
     x = torch.rand(x_shape)
     return Case(
         "stem_input_grad",
@@ -276,7 +279,7 @@ def _weight_case(
     side = (h + 2 * pad - k) // stride + 1
     last = torch.channels_last
     x, gy = torch.rand(x_shape), torch.randn(b, out, side, side).contiguous(memory_format=last)
-    options = {"kernel": (k, k), "stride": stride, "padding": pad}
+    options: dict[str, Any] = {"kernel": (k, k), "stride": stride, "padding": pad}
     return Case(
         "stem_weight_grad",
         f"{label} {_name(x_shape)}",
@@ -301,8 +304,9 @@ def _sgd_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         narrow = [[t.clone() for t in ts] for ts in lists]
         wide = [[t.double() for t in ts] for ts in lists]
         step(*narrow)
-        rest = (0.9, decay, False, torch.tensor(0.999))
-        reference.sgd_ema_step(*wide, lr.double(), zero.double(), *rest)
+        rest = (lr.double(), zero.double(), 0.9, decay, False, torch.tensor(0.999))
+        arguments: tuple[Any, ...] = (*wide, *rest)
+        reference.sgd_ema_step(*arguments)
         for ours, exact in zip(narrow, wide, strict=True):
             for a, e in zip(ours, exact, strict=True):
                 _close(a, e)
@@ -323,11 +327,11 @@ def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
     second = [t.square() for t in first]
     lr, zero, count, decay = torch.tensor(0.01), torch.tensor(0.0), torch.tensor(5.0), 5e-4
     n = sum(p.numel() for p in params)
-    theirs = [p.clone().requires_grad_() for p in params]
-    for p, g in zip(theirs, grads, strict=True):
+    foreign = [p.clone().requires_grad_() for p in params]
+    for p, g in zip(foreign, grads, strict=True):
         p.grad = g
-    optimiser = torch.optim.AdamW(theirs, lr=0.01, weight_decay=decay, fused=True)
-    followed = [p.detach().clone() for p in theirs]
+    optimiser = torch.optim.AdamW(foreign, lr=0.01, weight_decay=decay, fused=True)
+    followed = [p.detach().clone() for p in foreign]
 
     def step(*lists: list[Tensor]) -> None:
         kernels.adamw_ema_step(
@@ -341,7 +345,7 @@ def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
 
     def eager() -> None:
         optimiser.step()
-        torch._foreach_lerp_(followed, [p.detach() for p in theirs], 0.001)
+        torch._foreach_lerp_(followed, [p.detach() for p in foreign], 0.001)
 
     def check() -> None:
         lists = (params, grads, first, second, averages)
@@ -350,7 +354,8 @@ def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         step(*narrow)
         rest = (lr.double(), count.double(), zero.double(), 0.9, 0.999, 1e-8)
         decays = [decay] * len(shapes)
-        reference.adamw_ema_step(*wide, *rest, decays, torch.tensor(0.999))
+        arguments: tuple[Any, ...] = (*wide, *rest, decays, torch.tensor(0.999))
+        reference.adamw_ema_step(*arguments)
         for ours, exact in zip(narrow, wide, strict=True):
             for a, e in zip(ours, exact, strict=True):
                 _close(a, e)

@@ -1,4 +1,4 @@
-"""Write the ops in plain PyTorch, as one would by hand: the opponents of the op benchmark."""
+"""Write the ops in plain PyTorch by hand: the op benchmark's opponents."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ def augment_with_start(
     index: Tensor,
     pad: int,
     memory: Tensor,
-    offset: Tensor,
+    crops: Tensor,
     x: Tensor,
     eps: Tensor,
 ) -> tuple[Tensor, Tensor]:
     made = augment(images, index, pad)
-    return made, reference.recall(memory, index, offset, x, eps, "Linf")
+    return made, reference.recall(memory, index, crops, x, eps, "Linf")

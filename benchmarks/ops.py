@@ -1,9 +1,9 @@
-"""Every op against eager PyTorch and against torch.compile of the same formula, side by side, on one device.
+"""Compare every op with eager PyTorch and with torch.compile of the same formula, on one device.
 
-The opponents are what one would write by hand: torch's own random numbers where the op draws some, the
-library's convolution backward for `input_grad_step`, and the plain formula of `kernels.reference`
-elsewhere. The op is called as the engine calls it, checks and dispatch included; on a GPU every call also
-launches and is waited for, which a captured step does not do.
+The opponents are what a user would write by hand: torch's random numbers where the op draws some,
+the library's convolution backward for `input_grad_step`, and the plain formula of
+`kernels.reference` elsewhere. The op is called as in training, with checks and dispatch. On a GPU
+every call also launches and waits, which a captured step does not.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def run(quick: bool) -> list[dict[str, object]]:
     Returns:
         One row per case and backend (the op's own, "eager", "compile"): op, shape, backend, p20_ms,
         p50_ms, p80_ms, gbps, share_of_copy (against a copy of as many bytes in the same run),
-        speedup_vs_eager, speedup_vs_compile, and note. Ratios are None, and note says why, where the
-        op disagreed with the reference in this very run or the opponent is missing.
+        speedup_vs_eager, speedup_vs_compile, and note. Where the op disagreed with the reference in
+        this run, or the opponent is missing, ratios are None and `note` holds the reason.
     """
-    where = machine.device()
-    served = {row["op"]: row for row in backends.table() if row["device"] == where.type}
+    device = machine.device()
+    served = {row["op"]: row for row in backends.table() if row["device"] == device.type}
     load, cores = timing.load(), os.cpu_count() or 1
-    # Threads that wait for one another are the first to suffer: such ratios can be off a hundredfold.
+    # Busy cores delay threads that wait for each other: such ratios can be off a hundredfold.
     busy = f"machine busy (load {load} on {cores} cores): distrust" if load > cores + 0.5 else None
     # A first compilation takes some seconds; the next run finds it in Inductor's cache.
     stop_compiling = time.monotonic() + (30.0 if quick else math.inf)
     rows = []
-    # By itself PyTorch would round in the library's convolutions on a GPU.
-    with torch.no_grad(), precision.arithmetic("fp32", where):
-        for case in cases_on(where, quick):
+    # By default PyTorch uses tf32 in the convolutions on a GPU.
+    with torch.no_grad(), precision.arithmetic("fp32", device):
+        for case in cases_on(device, quick):
             small = "128x3" not in case.shape and "2048" not in case.shape
             if quick and not small:
                 why_not = "not compiled in the quick run"
@@ -56,20 +56,20 @@ def run(quick: bool) -> list[dict[str, object]]:
             if server["backend"] == "reference":
                 notes.append(f"served by plain PyTorch: {server['why']}")
             seconds = 0.25 if quick else 2.0
-            rows += _measure(case, where, server["backend"], notes, why_not, seconds)
+            rows += _measure(case, device, server["backend"], notes, why_not, seconds)
     return rows
 
 
 def _measure(
     case: Case,
-    where: torch.device,
+    device: torch.device,
     served: str,
     notes: list[str],
     why_not: str | None,
     seconds: float,
 ) -> list[dict[str, object]]:
     try:
-        with where:
+        with device:
             case.check()
         correct = True
     except AssertionError as error:
@@ -78,18 +78,18 @@ def _measure(
     calls: dict[str, Callable[[], object]] = {
         "op": case.op,
         "eager": lambda: case.eager(*case.args),
-        "copy": timing.copier(case.bytes, where),
+        "copy": timing.copier(case.bytes, device),
     }
     if why_not is None:
         try:
             compiled = torch.compile(case.eager)
             compiled(*case.args)
             calls["compile"] = lambda: compiled(*case.args)
-        except Exception as error:  # whatever the compiler of this machine may raise
+        except Exception as error:  # the compiler may raise anything
             why_not = f"torch.compile failed: {type(error).__name__}"
     if why_not:
         notes.append(why_not)
-    times = timing.side_by_side(calls, device=where, seconds=seconds)
+    times = timing.side_by_side(calls, device=device, seconds=seconds)
 
     def ratio(of: str, to: str) -> float | None:
         known = correct and of in times and to in times

@@ -1,7 +1,7 @@
-"""The picture of a live run, for README and docs: `make pictures`.
+"""Make the picture of a live run for README and docs: `make pictures`.
 
-`engine train quickstart` runs in a terminal of its own; what its screen shows is drawn cell by cell, once as a
-still and once in motion, faster than it was.
+`engine train quickstart` runs in a pseudo-terminal. Its screen is drawn cell by cell, as a still
+and as a sped-up animation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import pyte
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS, ROWS = 112, 40
-# Seconds between two looks at the screen; the moving picture shows so many of training and of what follows.
+# Seconds between two screens, and the screens of the animation: of training, and after it.
 _EVERY, _TRAINING, _EVALUATION = 0.25, 44, 16
 _FRAME_MS, _LAST_MS = 120, 4000
 
@@ -40,11 +40,11 @@ _COLOURS = {
 
 
 def watch(words: Sequence[str], folder: Path, shown: str) -> list[Screen]:
-    """Run a command in a terminal and look at its screen from time to time, and at its end.
+    """Run a command in a pseudo-terminal; yield its screen from time to time, and at the end.
 
     Args:
         words: the command; it runs in `folder`.
-        shown: what stands behind the prompt.
+        shown: the text behind the prompt.
     Raises:
         subprocess.CalledProcessError: if the command fails.
     """
@@ -65,7 +65,7 @@ def watch(words: Sequence[str], folder: Path, shown: str) -> list[Screen]:
             if select.select([ours], [], [], _EVERY)[0]:
                 try:
                     stream.feed(os.read(ours, 1 << 16))
-                except OSError:  # how Linux says that the other side is closed
+                except OSError:  # Linux raises this when the other side is closed
                     break
             if time.monotonic() >= due:
                 seen.append(_cells(screen))
@@ -89,12 +89,12 @@ def _cells(screen: pyte.Screen) -> Screen:
 
 
 def text(screen: Screen) -> str:
-    """A screen's characters, line by line."""
+    """Return a screen's characters, line by line."""
     return "\n".join("".join(cell[0] for cell in row).rstrip() for row in screen)
 
 
 def draw(screen: Screen, size: int) -> Image.Image:
-    """A screen as a picture, in letters of `size` pixels."""
+    """Draw a screen as a picture, in letters of `size` pixels."""
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     plain, bold, other = (
         ImageFont.truetype(fonts / f"DejaVuSans{kind}.ttf", size)
@@ -119,22 +119,25 @@ def draw(screen: Screen, size: int) -> Image.Image:
 
 
 def _style(cell: Cell) -> tuple[str, bool, bool]:
-    """Colour, weight, and whether it is the spinner, whose dots no monospaced font of matplotlib's has."""
+    """Return colour, weight, and whether the character is the spinner's.
+
+    matplotlib's monospaced fonts lack the spinner's dots.
+    """
     return cell[1], cell[2], "\u2800" <= cell[0] <= "\u28ff"
 
 
 def before(screens: Sequence[Screen], words: str) -> int:
-    """How many of the screens come before the first that shows these words."""
+    """Count the screens before the first one that shows these words."""
     return next(i for i, screen in enumerate(screens) if words in text(screen))
 
 
 def spread(screens: Sequence[Screen], count: int) -> list[Screen]:
-    """`count` of them, the first and the last among them, evenly apart."""
+    """Pick `count` screens evenly, with the first and the last."""
     return [screens[round(i * (len(screens) - 1) / (count - 1))] for i in range(count)]
 
 
 def save(screens: Sequence[Screen], folder: Path) -> list[Path]:
-    """Write live.png, as three quarters of the epochs are done, and live.gif."""
+    """Write live.png, at three quarters of the epochs, and live.gif."""
     middle = screens[before(screens, "epoch  16/20") - 1]
     lines = text(middle).rstrip().count("\n") + 1
     draw(middle[:lines], 26).quantize(32).save(folder / "live.png", optimize=True)

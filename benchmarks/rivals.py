@@ -1,9 +1,9 @@
-"""Training loops as people use them: their structure, our words.
+"""Write training loops as people use them: their structure, in new code.
 
-Each function returns `step(x, y, start=None)` that does one training step, momentum SGD included, the way
-the named code is built (what it computes, in which mode, what it reads back), so that the engine is
-timed against what its users leave behind. `start`, where the attack begins, is drawn as there when
-left out; tests hand in one to compare results.
+Each function returns `step(x, y, start=None)`, which does one training step with momentum SGD. A
+step computes what the named code computes, in the same mode, and reads back the same values, so
+that the engine is compared with the code that users have now. `start` is the first point of the
+attack; left out, it is drawn as in the named code. Tests pass one in to compare results.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A network of ours as anybody's, in place: its first convolution goes through the library alone.
+    """Turn a network of the engine into an ordinary one, in place.
 
-    Our stems have gradients of their own, fast on CPUs, which other people's networks have not.
+    Its first convolution then uses the library alone, without the engine's stem gradients, which
+    other people's networks lack.
     """
     if model.mu is not None:
         raise ValueError("a network that normalises is not made plain")
@@ -34,15 +35,15 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
-    """The optimiser that every rival trains with."""
+    """Return the optimiser of every rival."""
     return torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
 
 
 def fast_adversarial(model: nn.Module, eps: float, alpha: float, k: int) -> Step:
-    """PGD training as in the code of "Fast is better than free" (arXiv 2001.03994).
+    """Train by PGD as in the code of "Fast is better than free" (arXiv 2001.03994).
 
-    The attack calls backward on the loss, so every step of it computes and accumulates the weight
-    gradients, which the training step then discards; the network stays in training mode; loss and
+    The attack calls backward on the loss, so each of its steps computes and accumulates weight
+    gradients, which the training step then discards. The network stays in training mode. Loss and
     accuracy are read back every step.
     """
     opt = sgd(model)
@@ -78,10 +79,10 @@ def fast_adversarial(model: nn.Module, eps: float, alpha: float, k: int) -> Step
 
 
 def trades(model: nn.Module, eps: float, alpha: float, k: int, beta: float = 6.0) -> Step:
-    """TRADES as in its authors' code (arXiv 1901.08573).
+    """Train by TRADES as in its authors' code (arXiv 1901.08573).
 
-    The clean logits are computed again at every attack step, with their graph, and twice more for the
-    loss.
+    The clean logits are computed again at every attack step, with their graph, and twice more for
+    the loss.
     """
     opt = sgd(model)
     divergence = nn.KLDivLoss(reduction="sum")
@@ -107,7 +108,7 @@ def trades(model: nn.Module, eps: float, alpha: float, k: int, beta: float = 6.0
 
 
 def torchattacks_pgd(model: nn.Module, eps: float, alpha: float, k: int) -> Step:
-    """A plain training loop around torchattacks' PGD. Raises ImportError without the package."""
+    """Train around torchattacks' PGD. Raises ImportError without the package."""
     import torchattacks
 
     attack = torchattacks.PGD(model, eps=eps, alpha=alpha, steps=k, random_start=True)
@@ -123,14 +124,14 @@ def torchattacks_pgd(model: nn.Module, eps: float, alpha: float, k: int) -> Step
 
 
 def foolbox_pgd(model: nn.Module, eps: float, alpha: float, k: int) -> Step:
-    """A plain training loop around foolbox's LinfPGD. Raises ImportError without the package."""
+    """Train around foolbox's LinfPGD. Raises ImportError without the package."""
     import foolbox
 
     attack = foolbox.attacks.LinfPGD(abs_stepsize=alpha, steps=k, random_start=True)
     opt = sgd(model)
-    # It warns of a network in training mode, and would move one to the first GPU that it finds.
-    where = next(model.parameters()).device
-    attacked = foolbox.PyTorchModel(model.eval(), bounds=(0.0, 1.0), device=where)
+    # foolbox warns of a network in training mode, and would move one to the first GPU.
+    device = next(model.parameters()).device
+    attacked = foolbox.PyTorchModel(model.eval(), bounds=(0.0, 1.0), device=device)
 
     def step(x: Tensor, y: Tensor) -> None:
         model.eval()
@@ -146,7 +147,10 @@ def foolbox_pgd(model: nn.Module, eps: float, alpha: float, k: int) -> Step:
 def toolbox(
     model: nn.Module, eps: float, alpha: float, k: int, shape: tuple[int, ...], classes: int
 ) -> Step:
-    """The Madry trainer of the adversarial-robustness-toolbox. Raises ImportError without it."""
+    """Train by the Madry trainer of the adversarial-robustness-toolbox.
+
+    Raises ImportError without the package.
+    """
     from art.defences.trainer import AdversarialTrainerMadryPGD
     from art.estimators.classification import PyTorchClassifier
 
@@ -157,7 +161,7 @@ def toolbox(
         input_shape=shape[1:],
         nb_classes=classes,
         clip_values=(0.0, 1.0),
-        # Its "gpu" is the current one, where there is any.
+        # The package's "gpu" is the current GPU, if there is one.
         device_type="cpu" if next(model.parameters()).device.type == "cpu" else "gpu",
     )
     trainer = AdversarialTrainerMadryPGD(
@@ -171,7 +175,8 @@ def toolbox(
     )
 
     def step(x: Tensor, y: Tensor) -> None:
-        # It takes arrays, of the host, and one epoch over one batch is one step. Its progress bars are for people.
+        # The trainer takes arrays on the host; one epoch over one batch is one step. Progress bars
+        # are off.
         images, labels = x.cpu().numpy(), np.eye(classes, dtype=np.float32)[y.cpu().numpy()]
         with contextlib.redirect_stderr(io.StringIO()):
             trainer.fit(images, labels, validation_data=None)

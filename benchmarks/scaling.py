@@ -1,9 +1,10 @@
-"""How a training step's cost grows, one axis at a time: `engine bench scaling`.
+"""Measure how a training step's cost grows, one axis at a time: `engine bench scaling`.
 
-Around one base setting (Fast-AT's network, batch 128, one attack step from the adversary memory) batch,
-image side, attack steps, classes, width and processes change in turn. Every point is measured on this
-machine, all points of an axis in one run; and, processes apart, predicted for a GPU by the roofline of
-`engine plan`, further out than a CPU cares to go. A point is a step on a batch that lies there already.
+The base setting is Fast-AT's network, batch 128, one attack step from the adversary memory. Batch,
+image side, attack steps, classes, width and processes change in turn. Every point is measured on
+this machine, all points of an axis in one run. Every point but those of processes is also predicted
+for a GPU by the roofline of `engine plan`, and the prediction goes further than a CPU can. A point
+is a step on a batch that lies on the device already.
 """
 
 from __future__ import annotations
@@ -38,21 +39,25 @@ PREDICTED = f"{GPU} (predicted)"
 PROCESSES = "processes"
 
 _ALONE = World()
-# More than any point is ever called.
+# More steps than any point takes.
 _STEPS = 1000
-# Steps at a word: telling a process to step costs about a tenth of a millisecond.
+# Steps at a message: a message takes about a tenth of a millisecond.
 _STRETCH = 4
-# A process of its own has torch to import first, on a machine that may be busy.
+# Seconds to wait for a process, which imports torch first, on a machine that may be busy.
 _PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of the step.
+    """Hold one setting of the step.
 
     Attributes:
-        method: an objective's name. batch: of all processes together [images]. size: side of the images
-            [pixels]. k: attack steps. classes: logits. width: how many times as wide every hidden layer is.
+        method: an objective's name.
+        batch: of all processes together [images].
+        size: side of the images [pixels].
+        k: attack steps.
+        classes: number of logits.
+        width: factor on the width of every hidden layer.
     """
 
     method: str = METHODS[0]
@@ -65,11 +70,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """Hold the points to measure.
 
     Attributes:
-        measured, predicted: values by a field of `Point`; what is measured is predicted too.
-        processes: that share the base batch.
+        measured, predicted: values by a field of `Point`; measured points are predicted too.
+        processes: numbers of processes that share the base batch.
         seconds: for each axis.
     """
 
@@ -81,7 +86,7 @@ class Setting:
 
 
 def settings(quick: bool) -> Setting:
-    # The far ends are for the paper alone: a CPU there says what it has said before.
+    # The far ends are predicted only: on a CPU they would take long and show nothing new.
     predicted = {
         "batch": (32, 128, 512, 2048, 8192),
         "size": (16, 28, 56, 112, 224),
@@ -108,11 +113,8 @@ def settings(quick: bool) -> Setting:
     return Setting(Point(), measured, predicted, (1, 2), 35.0)
 
 
-# ---- what is timed ---------------------------------------------------------------------------
-
-
 class Wider(FastAtMnist):
-    """Fast-AT's network with every hidden layer `width` times as wide; 1: the network itself."""
+    """Define Fast-AT's network with every hidden layer `width` times as wide."""
 
     def __init__(self, in_channels: int, image_size: int, classes: int, width: int) -> None:
         super().__init__(in_channels, image_size, classes)
@@ -128,15 +130,15 @@ class Wider(FastAtMnist):
                 self.add_module(name, nn.Linear(layer.in_features * width, outs))
 
 
-def step_of(point: Point, where: torch.device, world: World = _ALONE) -> tuple[Step, Batch]:
-    """The recipe's step at `point`, and a batch of random images: this process's share of it."""
+def step_of(point: Point, device: torch.device, world: World = _ALONE) -> tuple[Step, Batch]:
+    """Return the recipe's step at `point`, and this process's share of a random batch."""
     overrides = {"objective.name": point.method, "attack.steps": str(point.k)}
     recipe = recipes.load(RECIPE, overrides)
-    if where.type == "meta":
-        recipe = build.without_gpu(recipe, where)
+    if device.type == "meta":
+        recipe = build.without_gpu(recipe, device)
     shape = (1, point.size, point.size)
     torch.manual_seed(0)
-    with where:
+    with device:
         model = Wider(*shape[:2], point.classes, point.width)
         n = world.share(point.batch)
         index = torch.arange(world.rank * n, (world.rank + 1) * n)
@@ -146,7 +148,7 @@ def step_of(point: Point, where: torch.device, world: World = _ALONE) -> tuple[S
             index,
             torch.zeros((n, 3), dtype=torch.int32),
         )
-        memory = build.memory_for(recipe, torch.empty((point.batch, *shape)), where)
+        memory = build.memory_for(recipe, torch.empty((point.batch, *shape)), device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     step = build.build_step(recipe, model, steps=_STEPS, memory=memory, rank=world.rank)
     step.train()
@@ -154,7 +156,7 @@ def step_of(point: Point, where: torch.device, world: World = _ALONE) -> tuple[S
 
 
 def predict(point: Point) -> plan.Price:
-    """What the step at `point` should cost on `GPU`, captured, in `PRECISION`."""
+    """Predict the captured step at `point` on `GPU` in `PRECISION`."""
     return plan.price(*step_of(point, torch.device("meta")), plan.GPUS[GPU], PRECISION)
 
 
@@ -171,11 +173,11 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     """Time and predict every axis.
 
     Args:
-        quick: fewer points and samples; under a minute. All of it takes under five.
+        quick: fewer points and samples; under a minute. The full run takes under five.
     Returns:
-        One row per axis, value, method and place: axis (a field of `Point`, or processes), value, method,
-        where (cpu, cuda, or the GPU of the prediction), p20_ms, p50_ms, p80_ms (a prediction has only the
-        middle one), images_per_s, gflops (of one process's step).
+        One row per axis, value, method and place: axis (a field of `Point`, or processes), value,
+            method, where (cpu, cuda, or the GPU of the prediction), p20_ms, p50_ms, p80_ms (a
+            prediction has p50_ms only), images_per_s, gflops (of one process's step).
     """
     setting = settings(quick)
     rows = [row for axis in setting.measured for row in _axis(setting, axis)]
@@ -211,9 +213,9 @@ def _axis(setting: Setting, axis: str) -> list[dict[str, Any]]:
 
 
 def _processes(setting: Setting) -> list[dict[str, Any]]:
-    """Rows for each number of processes, all of them alive together and working in turn."""
-    where, base = machine.device(), setting.base
-    sizes = [n for n in setting.processes if where.type == "cpu" or n <= torch.cuda.device_count()]
+    """Return rows for each number of processes, all alive together and working in turn."""
+    device, base = machine.device(), setting.base
+    sizes = [n for n in setting.processes if device.type == "cpu" or n <= torch.cuda.device_count()]
     with ExitStack() as stack:
         calls: dict[str, Callable[[], object]] = {}
         for size in sizes:
@@ -230,7 +232,7 @@ def _processes(setting: Setting) -> list[dict[str, Any]]:
                     PROCESSES,
                     size,
                     method,
-                    where.type,
+                    device.type,
                     timing.quantiles(samples),
                     predict(share).flops,
                     base.batch,
@@ -243,7 +245,7 @@ def _row(
     axis: str,
     value: int,
     method: str,
-    where: str,
+    place: str,
     time: timing.Timing | float,
     flops: int,
     batch: int,
@@ -255,7 +257,7 @@ def _row(
         "axis": axis,
         "value": value,
         "method": method,
-        "where": where,
+        "where": place,
         "p20_ms": None if p20 is None else round(p20, 4),
         "p50_ms": round(p50, 4),
         "p80_ms": None if p80 is None else round(p80, 4),
@@ -268,38 +270,37 @@ def _key(method: str, value: int) -> str:
     return f"{method} {value}"
 
 
-# ---- processes -------------------------------------------------------------------------------
-
-
 @contextmanager
 def together(size: int, base: Point) -> Iterator[Callable[[str], None]]:
-    """`size` processes of one thread each that share the base batch; yields what makes them step by a method.
+    """Start `size` processes of one thread each that share the base batch.
+
+    Yields the function that makes all processes step by a method.
 
     Raises:
-        EngineError: when one of them is no longer there, or does not answer.
+        EngineError: if a process has died or does not answer.
     """
     context = multiprocessing.get_context("spawn")
-    # They meet at a store of ours, as they do at torchrun's: no free port to guess.
+    # The processes meet at a store of this process, as with torchrun: no free port to guess.
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     pipes: list[Connection] = []
     workers = []
     for rank in range(size):
-        ours, theirs = context.Pipe()
+        ours, far_end = context.Pipe()
         worker = context.Process(
-            target=_serve, args=(theirs, rank, size, store.port, base), daemon=True
+            target=_serve, args=(far_end, rank, size, store.port, base), daemon=True
         )
         worker.start()
-        theirs.close()
+        far_end.close()
         pipes.append(ours)
         workers.append(worker)
 
     def answered() -> None:
         for rank, pipe in enumerate(pipes):
             try:
-                there = pipe.poll(_PATIENCE) and pipe.recv() is None
+                alive = pipe.poll(_PATIENCE) and pipe.recv() is None
             except EOFError:
-                there = False
-            if not there:
+                alive = False
+            if not alive:
                 raise EngineError(f"process {rank} of {size} has died or does not answer")
 
     def tell(method: str) -> None:
@@ -319,7 +320,7 @@ def together(size: int, base: Point) -> Iterator[Callable[[str], None]]:
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int, base: Point) -> None:
-    """A process of `together`: a stretch of steps at every word, until the pipe is closed."""
+    """Run in a process of `together`: step at every message, until the pipe is closed."""
     from engine.device.machine import keep_freed_memory
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
@@ -327,8 +328,8 @@ def _serve(pipe: Connection, rank: int, size: int, port: int, base: Point) -> No
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     torch.set_num_threads(1)
     keep_freed_memory()
-    world, where = distributed.join(), machine.device()
-    steps = {m: step_of(replace(base, method=m), where, world) for m in METHODS}
+    world, device = distributed.join(), machine.device()
+    steps = {m: step_of(replace(base, method=m), device, world) for m in METHODS}
     pipe.send(None)
     try:
         while True:

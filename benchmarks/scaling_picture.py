@@ -51,7 +51,7 @@ def draw(stored: Mapping[str, Any], path: Path) -> None:
 def draw_scaling(ax: Axes, rows: Sequence[Mapping[str, Any]], base: int) -> None:
     """Draw a step's milliseconds along one axis.
 
-    Measured lines are solid, predicted ones dashed; the grey line is proportional to the arithmetic.
+    Measured lines are solid, predicted ones dashed; the grey line is proportional to the FLOPs.
 
     Args:
         rows: of that axis, as `engine bench scaling` gives them.
@@ -111,5 +111,5 @@ def draw_throughput(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 def _along_axis(
     rows: Sequence[Mapping[str, Any]], device: str, method: str
 ) -> list[Mapping[str, Any]]:
-    mine = [row for row in rows if (row["where"], row["method"]) == (device, method)]
-    return sorted(mine, key=lambda row: row["value"])
+    chosen = [row for row in rows if (row["where"], row["method"]) == (device, method)]
+    return sorted(chosen, key=lambda row: row["value"])

@@ -1,9 +1,9 @@
-"""Whole training steps: against the bare network passes they need, and against the loops people use.
+"""Time whole training steps against the bare network passes they need, and against rival loops.
 
-Everything on one network is timed in one run, in turn. `bare` is exactly the forward passes, input
-gradients and weight gradients that an objective declares, by plain autograd on the same network in the
-same layout, and nothing else: no attack, no loss, no optimiser. All of it is in float32 and on the device
-that `engine train` would take.
+All calls on one network are timed in one run, in turn. `bare` is exactly the forward passes, input
+gradients and weight gradients that an objective declares, by plain autograd on the same network in
+the same layout: no attack, no loss, no optimiser. Everything is in float32 and on the device that
+`engine train` would take.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from engine import PGD, TRADES, AdversaryMemory, Attack, LocalBall, Schedule, mo
 from engine.data.loaders import Batch, ResidentLoader
 from engine.device import machine, precision
 from engine.device.capture import CudaGraphs, unavailable
+from engine.models import compiled
 from engine.objectives import Objective, Passes
 from engine.performance import timing
 from engine.threat import Linf
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Method:
-    """One objective with its attack."""
+    """Hold one objective with its attack."""
 
     label: str
     objective: Objective
@@ -59,19 +60,19 @@ METHODS = [
 ]
 
 
-# What each clone does.
+# The method that each clone trains by.
 CLONED = {"fast_adversarial": PGD10, "trades": TRADES10}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A network, a batch, and what is timed on it."""
+    """Hold a network, a batch, and the methods to time on it."""
 
     network: str
     shape: tuple[int, int, int, int]
     methods: list[Method]
-    packages: bool  # also the packages from PyPI and torch.compile
-    loops: bool  # also the well-known loops
+    packages: bool  # also time the packages from PyPI and torch.compile
+    loops: bool  # also time the well-known loops
     seconds: float
 
 
@@ -91,11 +92,11 @@ def settings(quick: bool) -> list[Setting]:
     ]
 
 
-# ---- what is timed ---------------------------------------------------------------------------
-
-
 def network(setting: Setting, *, ours: bool = True) -> nn.Module:
-    """A fresh network on the device; ours are channels_last, as recipes build them, the rivals' as networks come."""
+    """Build a fresh network on the device.
+
+    Ours are channels_last, as recipes build them; the rivals' have the default layout.
+    """
     torch.manual_seed(0)
     _, channels, size, _ = setting.shape
     built = models.build(setting.network, in_channels=channels, image_size=size, classes=10)
@@ -106,7 +107,7 @@ def network(setting: Setting, *, ours: bool = True) -> nn.Module:
 def our_step(
     setting: Setting, method: Method, *, compile: bool = False, captured: bool = False
 ) -> Callable[[], None]:
-    """A whole step of ours, batch included: loader, attack, loss, optimiser, average, memory."""
+    """Return a whole step of ours: loader, attack, loss, optimiser, average, memory."""
     step, loader = built_step(setting, method, compile=compile, captured=captured)
 
     def call() -> None:
@@ -120,16 +121,16 @@ def our_step(
 def built_step(
     setting: Setting, method: Method, *, compile: bool = False, captured: bool = False
 ) -> tuple[Step, ResidentLoader]:
-    """A step that makes its own batches, as in training, and the loader it makes them with."""
+    """Return a step that makes its batches itself, as in training, and its loader."""
     data, labels = _data(setting)
-    images, where = (data * 255).to(torch.uint8), data.device
+    images, device = (data * 255).to(torch.uint8), data.device
     memory = None
     if method.attack.start == "memory":
-        memory = AdversaryMemory(len(images), images.shape[1:], Linf(EPS), device=where)
-    loader = ResidentLoader(images, labels, setting.shape[0], device=where, memory=memory)
+        memory = AdversaryMemory(len(images), images.shape[1:], Linf(EPS), device=device)
+    loader = ResidentLoader(images, labels, setting.shape[0], device=device, memory=memory)
     model = network(setting)
     model.train()
-    steps = 1_000  # the schedule's: more than `side_by_side` takes samples
+    steps = 1_000  # length of the schedule: more steps than `side_by_side` takes samples
     step = Step(
         model,
         objective=method.objective,
@@ -144,18 +145,21 @@ def built_step(
         ),
         memory=memory,
         take=loader.take,
-        device=where,
+        device=device,
         compile=compile,
-        recorder=CudaGraphs(where) if captured else None,
+        recorder=CudaGraphs(device) if captured else None,
     )
     return step, loader
 
 
 def bare_passes(model: nn.Module, x: Tensor, passes: Passes) -> Callable[[], None]:
-    """The network passes of one step: `passes`, on `x`, by plain autograd and nothing else."""
+    """Return a call of the bare passes of one step, on `x`, by plain autograd."""
     parameters = list(model.parameters())
-    trained = passes.weight_grad
-    forwards, inputs = passes.forward - trained, passes.input_grad - trained
+    counts = (passes.weight_grad, passes.forward, passes.input_grad)
+    trained, forwards, inputs = (int(count) for count in counts)
+    if (trained, forwards, inputs) != counts:
+        raise ValueError(f"cannot run passes of a part of the batch: {passes}")
+    forwards, inputs = forwards - trained, inputs - trained
     seed = torch.randn_like(model(x))
     attacks = min(forwards, inputs)
 
@@ -169,7 +173,7 @@ def bare_passes(model: nn.Module, x: Tensor, passes: Passes) -> Callable[[], Non
                 model(x)
         model.train()
         for number in range(trained):
-            # An input gradient whose forward pass is the loss's own.
+            # This input gradient shares its forward pass with the loss.
             shared = number < inputs - attacks
             point = x.detach().requires_grad_(shared)
             logits = model(point)
@@ -182,20 +186,21 @@ def bare_passes(model: nn.Module, x: Tensor, passes: Passes) -> Callable[[], Non
 
 def _data(setting: Setting) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(1)
-    n, where = 4 * setting.shape[0], machine.device()
+    n, device = 4 * setting.shape[0], machine.device()
     x = torch.rand((n, *setting.shape[1:]), generator=draw)
-    return x.to(where), torch.randint(0, 10, (n,), generator=draw).to(where)
+    return x.to(device), torch.randint(0, 10, (n,), generator=draw).to(device)
 
 
 _SAME_UPDATE = 0.05
 
 
 def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
-    """One step of a rival's loop and one of ours, from the same weights and start: the same weights after.
+    """Tell whether one step of a rival's loop and one of ours give the same weights.
 
-    On the Fast-AT network, which has no BatchNorm: theirs run it in different modes. It stays right whatever
-    the attack does, as some attacks leave alone what is wrong already; and the attack takes three steps, of
-    which each one shows: of TRADES's ten the last moves the update by 2 %.
+    Both start from the same weights and the same attack start, on the Fast-AT network: it has no
+    BatchNorm, whose mode differs between the loops. Class 0 stays right whatever the attack does,
+    as some attacks skip images that are wrong already. The attack takes three steps, and each of
+    them matters: the last of TRADES's ten moves the update by 2 % only.
     """
     method = replace(method, attack=replace(method.attack, steps=3, alpha=EPS / 4))
     setting = Setting("fast-at-mnist", (64, 1, 28, 28), [method], False, False, 0.0)
@@ -203,13 +208,13 @@ def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
     draw = torch.Generator().manual_seed(2)
     noise = 0.05 * torch.rand(x.shape, generator=draw)
     start = (x + noise.to(x.device)).clamp(0.0, 1.0)
-    theirs, ours = network(setting, ours=False), network(setting)
+    rival, ours = network(setting, ours=False), network(setting)
     y = torch.zeros_like(y)
-    for net in (theirs, ours):
+    for net in (rival, ours):
         _answer_first_class(net, spread=20.0)
     before = torch.cat([p.detach().flatten() for p in ours.parameters()])
     alpha = method.attack.step_size(EPS)
-    loop(theirs, EPS, alpha, method.attack.steps)(x, y, start)
+    loop(rival, EPS, alpha, method.attack.steps)(x, y, start)
     ours.train()
     step = Step(
         ours,
@@ -222,16 +227,16 @@ def agrees(loop: Callable[..., rivals.Step], method: Method) -> bool:
         device=x.device,
     )
     step(Batch(x, y, start=start))
-    # The sign of a gradient near zero may turn by rounding, and some pixels then differ.
+    # Rounding may flip the sign of a gradient near zero, and some pixels then differ.
     one, other = (
         torch.cat([p.detach().flatten() for p in net.parameters()]) - before
-        for net in (ours, theirs)
+        for net in (ours, rival)
     )
     return bool((one - other).norm() < _SAME_UPDATE * other.norm())
 
 
 def _answer_first_class(net: nn.Module, spread: float = 1.0) -> None:
-    """Class 0 whatever the image; the other logits lie `spread` times as far apart as they did."""
+    """Make class 0 win for every image; the other logits are `spread` times as far apart."""
     last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
     with torch.no_grad():
         last.weight.mul_(spread)
@@ -245,24 +250,28 @@ def run(quick: bool, cloned: Mapping[str, Path] | None = None) -> list[dict[str,
     """Time every setting.
 
     Args:
-        quick: fewer networks' methods, fewer samples; under two minutes without clones.
-        cloned: folders by the names of `clones.HOMES`. What lies there is executed.
+        quick: fewer methods and samples; under two minutes without clones.
+        cloned: folders by the names of `clones.HOMES`; code in them is executed.
     Returns:
         One row per network, method and mode: network, batch, objective, k, mode, p20_ms, p50_ms,
-        p80_ms, passes, overhead_vs_passes (the step over its bare passes), speedup_vs (by rival, left
-        out where it is not there or disagrees), share_of_pgd10 (of our own PGD-10 step), note. Ratios
-        are medians over rounds in which both sides were timed.
+            p80_ms, passes, overhead_vs_passes (the step over its bare passes), speedup_vs (by
+            rival; absent or disagreeing rivals are left out), share_of_pgd10 (of our PGD-10 step),
+            note. Ratios are medians over rounds in which both sides were timed.
     Raises:
-        EngineError: for a folder that is no such clone, before anything is timed; when its code fails.
+        EngineError: for a folder that is no such clone, before the first timing; or if its code
+            fails.
     """
-    found = [(setting, _cloned(setting, cloned or {})) for setting in settings(quick)]
-    # By itself PyTorch would round in the rivals' convolutions on a GPU.
+    clones_of = [(setting, _cloned(setting, cloned or {})) for setting in settings(quick)]
+    # By default PyTorch uses tf32 in the rivals' convolutions on a GPU.
     with precision.arithmetic("fp32", machine.device()):
-        return [row for setting, own in found for row in _measure(setting, own)]
+        return [row for setting, own in clones_of for row in _measure(setting, own)]
 
 
 def _cloned(setting: Setting, folders: Mapping[str, Path]) -> list[tuple[clones.Clone, Method]]:
-    """The clones that have an opponent in a setting: PGD-10 is one to every method but TRADES."""
+    """Return the clones with an opponent in a setting.
+
+    PGD-10 opposes every method but TRADES.
+    """
     return [
         (clones.load(name, folder, setting.shape[1]), CLONED[name])
         for name, folder in folders.items()
@@ -271,7 +280,7 @@ def _cloned(setting: Setting, folders: Mapping[str, Path]) -> list[tuple[clones.
 
 
 def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> list[dict[str, Any]]:
-    where = machine.device()
+    device = machine.device()
     x, y = (t[: setting.shape[0]] for t in _data(setting))
     calls: dict[str, Callable[[], object]] = {}
     for method in setting.methods:
@@ -279,27 +288,31 @@ def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> lis
         calls[f"ours {key}"] = our_step(setting, method)
         passes = method.objective.passes(method.attack)
         calls[f"bare {key}"] = bare_passes(rivals.plain(network(setting)), x, passes)
-        if unavailable(where) is None:
+        if unavailable(device) is None:
             calls[f"captured {key}"] = our_step(setting, method, captured=True)
-    if setting.packages:
-        calls[f"compiled {_key(PGD10)}"] = our_step(setting, PGD10, compile=True)
     notes: list[str] = []
+    if setting.packages:
+        if missing := compiled.unavailable(device):
+            notes.append(f"not compiled: {missing}")
+        else:
+            calls[f"compiled {_key(PGD10)}"] = our_step(setting, PGD10, compile=True)
     for name, step in _rivals(setting, notes):
         calls[name] = _bind(step, x, y)
     for clone, method in cloned:
         notes.append(clone.note)
         if agrees(clone.loop, method):
             net = network(setting, ours=False)
-            # Else an attack that leaves off where all is wrong would be timed at fewer steps.
+            # Without this an attack that stops at wrong images would be timed at fewer steps.
             _answer_first_class(net)
             alpha = method.attack.step_size(EPS)
             step = clone.loop(net, EPS, alpha, method.attack.steps)
             calls[clone.label] = _bind(step, x, torch.zeros_like(y))
         else:
             notes.append(
-                f"{clone.label} disagrees with our step, or draws its start in ways not known here: no ratio"
+                f"{clone.label} disagrees with our step, or draws its start in an unknown way: "
+                "no ratio"
             )
-    times = timing.side_by_side(calls, device=where, seconds=setting.seconds, sample_ms=0.0)
+    times = timing.side_by_side(calls, device=device, seconds=setting.seconds, sample_ms=0.0)
     rows = []
     for method in setting.methods:
         key = _key(method)
@@ -332,8 +345,8 @@ def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> lis
 
 
 def _rivals(setting: Setting, notes: list[str]) -> list[tuple[str, rivals.Step]]:
-    """The opponents of a setting that are installed and agree with us."""
-    found: list[tuple[str, rivals.Step]] = []
+    """Return the opponents of a setting that are installed and agree with our step."""
+    loops: list[tuple[str, rivals.Step]] = []
     alpha = PGD10.attack.step_size(EPS)
     if setting.loops:
         for name, loop, method in (
@@ -343,25 +356,23 @@ def _rivals(setting: Setting, notes: list[str]) -> list[tuple[str, rivals.Step]]
             if not any(m is method for m in setting.methods):
                 continue
             if agrees(loop, method):
-                found.append((name, loop(network(setting, ours=False), EPS, alpha, 10)))
+                loops.append((name, loop(network(setting, ours=False), EPS, alpha, 10)))
             else:
                 notes.append(f"{name} disagrees with our step: no ratio")
     if setting.packages:
-        plain = network(setting, ours=False)
-        compiled = torch.compile(plain)
-        found.append(
-            ("torch.compile of it", rivals.fast_adversarial(compiled, EPS, alpha, 10))  # type: ignore[arg-type]
-        )
+        if compiled.unavailable(machine.device()) is None:
+            net: Any = torch.compile(network(setting, ours=False))
+            loops.append(("torch.compile of it", rivals.fast_adversarial(net, EPS, alpha, 10)))
         for name, make in (
             ("torchattacks", lambda net: rivals.torchattacks_pgd(net, EPS, alpha, 10)),
             ("foolbox", lambda net: rivals.foolbox_pgd(net, EPS, alpha, 10)),
             ("toolbox", lambda net: rivals.toolbox(net, EPS, alpha, 10, setting.shape, 10)),
         ):
             try:
-                found.append((name, make(network(setting, ours=False))))
+                loops.append((name, make(network(setting, ours=False))))
             except ImportError as error:
                 notes.append(f"{name} is not there ({error}): see `make rivals`")
-    return found
+    return loops
 
 
 def _opponents(method: Method) -> tuple[str, ...]:

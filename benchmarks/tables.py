@@ -1,9 +1,9 @@
-"""The tables in the docs, from the stored results: `python -m engine.benchmarks.tables`."""
+"""Make the tables in the docs from the stored results: `python -m engine.benchmarks.tables`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ from engine.text import percent
 
 from . import scaling_picture
 
-# What README shows.
+# The comparison in README's table.
 HEADLINE = "compare-curves"
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `engine compare` rows, by budget; time against PGD-10's longest, without it the longest of all.
+    """Return a Markdown table of `engine compare` rows, by budget.
 
-    One budget alone is ordered by robust accuracy.
+    Time is compared with PGD-10's longest training, or with the longest of all if PGD-10 is absent.
+    A single budget is ordered by robust accuracy.
     """
     yardstick = [row for row in rows if row["method"] == "pgd-10"]
     full = max(row["train_seconds_mean"] for row in yardstick or rows)
@@ -32,10 +33,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     else:
         attack = {"standard": "AutoAttack %", "apgd": "APGD %"}[rows[0]["autoattack_version"]]
         scores = {"clean": "clean %", "pgd": "PGD %", "autoattack": attack}
-    lines = [
-        f"| method | passes | epochs | seeds | {' | '.join(scores.values())} | training s | {share} |",
-        "|---|---|---|---|" + "---|" * len(scores) + "---|---|",
-    ]
+    lines = _header("method", "passes", "epochs", "seeds", *scores.values(), "training s", share)
     judged = [*scores][-1]
     # A replay counts as an epoch, and does not always divide the budget.
     alone = len({row["method"] for row in rows}) == len(rows)
@@ -63,10 +61,13 @@ def headline(rows: list[dict[str, Any]]) -> str:
     longest = max(row["epochs"] for row in rows)
     chosen = [row for row in rows if row["epochs"] == longest]
     strong = next(row["train_seconds_mean"] for row in chosen if row["method"] == "pgd-10")
-    lines = [
-        f"| {longest} epochs | passes | clean % | AutoAttack % | time against PGD-10 |",
-        "|---|---|---|---|---|",
-    ]
+    lines = _header(
+        f"{longest} epochs",
+        "passes",
+        "clean %",
+        "AutoAttack %",
+        "time against PGD-10",
+    )
     for row in sorted(chosen, key=lambda row: -row["autoattack_mean"]):
         cells = [
             row["method"],
@@ -80,28 +81,37 @@ def headline(rows: list[dict[str, Any]]) -> str:
 
 
 def loaders(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `engine bench loaders` rows."""
-    lines = [
-        "| images | loader | images/s | ms a batch (p20 / p50 / p80) | against torch's | of a step |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table of `engine bench loaders` rows."""
+    lines = _header(
+        "images",
+        "loader",
+        "images/s",
+        "ms a batch (p20 / p50 / p80)",
+        "against torch's",
+        "share of a step",
+    )
     for row in rows:
         if row["loader"] == "null":
             continue
         times = " / ".join(f"{row[f'{q}_ms']:.2f}" for q in ("p20", "p50", "p80"))
         lines.append(
-            f"| {row['shape']}, batch {row['batch']} | {row['loader']} | {row['images_per_s']:,} | {times} "
-            f"| {row['speedup_vs_torch']:.1f}x | {row['share_of_step']:.2%} |"
+            f"| {row['shape']}, batch {row['batch']} | {row['loader']} | {row['images_per_s']:,} "
+            f"| {times} | {row['speedup_vs_torch']:.1f}x | {row['share_of_step']:.2%} |"
         )
     return "\n".join(lines)
 
 
 def ops(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `engine bench ops` rows: the served backend against its opponents."""
-    lines = [
-        "| op | shape | p50 ms | GB/s | of a copy | against eager | against torch.compile |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table of `engine bench ops` rows: our backend against others."""
+    lines = _header(
+        "op",
+        "shape",
+        "p50 ms",
+        "GB/s",
+        "share of a copy's speed",
+        "faster than eager",
+        "faster than torch.compile",
+    )
     for row in rows:
         if row["backend"] in ("eager", "compile"):
             continue
@@ -119,11 +129,18 @@ def ops(rows: list[dict[str, Any]]) -> str:
 
 
 def step(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `engine bench step` rows."""
-    lines = [
-        "| network | objective | k | mode | passes | p50 ms | over bare passes | of our PGD-10 | faster than |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table of `engine bench step` rows."""
+    lines = _header(
+        "network",
+        "objective",
+        "k",
+        "mode",
+        "passes",
+        "p50 ms",
+        "over bare passes",
+        "share of our PGD-10",
+        "faster than",
+    )
     for row in rows:
         share, rivals = row["share_of_pgd10"], row["speedup_vs"]
         cells = [
@@ -142,18 +159,23 @@ def step(rows: list[dict[str, Any]]) -> str:
 
 
 def scaling(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `engine bench scaling` rows: from the first to the last measured value of each axis."""
-    lines = [
-        "| axis | method | ms a step, measured | grows | FLOPs grow | H100 ms (predicted, never run) | grows |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table of `engine bench scaling` rows: the ends of each axis."""
+    lines = _header(
+        "axis",
+        "method",
+        "ms a step, measured",
+        "growth",
+        "FLOPs' growth",
+        "H100 ms (predicted, never run)",
+        "growth",
+    )
     measured = [row for row in rows if row["p20_ms"] is not None]
     on_paper = {
         (row["axis"], row["value"], row["method"]): row for row in rows if row["p20_ms"] is None
     }
     for axis, method in dict.fromkeys((row["axis"], row["method"]) for row in measured):
-        mine = [row for row in measured if (row["axis"], row["method"]) == (axis, method)]
-        ends = [chosen(mine, key=lambda row: row["value"]) for chosen in (min, max)]
+        line = [row for row in measured if (row["axis"], row["method"]) == (axis, method)]
+        ends = [chosen(line, key=lambda row: row["value"]) for chosen in (min, max)]
         predicted = [on_paper.get((axis, end["value"], method)) for end in ends]
         cells = [
             f"{axis} {ends[0]['value']} to {ends[1]['value']}",
@@ -167,11 +189,18 @@ def scaling(rows: list[dict[str, Any]]) -> str:
 
 
 def end_to_end(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `engine bench end-to-end` rows."""
-    lines = [
-        "| training | passes | s an epoch (p20 / p50 / p80) | images/s | passes/s | GFLOP/s | of the peak | in steps | faster than plain |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table of `engine bench end-to-end` rows."""
+    lines = _header(
+        "training",
+        "passes",
+        "s an epoch (p20 / p50 / p80)",
+        "images/s",
+        "passes/s",
+        "GFLOP/s",
+        "share of the peak",
+        "time in steps",
+        "faster than plain",
+    )
     for row in rows:
         cells = [
             row["training"],
@@ -189,11 +218,18 @@ def end_to_end(rows: list[dict[str, Any]]) -> str:
 
 
 def accuracy(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `engine bench accuracy` rows; time against the last recipe's."""
-    lines = [
-        f"| recipe | passes | PGD target | seeds that reach it | training s to it (p20 / p50 / p80) | epochs to it | of {rows[-1]['recipe']}'s time | clean % | PGD % |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table of `engine bench accuracy` rows; time over the last recipe's."""
+    lines = _header(
+        "recipe",
+        "passes",
+        "PGD target",
+        "seeds that reach it",
+        "training s to it (p20 / p50 / p80)",
+        "epochs to it",
+        f"time against {rows[-1]['recipe']}",
+        "clean %",
+        "PGD %",
+    )
     for row in rows:
         seconds = (row[f"{q}_s"] for q in ("p20", "p50", "p80"))
         epochs, share = row["epochs_to_target"], row["share_of_last"]
@@ -232,73 +268,94 @@ def validation(rows: list[dict[str, Any]]) -> str:
 
 
 def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
-    """A Markdown table of `engine plan` for CIFAR-10 on every GPU it knows: predictions."""
-    lines = [
-        "| recipe | GPU | passes | step ms | images/s | training, min | bound by compute | by memory | of PGD-10 |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table of `engine plan` for CIFAR-10 on every known GPU: predictions."""
+    lines = _header(
+        "recipe",
+        "GPU",
+        "passes",
+        "step ms",
+        "images/s",
+        "training, min",
+        "bound by compute",
+        "bound by memory",
+        "share of PGD-10",
+    )
     for gpu in plan.GPUS:
         for name in names:
-            found = plan.plan(recipes.load(name), gpu)
+            prediction = plan.plan(recipes.load(name), gpu)
             cells = [
                 f"`{name}`",
                 gpu,
-                found.passes["total"],
-                f"{found.step_ms:.1f}",
-                f"{found.images_per_second:,.0f}",
-                f"{found.train_minutes:.1f}",
-                f"{found.bound_by['compute']:.0%}",
-                f"{found.bound_by['memory']:.0%}",
-                f"{found.share_of_pgd10:.0%}",
+                prediction.passes["total"],
+                f"{prediction.step_ms:.1f}",
+                f"{prediction.images_per_second:,.0f}",
+                f"{prediction.train_minutes:.1f}",
+                f"{prediction.bound_by['compute']:.0%}",
+                f"{prediction.bound_by['memory']:.0%}",
+                f"{prediction.share_of_pgd10:.0%}",
             ]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 def full_scale() -> str:
-    """A Markdown table of the recipes for MNIST and CIFAR: what they are, and `engine plan`'s prediction."""
-    lines = [
-        "| recipe | network | Linf | objective, k | passes | epochs | H100, min (predicted) |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table of the MNIST and CIFAR recipes, with predictions."""
+    lines = _header(
+        "recipe",
+        "network",
+        "Linf",
+        "objective, k",
+        "passes",
+        "epochs",
+        "H100, min (predicted)",
+    )
     for name in recipes.names():
         loaded = recipes.load(name)
         if loaded.data.name not in ("mnist", "cifar10", "cifar100"):
             continue
         eps = loaded.threat.eps
-        found = plan.plan(loaded, "h100")
+        prediction = plan.plan(loaded, "h100")
         cells = [
             f"`{name}`",
             loaded.model.name,
             f"{eps * 255:.0f}/255" if loaded.data.name != "mnist" else f"{eps:g}",
             f"{loaded.objective.name}, {loaded.attack.steps}",
-            found.passes["total"],
+            prediction.passes["total"],
             loaded.optim.epochs,
-            f"{found.train_minutes:.2g}",
+            f"{prediction.train_minutes:.2g}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 def audit(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `engine kernels` rows, one line a kernel: a value for each architecture, or what all have."""
-    lines = [
-        "| kernel | registers | spills, local B | shared B | threads | warps % | load, store bits | B an element, at least |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """Return a Markdown table of `engine kernels` rows, one line a kernel.
+
+    A cell holds a value for each architecture, or the common value.
+    """
+    lines = _header(
+        "kernel",
+        "registers",
+        "spills, local B",
+        "shared B",
+        "threads",
+        "warps %",
+        "load, store bits",
+        "B an element, at least",
+    )
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
-        mine = [row for row in rows if row["kernel"] == kernel]
-        op = mine[0]["op"]
+        builds = [row for row in rows if row["kernel"] == kernel]
+        op = builds[0]["op"]
         cells = [
             f"`{kernel}`" if kernel == op else f"`{kernel}` of `{op}`",
-            _each(mine, lambda row: str(row["registers"])),
-            _each(mine, lambda row: f"{row['spill_bytes']}, {row['local_bytes']}"),
-            _each(mine, lambda row: str(row["shared_bytes"])),
-            _each(mine, lambda row: str(row["threads"])),
-            _each(mine, lambda row: f"{row['occupancy']:.0%}".rstrip("%")),
-            _each(mine, lambda row: f"{row['load_bits']}, {row['store_bits']}"),
+            _each(builds, lambda row: str(row["registers"])),
+            _each(builds, lambda row: f"{row['spill_bytes']}, {row['local_bytes']}"),
+            _each(builds, lambda row: str(row["shared_bytes"])),
+            _each(builds, lambda row: str(row["threads"])),
+            _each(builds, lambda row: f"{row['occupancy']:.0%}".rstrip("%")),
+            _each(builds, lambda row: f"{row['load_bits']}, {row['store_bits']}"),
             _each(
-                mine,
+                builds,
                 lambda row: ", ".join(
                     _short(row[key]) for key in ("bytes_per_element", "min_bytes_per_element")
                 ),
@@ -308,9 +365,41 @@ def audit(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def evaluation(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of `engine bench evaluation` rows: both judges of AutoAttack."""
+    lines = _header(
+        "network",
+        "norm, eps",
+        "images",
+        "attack",
+        "s, package",
+        "s, engine",
+        "ratio",
+        "robust %, package",
+        "robust %, engine",
+        "same verdict",
+    )
+    for row in rows:
+        agreement = row.get("agreement")
+        cells = [
+            row["network"],
+            f"{row['norm']}, {row['eps']:g}",
+            row["images"],
+            row["attack"],
+            f"{row['seconds_pyautoattack']:.1f}",
+            f"{row['seconds_engine']:.1f}",
+            f"{row['ratio']:.2f}",
+            percent(row["robust_pyautoattack"]),
+            percent(row["robust_engine"]),
+            "" if agreement is None else f"{agreement:.1%}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def stored() -> dict[str, tuple[str, str]]:
-    """Every stored result: by name, the document that shows it and its table."""
-    found = {}
+    """Return, by name of the stored result, the document that shows it and its table."""
+    tables = {}
     makers = {
         "ops": ops,
         "step": step,
@@ -322,17 +411,19 @@ def stored() -> dict[str, tuple[str, str]]:
     for path in sorted(results.FOLDER.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         if path.stem == "audit":
-            found[path.stem] = ("docs/kernels.md", audit(rows))
+            tables[path.stem] = ("docs/kernels.md", audit(rows))
         elif path.stem == "validation":
-            found[path.stem] = ("docs/results-mnist.md", validation(rows))
+            tables[path.stem] = ("docs/results-mnist.md", validation(rows))
+        elif path.stem == "evaluation":
+            tables[path.stem] = ("docs/autoattack.md", evaluation(rows))
         elif path.stem in makers:
-            found[path.stem] = ("docs/performance.md", makers[path.stem](rows))
+            tables[path.stem] = ("docs/performance.md", makers[path.stem](rows))
         else:
-            found[path.stem] = (_page_of(rows), comparison(rows))
+            tables[path.stem] = (_page_of(rows), comparison(rows))
         if path.stem == HEADLINE:
-            found["headline"] = ("README.md", headline(rows))
-            found["summary"] = ("docs/results.md", headline(rows))
-    return found
+            tables["headline"] = ("README.md", headline(rows))
+            tables["summary"] = ("docs/results.md", headline(rows))
+    return tables
 
 
 def _page_of(rows: list[dict[str, Any]]) -> str:
@@ -347,7 +438,13 @@ def _page_of(rows: list[dict[str, Any]]) -> str:
 
 
 def write(root: Path) -> list[str]:
-    """Put every table between its marks, `<!-- NAME -->` and `<!-- /NAME -->`, and draw the pictures; what was written."""
+    """Put every table between its marks in the docs, and draw the pictures.
+
+    The marks are `<!-- NAME -->` and `<!-- /NAME -->`.
+
+    Returns:
+        A line for each table and picture.
+    """
     tables = stored() | {
         "plans": ("docs/plan.md", plans()),
         "full-scale": ("docs/recipes.md", full_scale()),
@@ -364,29 +461,35 @@ def write(root: Path) -> list[str]:
             before + begin + "\n" + table + "\n\n" + end + rest.split(end, 1)[1], encoding="utf-8"
         )
         written.append(f"{document}: {name}")
+    drawn: list[tuple[Path, Callable[[Mapping[str, Any], Path], None]]]
     drawn = [(path, picture.draw) for path in sorted(results.FOLDER.glob("compare-*.json"))]
     drawn += [(path, scaling_picture.draw) for path in results.FOLDER.glob("scaling.json")]
     for path, draw in drawn:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept.get("score") == "validation":
-            continue  # a search: what it chose is drawn, tested
+            continue  # a search; its choice is drawn in another comparison
         image = root / "docs" / "images" / f"{path.stem}.png"
         draw(kept, image)
         written.append(str(image.relative_to(root)))
     return written
 
 
+def _header(*titles: str) -> list[str]:
+    """Return the first two lines of a Markdown table."""
+    return ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+
+
 def _growth(ends: Sequence[float]) -> list[str]:
-    """The first and the last of two times, and how many times the one the other is; dashes for none."""
+    """Return the first and the last of two times and their ratio; dashes for no times."""
     if not ends:
         return ["-", "-"]
     first, last = ends
-    # Rounded first: three digits, and no powers of ten.
+    # Round to three digits first: "g" alone would write powers of ten.
     return [" to ".join(f"{float(f'{end:.3g}'):,g}" for end in ends), f"{last / first:.1f}x"]
 
 
 def _each(rows: list[dict[str, Any]], shown: Callable[[dict[str, Any]], str]) -> str:
-    """What is shown of every row, or once what they all show."""
+    """Return the text of every row, or their common text."""
     words = [shown(row) for row in rows]
     return words[0] if len(set(words)) == 1 else " / ".join(words)
 

@@ -1,6 +1,7 @@
 from .adversary.attack import Attack as Attack
 from .adversary.memory import AdversaryMemory as AdversaryMemory
 from .api import attack as attack
+from .api import autoattack as autoattack
 from .api import evaluate as evaluate
 from .api import train as train
 from .errors import EngineError as EngineError

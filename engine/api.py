@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,17 @@ from .data.loaders import ResidentLoader, TensorLoader
 from .device.capture import CudaGraphs, unavailable
 from .device.precision import Precision
 from .errors import EngineError
-from .evaluation.robust_accuracy import Report, evaluate, evaluation_mode
+from .evaluation.autoattack import ensemble
+from .evaluation.autoattack.ensemble import Verdict
+from .evaluation.robust_accuracy import Report, check_images, evaluate, evaluation_mode
 from .objectives import LocalBall, Objective
-from .threat import ThreatModel
+from .threat import ThreatModel, check_pixels
 from .training.optimiser import Optimiser, OptimiserName
 from .training.schedule import Schedule
 from .training.step import Step
 from .training.trainer import Hooks, Result, Trainer
 
-__all__ = ["Report", "attack", "evaluate", "train"]
+__all__ = ["Report", "Verdict", "attack", "autoattack", "evaluate", "train"]
 
 
 def train(
@@ -52,16 +55,16 @@ def train(
     Args:
         model: any module from images in [0, 1] to logits [B, K], normalisation inside.
         data: (images, labels), images uint8 [N, C, H, W] or float32 [N, ...] in [0, 1], labels
-            int64 [N]; or anything with a length that yields such (x, y) batches, a DataLoader for one
-            (`batch_size`, `pad` and `flip` are then its own business).
+            int64 [N]; or anything with a length that yields such (x, y) batches, a DataLoader for
+            one (`batch_size`, `pad` and `flip` are then its own business).
         threat: the ball to train against.
         attack: default two steps from a random start. From memory it needs (images, labels).
         objective: default `LocalBall()`.
         epochs: passes over the data, >= 1; batch_size: images a step, >= 1.
-        lr: peak learning rate, > 0; schedule: its course and eps's over the run, default one cycle at
-            constant eps.
-        optimiser: "sgd", "adamw" (fused with the average), "torch-sgd", "torch-adamw", or apex's where it
-            is built; momentum: of SGD, [0, 1); weight_decay: >= 0.
+        lr: peak learning rate, > 0; schedule: its course and eps's over the run, default one cycle
+            at constant eps.
+        optimiser: "sgd", "adamw" (fused with the average), "torch-sgd", "torch-adamw", or apex's
+            where it is built; momentum: of SGD, [0, 1); weight_decay: >= 0.
         ema: decay of the weights' moving average, [0, 1); 0: none.
         validation: held-out (x, y), floats in [0, 1], to choose `Result.best`.
         pad, flip: random crop and mirroring of uint8 images.
@@ -72,9 +75,12 @@ def train(
     Returns:
         The trained network (its moving average with `ema` > 0) and the best epoch's state dict.
     Raises:
-        EngineError: for data that does not fit, or a loss that is no longer finite.
+        EngineError: for data that does not fit, images that are not in [0, 1] or not finite (a
+            loader's first batch), or a loss that is no longer finite.
     """
     attack, objective = attack or Attack(), objective or LocalBall()
+    if validation is not None:
+        check_pixels(validation[0])
     where = next(model.parameters()).device
     torch.manual_seed(seed)
     memory, loader = None, None
@@ -147,9 +153,42 @@ def attack(
         alpha: step size in pixel units, > 0; default as for `Attack`.
     Returns:
         Like `x`, inside the threat ball and [0, 1].
+    Raises:
+        EngineError: for images that are not in [0, 1] or not finite.
     """
+    check_pixels(x)
     with evaluation_mode(model):
         found, _ = Attack(steps=steps, alpha=alpha)(
             model, x, y, threat, state=rng.state(seed, x.device)
         )
     return found
+
+
+def autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    version: Literal["standard", "apgd"] = "standard",
+    seed: int = 0,
+    batch_size: int = 500,
+) -> Verdict:
+    """Run AutoAttack (Croce & Hein, arXiv 2003.01690) in the engine's own, faster form.
+
+    Args:
+        model: [0, 1] images to logits [N, K], K >= 2; attacked in evaluation mode, restored
+            afterwards.
+        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; on the model's device.
+        threat: the ball to attack in.
+        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" (the first
+            two).
+        seed: of the random starts and windows; batch_size: images in memory at once.
+    Returns:
+        Which images withstood all attacks, and an adversary of each other image.
+    Raises:
+        EngineError: if the images leave [0, 1] or there are none.
+    """
+    check_images(x, y)
+    with evaluation_mode(model):
+        return ensemble.run(model, x, y, threat, version=version, seed=seed, batch_size=batch_size)

@@ -1,5 +1,5 @@
-"""What a user's mistake looks like: one line that names what is wrong and what to do."""
+"""A user's mistake as one line that names what is wrong and what to do."""
 
 
 class EngineError(Exception):
-    """A mistake of the user's or of the outside world; the CLI prints it in one line and exits 2."""
+    """Report a user's mistake or a fault outside; the CLI prints it in one line and exits 2."""

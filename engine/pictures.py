@@ -1,4 +1,4 @@
-"""Hold the one style of all pictures, and save figures as PNG and SVG."""
+"""Define the style of all pictures, and save figures as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from matplotlib.ticker import (
 
 from . import files
 
-# (light, dark). Okabe and Ito's hues, which the common colour blindnesses keep apart, made darker
-# or lighter until they stand out from either background.
+# (light, dark). The hues are Okabe and Ito's, which colour-blind readers can tell apart, made
+# darker or lighter until they stand out from either background.
 COLOURS = {
     "ink": ("#1f2328", "#e7e9ec"),
     "muted": ("#5b6570", "#a3adb8"),
@@ -35,12 +35,12 @@ COLOURS = {
     "purple": ("#a3478a", "#d996c4"),
 }
 INK, MUTED, LINE, PANEL, _, BLUE, ORANGE, GREEN, PURPLE = (light for light, _ in COLOURS.values())
-# Blue takes light away, orange adds it.
+# Blue: the perturbation removes light; orange: it adds light.
 DIVERGING = LinearSegmentedColormap.from_list("engine", ["#0b4f8a", "#f4f4f2", "#b84a00"])
 SEQUENTIAL = "viridis"
-# Stays white on the colour map when the page turns dark.
+# White on the colour map, on light and dark pages alike.
 WHITE = "#fefefe"
-# Any: the stubs want every key as a literal.
+# Any, because the stubs want every key as a literal.
 _RC: Any = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -76,14 +76,14 @@ _RC: Any = {
     "legend.fontsize": 9,
     "savefig.dpi": 160,
     "svg.fonttype": "none",
-    # The same drawing gives the same file.
+    # A fixed salt makes equal drawings equal files.
     "svg.hashsalt": "engine",
 }
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The project's matplotlib settings in the block, the user's own afterwards."""
+    """Apply the project's matplotlib settings in the block; restore the user's after."""
     with matplotlib.rc_context(_RC):
         yield
 
@@ -91,7 +91,7 @@ def style() -> Iterator[None]:
 def panels(
     count: int = 1, *, down: int = 1, width: float = 4.6, height: float = 3.5
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes in `down` rows, each `width` x `height` inches."""
+    """Return a figure with `count` axes in `down` rows, each `width` x `height` inches."""
     across = -(-count // down)
     figure = Figure(figsize=(width * across, height * down), layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False).flat)
@@ -107,14 +107,14 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def png_of(pixels: np.ndarray) -> bytes:
-    """A PNG of an array [H, W, 3] in [0, 1], one pixel an entry."""
+    """Encode an array [H, W, 3] in [0, 1] as PNG, one pixel an entry."""
     buffer = io.BytesIO()
     matplotlib.image.imsave(buffer, np.clip(pixels, 0.0, 1.0), format="png")
     return buffer.getvalue()
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an inline <svg>, its colours as CSS variables, its ids starting with `name`."""
+    """Return the figure as an inline <svg>: CSS variables for colours, ids after `name`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     text = buffer.getvalue()
@@ -130,7 +130,7 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def css_variables(dark: bool = False) -> str:
-    """The colours as CSS declarations, for the page that holds an `svg`."""
+    """Write the colours as CSS declarations, for the page that holds an `svg`."""
     return " ".join(f"--{name}: {pair[dark]};" for name, pair in COLOURS.items())
 
 

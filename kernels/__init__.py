@@ -1,8 +1,11 @@
-"""What the hot path computes; knows nothing of training. See `ops` for the ops, `backends` for who serves them."""
+"""The computations of the hot path, without any knowledge of training.
+
+`ops` defines the ops; `backends` chooses the backend that serves each of them.
+"""
 
 from . import backends, ops, reference
-from .backends import finish_capture
+from .backends import capturing
 from .ops import *  # noqa: F403
 
-__all__ = ["backends", "finish_capture", "ops", "reference"]
+__all__ = ["backends", "capturing", "ops", "reference"]
 __all__ += ops.__all__

@@ -1,19 +1,24 @@
-"""Which backend serves which op, and why.
+"""The choice of the backend that serves an op.
 
-Three backends: `triton` (CUDA), `native` (C++, CPU) and `reference` (plain PyTorch, anywhere). Each is
-a module with one function an op, named and typed like `reference`'s; one that lacks an op leaves it to
-the reference. The choice follows the device of the op's first tensor, and `use` overrides it.
+Three backends: `triton` (CUDA), `native` (C++, CPU) and `reference` (plain PyTorch, any device).
+Each is a module with one function for each op, with the names and arguments of `reference`. The
+reference serves an op that a backend lacks. The device of the op's first tensor chooses, and `use`
+overrides the choice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from . import reference
 
@@ -55,14 +60,71 @@ def load(name: Backend) -> tuple[ModuleType | None, str]:
 
 
 @cache
+def usable(name: Backend) -> tuple[ModuleType | None, str]:
+    """Return what `load` does; where there is a device for the backend, after one launch on it.
+
+    An import shows little: at its first launch Triton compiles its driver, with a C compiler, Python's
+    headers and libcuda.
+    """
+    module, reason = load(name)
+    if name != "triton" or module is None or not torch.cuda.is_available():
+        return module, reason
+    try:
+        module.probe()
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return None, f"its first launch failed: {type(error).__name__}: {first}"
+    return module, reason
+
+
+@cache
 def implementation(op: str, device: str, forced: Backend | None) -> Callable:
     name = forced or _BY_DEVICE.get(device, "reference")
-    module, reason = load(name)
+    module, reason = usable(name)
     if module is None and forced:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if module is None:
         _announce(name, reason)
-    return getattr(module, op, None) or getattr(reference, op)
+    own = None if module is reference else getattr(module, op, None)
+    if own is None:
+        return _plain(op)
+    # Who asks for a backend by name wants to hear of its errors.
+    return own if forced else _or_plain(op, own, name, getattr(module, "REFUSED", ()))
+
+
+def _plain(op: str) -> Callable:
+    """Return the reference's op. Autocast would round its convolutions and products, and no other backend's."""
+    run = getattr(reference, op)
+
+    @functools.wraps(run)
+    def exactly(*args: object) -> object:
+        with contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return run(*args)
+
+    return exactly
+
+
+def _or_plain(op: str, own: Callable, name: str, refused: tuple[type[Exception], ...]) -> Callable:
+    """Return `own`; from the first launch that the device has no room for, the reference's op."""
+    if not refused:
+        return own
+    chosen = own
+
+    @functools.wraps(own)
+    def serve(*args: object) -> object:
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except refused as error:
+            # Nothing is written yet: an op's later launches want no more than its first.
+            _log.warning("%s's %s does not run here (%s); plain PyTorch serves it", name, op, error)
+            chosen = _plain(op)
+            return chosen(*args)
+
+    return serve
 
 
 @cache
@@ -76,7 +138,7 @@ def dispatch(op: str, device: str) -> Callable:
 
 @contextlib.contextmanager
 def use(backend: Backend) -> Iterator[None]:
-    """Run every op in the block on one backend; ops it lacks fall to the reference.
+    """Run every op in the block on one backend; the reference serves the ops that it lacks.
 
     Raises:
         RuntimeError: at the first op, if that backend is not available.
@@ -89,11 +151,11 @@ def use(backend: Backend) -> Iterator[None]:
 
 
 def table() -> list[dict[str, str]]:
-    """One row per op and device: the backend that serves it and why."""
+    """Return one row for each op and device: the backend that serves it and the reason."""
     rows = []
     for op in OPS:
         for device, wanted in _BY_DEVICE.items():
-            module, reason = load(wanted)
+            module, reason = usable(wanted)
             if module is not None and hasattr(module, op):
                 rows.append({"op": op, "device": device, "backend": wanted, "why": reason})
             else:
@@ -102,8 +164,16 @@ def table() -> list[dict[str, str]]:
     return rows
 
 
-def finish_capture() -> None:
-    """Complete what a capture of ops had to leave open; call it before the first replay."""
+@contextlib.contextmanager
+def capturing() -> Iterator[list[Tensor]]:
+    """Capture ops in the block, and complete the capture when the block ends.
+
+    Yields:
+        A list. After the block it holds the tensors that only the captured graph reads.
+    """
     module, _ = load("triton")
-    if module is not None:
-        module.finish_capture()
+    if module is None:
+        yield []
+        return
+    with module.capturing() as kept:
+        yield kept

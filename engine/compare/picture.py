@@ -19,12 +19,12 @@ from ..pictures import LINE, MARKERS, MUTED, NUMBERS, SERIES
 from .scores import robust
 
 
-def draw(found: Mapping[str, Any], path: Path) -> None:
-    """Robust accuracy over training time and over passes: a line for each method, a dot for each seed."""
+def draw(comparison: Mapping[str, Any], path: Path) -> None:
+    """Draw robust accuracy over training time and over passes, and save the picture."""
     with pictures.style():
         figure, (over_time, over_passes) = pictures.panels(2, width=6.0, height=4.6)
-        draw_curves(over_time, found["rows"], found["points"], passes=False)
-        draw_curves(over_passes, found["rows"], found["points"], passes=True)
+        draw_curves(over_time, comparison["rows"], comparison["points"], passes=False)
+        draw_curves(over_passes, comparison["rows"], comparison["points"], passes=True)
         pictures.save_png(figure, path)
 
 
@@ -44,11 +44,14 @@ def draw_curves(
     *,
     passes: bool,
 ) -> None:
-    """Robust accuracy over what training cost: a line through each method's means, a dot for each seed.
+    """Draw robust accuracy over the cost of training.
+
+    A line runs through each method's means; each seed is a dot.
 
     Args:
         rows, points: as `engine compare` writes them.
-        passes: cost in network passes of one image, all steps together; else in training seconds.
+        passes: the cost is network passes of one image over all steps; otherwise it is training
+            seconds.
     """
 
     def cost(entry: Mapping[str, Any], steps: int) -> float:
@@ -63,21 +66,21 @@ def draw_curves(
         for row in rows:
             if row["method"] != method:
                 continue
-            mine = [p for p in points if p["method"] == method and p["epochs"] == row["epochs"]]
-            places = [cost(p, p["steps"]) for p in mine]
-            heights = [robust(p, "") or 0.0 for p in mine]
+            seeds = [p for p in points if p["method"] == method and p["epochs"] == row["epochs"]]
+            places = [cost(p, p["steps"]) for p in seeds]
+            heights = [robust(p, "") or 0.0 for p in seeds]
             ax.plot(places, heights, marker, color=colour, alpha=0.35, markersize=3.5)
             curve.append((sum(places) / len(places), sum(heights) / len(heights)))
             runs[method] = heights
             if row["pareto"]:
                 front.append(curve[-1])
         means[method] = curve[-1]
-        # Where the colours come round again the marker alone would be easy to miss.
+        # Colours repeat after a while; then the marker alone is easy to miss.
         dashes = "-" if number < len(SERIES) else "--"
         means_line = zip(*sorted(curve), strict=True)
         ax.plot(*means_line, marker=marker, color=colour, linestyle=dashes, label=method)
     if not passes:
-        # Of training time: what is ahead there need not be in passes.
+        # This front is of training time; the order by passes may differ.
         ax.step(*zip(*sorted(front), strict=True), where="post", **_FRONT)
     ax.set_xscale("log")
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -95,10 +98,10 @@ def draw_curves(
 def _name_points(
     ax: Axes, points: Mapping[str, tuple[float, float]], runs: Mapping[str, Sequence[float]]
 ) -> None:
-    """Each name beside its point: a key to so many would be a riddle. Names that would touch move apart.
+    """Write each name beside its point, and move names apart that would touch.
 
-    What lies far below all others, method or single run, would press them together: it is named in a corner,
-    and left out.
+    Points far below all others are left out and named in a corner; they would press the rest
+    together.
     """
     low, high = np.quantile([y for _, y in points.values()], (0.25, 0.75))
     floor = low - 1.5 * (high - low)
@@ -107,7 +110,7 @@ def _name_points(
     margin = 0.08 * (max(heights) - min(heights)) + 0.005
     ax.set_ylim(min(heights) - margin, max(heights) + margin)
     ax.margins(x=0.16)
-    ax.get_xlim()  # the limits are found when they are asked for
+    ax.get_xlim()  # reading the limits computes them
     below = [f"{name} {y:.1%}" for name, (_, y) in points.items() if y < floor]
     bottom = ax.get_ylim()[0]
     below += [f"a run of {n} {y:.1%}" for n in shown for y in runs[n] if y < bottom]

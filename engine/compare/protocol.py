@@ -1,32 +1,34 @@
-"""Read a comparison's protocol: its methods, seeds and budgets, and the runs they make."""
+"""Read a comparison's protocol (methods, seeds, budgets) and list its runs."""
 
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import files, recipes
+from .. import recipes
 from ..errors import EngineError
 from ..recipes import Recipe
 from ..runs import build
 from ..runs.folder import plain
 
+_MOST_SEEDS = 10_000
+
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is compared.
+    """Hold what a comparison trains and measures.
 
     Attributes:
         methods: recipe trees by the method's name.
-        epochs, minutes: budgets: passes over the training set, replays counted, or training minutes by the
-            measured step.
-        chosen: the methods that are trained in this sitting; results of the others stay as they are stored.
-        score: "test": clean, PGD and AutoAttack accuracy on the test images; "validation": clean and PGD
-            accuracy on the held-out ones, for choosing settings without a look at the test set.
+        epochs, minutes: budgets, as passes over the training set (replays counted) or as training
+            minutes by the measured step.
+        chosen: the methods to train in this sitting; stored results of other methods are kept.
+        score: "test": clean, PGD and AutoAttack accuracy on the test images; "validation": clean
+            and PGD accuracy on the validation images, to choose settings without a look at the test
+            set.
     """
 
     name: str
@@ -41,14 +43,14 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a protocol."""
+    """Hold one run of a protocol."""
 
     method: str
     recipe: Recipe
 
     @property
     def epochs(self) -> int:
-        """Passes over the training set: a batch that is replayed is trained on again."""
+        """Return the passes over the training set; each replay of a batch counts."""
         return self.recipe.optim.epochs * self.recipe.optim.replays
 
     @property
@@ -69,16 +71,16 @@ def read(
     epochs: Sequence[int] = (),
     minutes: Sequence[float] = (),
 ) -> Protocol:
-    """A protocol from its file (a TOML file with `methods`), or from recipes.
+    """Read a protocol from its file (a TOML file with `methods`), or make one from recipes.
 
     Args:
         names: one protocol file, or recipes by name or path.
-        overrides: applied to every method, on top.
-        methods: those to train now; default all.
-        seeds, epochs, minutes: in place of the protocol's own.
+        overrides: applied last, to every method.
+        methods: the methods to train now; default all.
+        seeds, epochs, minutes: replace the protocol's own.
     Raises:
-        EngineError: a file or recipe that is not there or not valid; a method it does not have; no seed; a
-            budget that is none.
+        EngineError: for a file or recipe that is absent or not valid, a method that the protocol
+            lacks, no seed, or a budget below 1 epoch or not above 0 minutes.
     """
     protocol = _from_file(Path(names[0])) if len(names) == 1 and is_protocol(names[0]) else None
     if protocol is None:
@@ -110,19 +112,12 @@ def read(
 
 def is_protocol(name: str) -> bool:
     path = Path(name)
-    return path.suffix == ".toml" and path.is_file() and "methods" in _toml(path)
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(files.read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise EngineError(f"cannot read {path}: {error}") from None
+    return path.suffix == ".toml" and path.is_file() and "methods" in recipes.read_toml(path)
 
 
 def _from_file(path: Path) -> Protocol:
-    """A protocol file: `base` recipe, `common` on top of it, and what each of `methods` changes."""
-    spec = _toml(path)
+    """Read a protocol file: `base` recipe, `common` changes, and the changes of each method."""
+    spec = recipes.read_toml(path)
     known = {"about", "base", "common", "methods", "seeds", "epochs", "minutes", "score"}
     if unknown := sorted(spec.keys() - known):
         raise EngineError(
@@ -134,7 +129,7 @@ def _from_file(path: Path) -> Protocol:
             "base": isinstance(spec.get("base"), str),
             "methods": bool(spec["methods"]) and _tables(spec["methods"]),
             "common": isinstance(spec.get("common", {}), dict),
-            "seeds": isinstance(spec.get("seeds", 3), int),
+            "seeds": type(spec.get("seeds", 3)) is int and spec.get("seeds", 3) < _MOST_SEEDS,
             "epochs": _numbers(spec.get("epochs", []), int),
             "minutes": _numbers(spec.get("minutes", []), (int, float)),
             "score": spec.get("score", "test") in ("test", "validation"),
@@ -145,7 +140,7 @@ def _from_file(path: Path) -> Protocol:
     if wrong:
         raise EngineError(f"{path}: {wrong[0]} is missing or not what it should be")
     for name in spec["methods"]:
-        # They become folders' names, and protocols come from strangers as well.
+        # Names become folders, and a protocol may come from a stranger.
         if name != plain(name):
             raise EngineError(
                 f"{path}: methods have plain names, letters, digits and -_. : {name!r}"
@@ -177,8 +172,11 @@ def _numbers(value: object, kind: Any) -> bool:
 
 
 def jobs(protocol: Protocol, step_ms: Mapping[str, float]) -> list[Job]:
-    """All runs, seeds first and methods within them: what stops early is still a comparison."""
-    found = []
+    """List all runs, seeds outermost and methods inside.
+
+    A comparison that stops early then has whole seeds of all methods.
+    """
+    plan = []
     for seed in range(protocol.seeds):
         for name, tree in protocol.methods.items():
             if name not in protocol.chosen:
@@ -192,5 +190,5 @@ def jobs(protocol: Protocol, step_ms: Mapping[str, float]) -> list[Job]:
                 budgets = [max(1, round(minutes / epoch)) for minutes in protocol.minutes]
             for epochs in dict.fromkeys(budgets):
                 changed = recipes.merged(tree, {"seed": seed, "optim": {"epochs": epochs}})
-                found.append(Job(name, recipes.parse(changed, source=name)))
-    return found
+                plan.append(Job(name, recipes.parse(changed, source=name)))
+    return plan

@@ -13,7 +13,10 @@ _SCORES = ("autoattack", "pgd", "clean", "val_pgd", "val_clean")
 
 
 def summarise(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each method and budget, in the points' order: means, standard deviations, errors of the mean."""
+    """Return a row for each method and budget, in the points' order.
+
+    A row holds means, standard deviations and errors of the mean over seeds.
+    """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for point in points:
         groups.setdefault((point["method"], point["epochs"]), []).append(point)
@@ -57,7 +60,7 @@ def summarise(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def robust(row: Mapping[str, Any], suffix: str = "_mean") -> float | None:
-    """A row's robust accuracy: AutoAttack's where it ran, else PGD's, on test images or held-out ones."""
+    """Return a row's robust accuracy by AutoAttack, else PGD, else PGD in validation."""
     for score in ("autoattack", "pgd", "val_pgd"):
         if row.get(f"{score}{suffix}") is not None:
             return row[f"{score}{suffix}"]
@@ -65,32 +68,32 @@ def robust(row: Mapping[str, Any], suffix: str = "_mean") -> float | None:
 
 
 def time_to(rows: Sequence[Mapping[str, Any]], target: float) -> dict[str, float | None]:
-    """Training seconds until each method's mean robust accuracy reaches `target`, between its budgets in a line.
+    """Return the training seconds until each method's mean robust accuracy reaches `target`.
 
-    None where no budget reaches it.
+    Between two budgets the accuracy is taken as linear; None: no budget reaches the target.
     """
-    found: dict[str, float | None] = {}
+    seconds_of: dict[str, float | None] = {}
     for method in dict.fromkeys(row["method"] for row in rows):
         curve = sorted(
             (row["train_seconds_mean"], robust(row) or 0.0)
             for row in rows
             if row["method"] == method
         )
-        found[method] = None
+        seconds_of[method] = None
         before: tuple[float, float] | None = None
         for seconds, accuracy in curve:
             if accuracy >= target:
                 if before is not None and accuracy > before[1]:
                     share = (target - before[1]) / (accuracy - before[1])
                     seconds = before[0] + share * (seconds - before[0])
-                found[method] = seconds
+                seconds_of[method] = seconds
                 break
             before = seconds, accuracy
-    return found
+    return seconds_of
 
 
 def stored(folder: Path) -> list[dict[str, Any]]:
-    """The rows of all comparisons kept in `folder` (compare-*.json), with the protocol's name."""
+    """Return the rows of all comparisons in `folder`, with the protocol's name."""
     return [
         {"protocol": kept.get("protocol", path.stem), **row}
         for path in sorted(folder.glob("compare-*.json"))

@@ -1,16 +1,17 @@
-"""Methods side by side: same data, network and evaluation, every seed, every budget; accuracy over training time.
+"""Train methods side by side: same data, network and evaluation, every seed, every budget.
 
-A protocol names the methods, the seeds and the budgets; each (method, budget, seed) is a run in a folder
-of its own, made by a process of its own. A finished run is never run again. The time axis is not the
-clock of each run, which shares the machine with whatever else is there: the steps of all methods are
-timed in turn, in one process, and a run's training time is its number of steps times its step's median.
-What was measured is kept in compare.json as it comes, so a comparison may take many sittings: a run that
-was cut short goes on, and one whose folder is gone but whose result is there is not run again.
+A protocol names the methods, the seeds and the budgets. Each (method, budget, seed) is a run with
+its own folder and its own process; a finished run is never run again. The time axis is not the
+clock of each run, because a run shares the machine with others. Instead, one process times the
+steps of all methods in turn, and a run's training time is its number of steps times the median of
+its step. compare.json holds every measurement at once, so a comparison may take many sittings: an
+interrupted run resumes, and a run whose result is stored is not run again even if its folder is
+gone.
 """
 
 from __future__ import annotations
 
-import json
+import gc
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import files, recipes
 from ..device.machine import environment
 from ..errors import EngineError
@@ -28,6 +31,7 @@ from ..performance import timing
 from ..progress import bar, stderr
 from ..runs import build
 from ..runs.folder import Run
+from . import kept
 from .picture import draw
 from .protocol import Job, Protocol, folder_name, jobs
 from .scores import summarise
@@ -37,18 +41,18 @@ _STEPS_SECONDS = 20.0
 
 
 def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dict[str, Any]:
-    """Make every run that is not there yet, and summarise all of them.
+    """Make every run that is missing, and summarise all of them.
 
     Args:
         out: folder of the runs, and of compare.json, compare.png and steps.json; default
             runs/NAME-DATE-TIME.
-        workers: runs at a time; each gets its share of the CPU's cores.
+        workers: runs at a time; the runs share the CPU's cores evenly.
     Returns:
-        What compare.json holds: `about`, `environment`, `steps` (timings), `points` (a run each), `rows`
-        (a method at a budget each).
+        The content of compare.json: `about`, `environment`, `steps` (timings), `points` (one per
+        run), `rows` (one per method and budget).
     Raises:
-        EngineError: a method that cannot be run; a folder with runs of other recipes; a run that failed
-            (after all others are done).
+        EngineError: for a method that cannot be run, a folder with runs of other recipes, or a
+            failed run (after all others are done).
     """
     out = out or Path("runs") / f"{protocol.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     recipe_of = {n: recipes.parse(tree, source=n) for n, tree in protocol.methods.items()}
@@ -60,7 +64,8 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
     waiting = [job for job in plan if not _finished(job, out) and job.folder not in known]
 
     def summed_up() -> dict[str, Any]:
-        # Stored ones of methods, budgets and seeds that were not asked for this time too: nothing measured is lost.
+        # Keep stored points of methods, budgets and seeds outside this call: no measurement is
+        # lost.
         of_folder = {
             folder: _timed(point, recipe_of[point["method"]], steps[point["method"]])
             for folder, point in known.items()
@@ -69,7 +74,7 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
             if _finished(job, out):
                 of_folder[job.folder] = _point(job, out, steps[job.method])
         points = list(of_folder.values())
-        found = {
+        comparison = {
             "protocol": protocol.name,
             "about": protocol.about,
             "score": protocol.score,
@@ -79,50 +84,53 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
             "points": points,
             "rows": summarise(points),
         }
-        files.write_json(out / "compare.json", found)
+        files.write_json(out / "compare.json", comparison)
         if points:
-            draw(found, out / "compare.png")
-        return found
+            draw(comparison, out / "compare.png")
+        return comparison
 
     failed = _make(waiting, out, protocol.score, workers, summed_up)
-    found = summed_up()
+    comparison = summed_up()
     if failed:
         raise EngineError("; ".join(failed))
-    return found
+    return comparison
 
 
 def _plain(tree: Mapping[str, Any], name: str) -> str:
-    """A method's recipe in full, seed and budget aside."""
+    """Write a method's recipe in full, with seed and budget set aside."""
     return recipes.dump(recipes.parse({**tree, "seed": 0}, source=name))
 
 
 def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
-    """Points of an earlier sitting, by their run's folder, of methods whose recipes are what they were."""
+    """Return the points of an earlier sitting, by run folder.
+
+    Points of methods whose recipes changed since are left out.
+    """
     if not path.exists():
         return {}
+    found = kept.comparison(path)
     try:
-        kept = json.loads(files.read_text(path))
         same = {
             name
-            for name, text in kept.get("recipes", {}).items()
+            for name, text in found["recipes"].items()
             if name in protocol.methods
             and recipes.parse(tomllib.loads(text))
             == recipes.parse({**protocol.methods[name], "seed": 0}, source=name)
         }
-        known = {
-            folder_name(point["method"], point["epochs"], point["seed"]): point
-            for point in kept["points"]
-            if point["method"] in same and kept.get("score") == protocol.score
-        }
-        others = len(kept["points"]) - len(known)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{path} is damaged ({error!r}): move it away") from None
+    except (ValueError, RecursionError, EngineError) as error:
+        raise EngineError(f"{path} is damaged ({error}): move it away") from None
+    known = {
+        folder_name(point["method"], point["epochs"], point["seed"]): point
+        for point in found["points"]
+        if point["method"] in same and found["score"] == protocol.score
+    }
+    others = len(found["points"]) - len(known)
     if others:
         aside = path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.json")
         shutil.copy(path, aside)
         stderr.print(
-            f"{others} results in {path} are of methods that are not in {protocol.name}, or not as it has "
-            f"them: they are left out, and kept in {aside}",
+            f"{others} results in {path} are of methods that {protocol.name} lacks or has changed: "
+            f"this comparison leaves them out, and {aside} keeps them",
             highlight=False,
             soft_wrap=True,
         )
@@ -141,7 +149,7 @@ def _finished(job: Job, out: Path) -> bool:
 def _make(
     plan: list[Job], out: Path, score: str, workers: int, finished: Callable[[], object]
 ) -> list[str]:
-    """Run all of `plan`, calling `finished` after each; what failed, a line each."""
+    """Run all of `plan`, call `finished` after each run, and return a line for each failure."""
     failed: list[str] = []
     waiting = list(plan)
     running: dict[subprocess.Popen, Job] = {}
@@ -210,13 +218,16 @@ def _last_line(folder: Path) -> str:
 
 
 def _step_times(protocol: Protocol, path: Path) -> dict[str, dict[str, float]]:
-    """Each method's training step on this machine, timed in turn; kept, and taken again for other methods."""
+    """Time each method's training step on this machine, in turn.
+
+    The times are kept in `path` and taken again when the methods differ.
+    """
     recipe_of = {n: recipes.parse(tree, source=n) for n, tree in protocol.methods.items()}
     wanted = {name: recipes.dump(recipe) for name, recipe in recipe_of.items()}
     if path.exists():
-        kept = json.loads(path.read_text())
-        if kept["recipes"] == wanted:
-            return kept["steps"]
+        timed = kept.step_times(path, wanted)
+        if timed is not None:
+            return timed
     stderr.print("timing the steps of all methods in turn", highlight=False)
     calls = {name: build.step_of(recipe) for name, recipe in recipe_of.items()}
     timings = timing.side_by_side(calls, seconds=_STEPS_SECONDS, sample_ms=0)
@@ -224,6 +235,11 @@ def _step_times(protocol: Protocol, path: Path) -> dict[str, dict[str, float]]:
         name: {"p20_ms": t.p20, "p50_ms": t.p50, "p80_ms": t.p80} for name, t in timings.items()
     }
     files.write_json(path, {"environment": environment(), "recipes": wanted, "steps": steps})
+    # The steps' memory on the device is for the runs to come.
+    calls.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return steps
 
 
@@ -231,7 +247,7 @@ def _point(job: Job, out: Path, step: Mapping[str, float]) -> dict[str, Any]:
     run = Run.open(out / job.folder)
     summary, recipe = run.read_json("summary.json"), job.recipe
     last: dict[str, Any] = next((r for r in reversed(run.metrics()) if "val_pgd" in r), {})
-    found = {
+    point = {
         "method": job.method,
         "dataset": recipe.data.name,
         "network": recipe.model.name,
@@ -251,13 +267,13 @@ def _point(job: Job, out: Path, step: Mapping[str, float]) -> dict[str, Any]:
         "clock_seconds": summary["train_seconds"],
         "peak_memory_mb": summary.get("peak_memory_mb"),
     }
-    return _timed(found, recipe, step)
+    return _timed(point, recipe, step)
 
 
 def _timed(
     point: Mapping[str, Any], recipe: recipes.Recipe, step: Mapping[str, float]
 ) -> dict[str, Any]:
-    """The point with which AutoAttack it was evaluated by, and its training time by the measured step."""
+    """Add the version of AutoAttack and the training time by the measured step to a point."""
     version = recipe.evaluation.autoattack
     seconds = point["steps"] * step["p50_ms"] / 1e3
     return {**point, "autoattack_version": version, "seconds": seconds}

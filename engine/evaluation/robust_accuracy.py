@@ -15,12 +15,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import kernels, rng
-from ..adversary.ascent import LogitsGrad, ascend, towards_errors, towards_runner_up
+from .. import rng
+from ..adversary.ascent import (
+    LogitsGrad,
+    ascend,
+    random_point,
+    towards_errors,
+    towards_runner_up,
+)
 from ..errors import EngineError
+from ..models import stem_of
 from ..threat import ThreatModel
+from .autoattack import ensemble
 
 Progress = Callable[[str, int, int], None]
+Judge = Literal["pyautoattack", "engine"]
 PgdLoss = Literal["cross-entropy", "margin"]
 PgdStep = Literal["constant", "decaying"]
 _GRADIENTS: dict[PgdLoss, Callable[[Tensor], LogitsGrad]] = {
@@ -43,6 +52,7 @@ class Report:
         clean: accuracy in [0, 1]; pgd and autoattack the same, None where the attack was not run.
         worst_case: share of images that withstood every attack that was run.
         after: AutoAttack's robust accuracy after each of its attacks.
+        judge: who ran AutoAttack: "pyautoattack" or "engine".
         seconds: wall-clock seconds in all.
         notes: warnings of AutoAttack's own checks.
     """
@@ -56,6 +66,7 @@ class Report:
     pgd_steps: int
     pgd_restarts: int
     autoattack_version: str
+    judge: str
     seconds: float
     after: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -127,20 +138,14 @@ def _break(
     sizes: list[float],
     state: Tensor,
 ) -> Tensor:
-    """The members of `indices` that one restart of PGD with steps of `sizes` [pixel units] breaks."""
-    centre, labels = x[indices], y[indices]
-    z = kernels.uniform_start(centre, threat.eps, state, norm=threat.norm, stream=rng.RESTART)
+    """Return the members of `indices` that one restart of PGD with steps of `sizes` [pixel units] breaks."""
+    ball, labels, stem = threat.around(x[indices]), y[indices], stem_of(model)
+    z = random_point(ball, state, stream=rng.RESTART)
     broken: list[Tensor] = []
     for step in range(len(sizes) + 1):
         if step < len(sizes):
             following, logits = ascend(
-                model,
-                centre,
-                z,
-                gradient(labels),
-                eps=threat.eps,
-                alpha=sizes[step],
-                norm=threat.norm,
+                model, ball, z, gradient(labels), alpha=sizes[step], stem=stem
             )
         else:
             with torch.no_grad():
@@ -151,8 +156,8 @@ def _break(
             break
         # Copying the batch costs; it pays once a tenth of it has fallen.
         if (~alive).sum() * 10 >= len(alive):
-            indices, centre, labels = indices[alive], centre[alive], labels[alive]
-            following = following[alive]
+            indices, labels, following = indices[alive], labels[alive], following[alive]
+            ball = threat.around(ball.centre[alive])
         z = following
     return torch.cat(broken).unique()
 
@@ -219,6 +224,35 @@ def autoattack(
     return found == y, after, notes
 
 
+def engines_autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    version: str = "standard",
+    seed: int = 0,
+    batch_size: int = 500,
+    progress: Progress = silent,
+) -> tuple[Tensor, dict[str, float], list[str]]:
+    """Run the engine's own AutoAttack; arguments and results as for `autoattack`."""
+    verdict = ensemble.run(
+        model,
+        x,
+        y,
+        threat,
+        version=version,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return verdict.robust, verdict.after, verdict.notes
+
+
+# Who runs AutoAttack, by the name that recipes use.
+_JUDGES = {"pyautoattack": autoattack, "engine": engines_autoattack}
+
+
 class _Listener(logging.Handler):
     """Reads AutoAttack's log lines: accuracy after each attack, progress, warnings."""
 
@@ -267,6 +301,7 @@ def evaluate(
     pgd_steps: int = 50,
     pgd_restarts: int = 10,
     autoattack_version: str = "standard",
+    judge: Judge = "pyautoattack",
     batch_size: int = 500,
     seed: int = 0,
     progress: Progress = silent,
@@ -279,16 +314,18 @@ def evaluate(
         threat: the ball to attack in.
         pgd_steps, pgd_restarts: of `pgd`, at least 1 each.
         autoattack_version: "standard" (four attacks), "apgd" (the first two) or "none".
+        judge: who runs AutoAttack: "pyautoattack", the authors' package, or "engine", the engine's own
+            form of the same attacks. It also judges networks of two or three classes, which the
+            package's targeted losses do not take.
         batch_size: images in memory at once.
         seed: of both attacks.
         progress: called with (attack, done, total).
     Returns:
         Accuracies, and what was left after each of AutoAttack's attacks.
     Raises:
-        EngineError: if the images leave [0, 1], there are none, the model returns no logits [N, K], or
-            has fewer than the four classes that AutoAttack needs.
+        EngineError: if the images leave [0, 1], there are none, or the model returns no logits [N, K].
     """
-    _check(x, y)
+    check_images(x, y)
     began = time.perf_counter()
     with evaluation_mode(model):
         with torch.no_grad():
@@ -311,7 +348,9 @@ def evaluate(
         after: dict[str, float] = {}
         notes: list[str] = []
         if autoattack_version != "none":
-            by_aa, after, notes = autoattack(
+            if logits.shape[1] < 4:
+                judge = "engine"
+            by_aa, after, notes = _JUDGES[judge](
                 model,
                 x,
                 y,
@@ -332,6 +371,7 @@ def evaluate(
         pgd_steps=pgd_steps,
         pgd_restarts=pgd_restarts,
         autoattack_version=autoattack_version,
+        judge=judge,
         seconds=time.perf_counter() - began,
         after=after,
         notes=notes,
@@ -361,6 +401,7 @@ def robustbench_fields(
         "pgd_acc": percent(report.pgd),
         "pgd": f"PGD-{report.pgd_steps}-{report.pgd_restarts}",
         "autoattack_version": report.autoattack_version,
+        "autoattack_judge": None if report.autoattack is None else report.judge,
         "after_each_attack": {k: percent(v) for k, v in report.after.items()},
         "worst_case_acc": percent(report.worst_case),
         "standard_error": percent(report.standard_error(report.worst_case)),
@@ -375,7 +416,8 @@ def share(mask: Tensor) -> float:
     return float(mask.double().mean())
 
 
-def _check(x: Tensor, y: Tensor) -> None:
+def check_images(x: Tensor, y: Tensor) -> None:
+    """Raise an EngineError where there are no images, or images outside [0, 1]."""
     if len(x) == 0 or len(x) != len(y):
         raise EngineError(f"cannot evaluate {len(x)} images with {len(y)} labels")
     if x.dtype != torch.float32 or float(x.min()) < 0 or float(x.max()) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import kernels, rng
-from ..adversary.ascent import ascend_after_training
+from ..adversary.ascent import ascend_after_training, random_point
 from ..adversary.attack import Attack
 from ..device.phases import ATTACK_START, TRAIN_FORWARD, phase
 from ..errors import EngineError
-from ..threat import ThreatModel
+from ..rng import state as rng_state
+from ..threat import Ball, ThreatModel, check_pixels
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ def bernoulli_start(x: Tensor, size: float | Tensor, state: Tensor) -> Tensor:
     """Return `x` plus or minus `size` [pixel units] in every pixel, like `x`, clipped to [0, 1]."""
     with phase(ATTACK_START):
         middle = torch.full_like(x, 0.5)
-        drawn = kernels.uniform_start(middle, 0.25, state, norm="Linf", stream=rng.START)
-        return (x + size * (drawn - middle).sign()).clamp(0, 1)
+        signs = (random_point(Ball(middle, 0.25, "Linf"), state) - middle).sign()
+        return (x + size * signs).clamp(0, 1)
 
 
 def attacked_pass(
@@ -71,8 +72,8 @@ def attacked_pass(
     """A training pass at the adversary, and what to remember of it: itself, or its free step."""
     if attack.steps:
         return trained_pass(model, adversary), adversary
-    logits, along = ascend_after_training(model, adversary, threat.norm)
-    return logits, lambda: along(x, threat.eps, attack.step_size(threat.eps))
+    logits, step = ascend_after_training(model, adversary)
+    return logits, lambda: step(threat.around(x), attack.step_size(threat.eps))
 
 
 def trained_passes(sets: int) -> Passes:
@@ -151,7 +152,12 @@ class Objective(abc.ABC):
             start: where the attack begins (from an `AdversaryMemory`); left out: a random point.
             state: random state int64 [2], not advanced; left out: one kept for the device, seeded
                 from `torch.initial_seed()` and advanced by every call.
+        Raises:
+            EngineError: for a model's first batch, called without a state, outside [0, 1].
         """
+        if state is None and model not in _checked:
+            check_pixels(x)
+            _checked.add(model)
         if state is not None:
             return self.compute(model, x, y, threat, attack, start, state)
         shared = _shared_state(x.device)
@@ -160,13 +166,17 @@ class Objective(abc.ABC):
         return outcome
 
 
-_states: dict[torch.device, Tensor] = {}
+# The models whose first batch was looked at; a look at every batch would make the host wait.
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Each with the seed that it was made of: to read it there would make the host wait for the device.
+_states: dict[torch.device, tuple[int, Tensor]] = {}
 
 
 def _shared_state(device: torch.device) -> Tensor:
-    if device not in _states or int(_states[device][0]) != _seed():
-        _states[device] = rng.state(_seed(), device)
-    return _states[device]
+    seed = _seed()
+    if device not in _states or _states[device][0] != seed:
+        _states[device] = seed, rng_state(seed, device)
+    return _states[device][1]
 
 
 def _seed() -> int:

@@ -68,13 +68,11 @@ class GAT(Objective):
         guided = self.weight * (state[1] % 2) if self.guided == "alternate" else self.weight
         adversary, _ = climb(
             model,
-            x,
+            threat.around(x),
             start,
             _guided(p.detach(), y, guided),
             steps=attack.steps,
-            eps=threat.eps,
             alpha=threat.eps / attack.steps if attack.alpha is None else attack.alpha,
-            norm=threat.norm,
             batch_norm=attack.batch_norm,
         )
         adv = trained_pass(model, adversary)
@@ -83,7 +81,9 @@ class GAT(Objective):
             distance = (p - adv.float().softmax(1)).square().sum(1).mean()
             loss = ce + self.weight * distance
             correct = (adv.detach().argmax(1) == y).sum()
-        return Outcome(loss, adversary, {"ce": stats[0], "distance": distance.detach()}, correct)
+        return Outcome(
+            loss, adversary, {"ce": stats.cross_entropy, "distance": distance.detach()}, correct
+        )
 
 
 def _guided(p: Tensor, y: Tensor, weight: Tensor | float) -> LogitsGrad:

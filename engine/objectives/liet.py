@@ -29,12 +29,13 @@ from ..adversary.ascent import (
     ascend_from_training,
     climb,
     passes_without_training,
+    random_point,
     towards_errors,
 )
 from ..adversary.attack import Attack
 from ..device.phases import ATTACK_START, LOSS, phase
 from ..errors import EngineError
-from ..threat import ThreatModel
+from ..threat import Ball, ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
 
@@ -84,33 +85,31 @@ class LIET(Objective):
     ) -> Outcome:
         if start is None:
             start = self._start(model, x, y, threat, state)
-        at_start, along = ascend_from_training(
-            model, start, y, threat.norm, label_smoothing=self.label_smoothing
-        )
+        at_start, step = ascend_from_training(model, start, y, label_smoothing=self.label_smoothing)
         alpha = threat.eps if attack.alpha is None else attack.alpha
-        adversary = along(x, threat.eps, alpha) if self.projected else along(start, alpha, alpha)
+        ball = threat.around(x) if self.projected else Ball(start, alpha, threat.norm)
+        adversary = step(ball, alpha)
         at_end = trained_pass(model, adversary)
         with phase(LOSS):
             ce, stats = kernels.local_ball_loss(at_end, y, label_smoothing=self.label_smoothing)
             apart = _jensen_shannon(at_start.float(), at_end.float())
             loss = ce + self.weight * apart
-        return Outcome(loss, adversary, {"ce": stats[0], "apart": apart.detach()}, stats[3])
+        return Outcome(
+            loss, adversary, {"ce": stats.cross_entropy, "apart": apart.detach()}, stats.correct_adv
+        )
 
     def _start(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, state: Tensor
     ) -> Tensor:
         written = self._label_information(model, x, threat).index_select(0, y)
         with phase(ATTACK_START):
-            half = torch.full_like(x, 0.5)
             # Uniform on [0, 1]: a ball of radius a half around a half.
-            share, sign = kernels.uniform_start(
-                x.new_full((1, 2), 0.5), 0.5, state, stream=rng.COINS
-            )[0]
+            coins = Ball(x.new_full((1, 2), 0.5), 0.5, "Linf")
+            share, sign = random_point(coins, state, stream=rng.COINS)[0]
+            pixels = Ball(torch.full_like(x, 0.5), 0.5, "Linf")
             low, high = self.erased
-            erase = kernels.uniform_start(half, 0.5, state, stream=rng.MASK) < low + share * (
-                high - low
-            )
-            unit = 2 * kernels.uniform_start(half, 0.5, state, stream=rng.START) - 1
+            erase = random_point(pixels, state, stream=rng.MASK) < low + share * (high - low)
+            unit = 2 * random_point(pixels, state) - 1
             delta = torch.where(erase, self.noise * threat.eps * unit, written)
             return (x + delta * (sign - 0.5).sign()).clamp(0, 1)
 
@@ -123,13 +122,11 @@ class LIET(Objective):
         labels = torch.arange(classes, device=x.device)
         end, _ = climb(
             model,
-            grey,
+            threat.around(grey),
             grey,
             towards_errors(labels, self.label_smoothing),
             steps=1,
-            eps=threat.eps,
             alpha=threat.eps,
-            norm=threat.norm,
         )
         return end - grey
 

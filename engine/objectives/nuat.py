@@ -70,13 +70,11 @@ class NuAT(Objective):
         guided = self.weight * (state[1] % 2)
         adversary, _ = climb(
             model,
-            x,
+            threat.around(x),
             start,
             _guided(clean.detach().float(), y, guided),
             steps=attack.steps,
-            eps=threat.eps,
             alpha=threat.eps / attack.steps if attack.alpha is None else attack.alpha,
-            norm=threat.norm,
             batch_norm=attack.batch_norm,
         )
         adv = trained_pass(model, adversary)
@@ -87,7 +85,9 @@ class NuAT(Objective):
             nuclear = (unitary_factor(apart.detach()) * apart).sum() / len(x)
             loss = ce + self.weight * nuclear
             correct = (adv.detach().argmax(1) == y).sum()
-        return Outcome(loss, adversary, {"ce": stats[0], "nuclear": nuclear.detach()}, correct)
+        return Outcome(
+            loss, adversary, {"ce": stats.cross_entropy, "nuclear": nuclear.detach()}, correct
+        )
 
 
 def _guided(clean: Tensor, y: Tensor, weight: Tensor) -> LogitsGrad:

@@ -92,8 +92,8 @@ class Profile:
     Attributes:
         step_ms: p20, p50, p80 of the step as training runs it; images_per_second by the median.
         gflop: convolutions and matrix products of a step; gflop_per_s: by the median step;
-            share_of_peak: gflop_per_s over peak_gflop_per_s, the best rate of a large matrix product
-            on this machine with the step's threads and precision.
+            share_of_peak: gflop_per_s over peak_gflop_per_s, the best rate of a large matrix
+            product on this machine with the step's threads and precision.
         phases: each phase's share of the eager step's time [0..1]; `other`: the rest of the time.
         covered: share of the time in named phases [0..1].
         ops_per_step: operators dispatched, views and allocations left out; by the audit.
@@ -267,9 +267,9 @@ def tally(events: Iterable[Any], kind: str) -> tuple[float, float, dict[str, dic
 def _flops(call: Callable[[], object], events: Sequence[Any], kind: str) -> Counter[str]:
     """Return the FLOPs of a step by the profiler's operator.
 
-    The profiler's count (`with_flops`) lacks a convolution's backward pass and the engine's ops, and
-    books the forward pass to `aten::conv2d`, which only calls the library. So this function counts
-    FLOPs at dispatch. Where an operator only calls another one, the FLOPs go to the other one.
+    The profiler's count (`with_flops`) lacks a convolution's backward pass and the engine's ops,
+    and books the forward pass to `aten::conv2d`, which only calls the library. So this function
+    counts FLOPs at dispatch. Where an operator only calls another, the other gets the FLOPs.
     """
     flops_of: Counter[str] = Counter()
     for name, flops in plan.count(call).items():
@@ -294,15 +294,9 @@ def _is_shape(shape: Any) -> bool:
 def _copy_gb_per_s(device: torch.device) -> float:
     """Return the best rate of five copies of 64 MB, bytes read plus written [GB/s]."""
     moved = 1 << 27
-    move = timing.copier(moved, device)
-
-    def copy() -> None:
-        move()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
+    copy, times = timing.several(timing.copier(moved, device), device)
     copy()
-    return moved / min(timing.timed(copy) for _ in range(5)) / 1e9
+    return moved * times / min(timing.timed(copy) for _ in range(5)) / 1e9
 
 
 def command(tool: str, words: Sequence[str], out: Path) -> list[str]:

@@ -49,7 +49,8 @@ class Data:
         ),
     ] = "auto"
     workers: Annotated[
-        int, Field(ge=0, description="threads of DALI, processes of torch's DataLoader [count]")
+        int,
+        Field(ge=0, le=256, description="threads of DALI, processes of torch's DataLoader [count]"),
     ] = 2
 
 
@@ -75,8 +76,8 @@ class Optim:
     name: Annotated[
         OptimiserName,
         Field(
-            description="optimiser: ours (sgd, adamw), torch's fused ones, or NVIDIA apex's where it "
-            "is built"
+            description="optimiser: ours (sgd, adamw), torch's fused ones, or NVIDIA apex's where "
+            "it is built"
         ),
     ] = "adamw"
     lr: Annotated[Number, Field(gt=0, description="peak learning rate")] = 3e-3
@@ -88,8 +89,8 @@ class Optim:
         int,
         Field(
             ge=1,
-            description="steps in a row on every batch (Free-AT's m); an epoch has as many times more "
-            "steps [count]",
+            description="steps in a row on every batch (Free-AT's m); an epoch has as many times "
+            "more steps [count]",
         ),
     ] = 1
     ema: Annotated[
@@ -107,8 +108,8 @@ class StepOptions:
     precision: Annotated[
         Precision,
         Field(
-            description="arithmetic of the network's passes: auto is bf16 on GPUs that have it, fp32 "
-            "elsewhere"
+            description="arithmetic of the network's passes: auto is bf16 on GPUs that have it, "
+            "fp32 elsewhere"
         ),
     ] = "auto"
     capture: Annotated[
@@ -118,6 +119,13 @@ class StepOptions:
     compile: Annotated[
         bool,
         Field(description="torch.compile the network's passes (slower on the CPUs measured)"),
+    ] = False
+    deterministic: Annotated[
+        bool,
+        Field(
+            description="on a GPU: cuDNN takes algorithms that give the same bits each time, so that a "
+            "resumed run ends as an unbroken one does (slower)"
+        ),
     ] = False
     sync_batch_norm: Annotated[
         bool,
@@ -168,17 +176,25 @@ class Evaluation:
         Literal["standard", "apgd", "none"],
         Field(description="AutoAttack: standard, only its two APGD attacks, or none"),
     ] = "standard"
+    judge: Annotated[
+        Literal["pyautoattack", "engine"],
+        Field(
+            description="AutoAttack by its authors' package, or by the engine's own form of the "
+            "same attacks (docs/autoattack.md); networks of two or three classes: always the engine's"
+        ),
+    ] = "pyautoattack"
     batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All there is to know about a run."""
+    """Hold all settings of a run."""
 
     name: str = "unnamed"
     seed: Annotated[int, Field(ge=0, lt=1 << 31, description="seed of everything random")] = 0
     threads: Annotated[
-        int | None, Field(ge=1, description="CPU threads; left out: torch's own choice [count]")
+        int | None,
+        Field(ge=1, le=1024, description="CPU threads; left out: torch's own choice [count]"),
     ] = None
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)

@@ -27,7 +27,7 @@ _TERMS = (
 
 
 def draw_accuracy(ax: Axes, rows: Sequence[Mapping[str, Any]], best: int | None) -> None:
-    """Training and validation accuracy of a log (one row an epoch); `best` is the chosen epoch."""
+    """Draw the accuracies of a log (one row an epoch); `best` is the kept epoch."""
     for key, label, colour, dashes, marker in _ACCURACIES:
         _line(ax, rows, key, label, colour, dashes, marker)
     ax.set_ylim(0, 1)
@@ -40,7 +40,7 @@ def draw_accuracy(ax: Axes, rows: Sequence[Mapping[str, Any]], best: int | None)
 def draw_losses(
     ax: Axes, rows: Sequence[Mapping[str, Any]], best: int | None, weights: Mapping[str, float]
 ) -> None:
-    """The loss and what each term adds to it; `weights` by term, 1 where absent."""
+    """Draw the loss and each term's part of it; `weights` by term, 1 where absent."""
     _line(ax, rows, "loss", "loss", INK, "-", "")
     for key, label, colour, dashes, marker in _TERMS:
         weight = weights.get(key, 1.0)
@@ -69,7 +69,7 @@ def _line(
         return
     few = len(points) <= 30
     x, y = zip(*points, strict=True)
-    # A lone point has no line to be seen by.
+    # A single point has no line; it needs a marker.
     mark = (marker or "D") if len(points) == 1 else marker if few else ""
     ax.plot(x, y, color=colour, linestyle=dashes, marker=mark, label=label, clip_on=False)
 
@@ -93,7 +93,7 @@ def _mark_best(ax: Axes, rows: Sequence[Mapping[str, Any]], best: int | None) ->
 
 
 def _over_epochs(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Epochs below, the training seconds that they took above, the legend beneath."""
+    """Put epochs on the lower axis, training seconds on the upper axis, the legend beneath."""
     last = rows[-1]["epoch"]
     ax.set_xlim(0, last + max(0.02 * last, 0.1))
     ax.xaxis.set_major_locator(MaxNLocator(min(last, 8), integer=True))

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing beside it, and the same pictures as PNGs."""
+"""Write the report of a run: one self-contained HTML page, and the same pictures as PNGs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .views import View, curves_view, views_of_model
 
 
 def build(run: Run) -> Path:
-    """Write `report.html` and `pictures/*.png` from what lies in the run folder; returns the page's path.
+    """Write `report.html` and `pictures/*.png` into a run folder; return the page's path.
 
-    What cannot be shown (no evaluation yet, no checkpoint, no test images on this machine) is
-    replaced by a sentence that says why, and its old picture goes.
+    Where the data for a picture is missing (no evaluation yet, no checkpoint, no test images on
+    this machine), the page has a sentence with the reason, and the old picture is removed.
 
     Raises:
         EngineError: for files that are damaged or not a run's, or a folder that cannot be written.
@@ -39,7 +39,7 @@ def build(run: Run) -> Path:
         ArithmeticError,
         jinja2.UndefinedError,
     ) as error:
-        # Only a stranger's or a damaged folder gets here: what the engine writes it can read.
+        # The engine reads its own files; only a damaged or foreign folder gets here.
         what = str(error).split("\n")[0]
         raise EngineError(
             f"{run.path}: its files are not what a run writes ({type(error).__name__}: {what})"
@@ -47,34 +47,34 @@ def build(run: Run) -> Path:
 
 
 def _build(run: Run) -> Path:
-    rows, found = run.metrics(), run.read_json("evaluation.json")
+    rows, evaluation = run.metrics(), run.read_json("evaluation.json")
     summary, environment = run.read_json("summary.json"), run.read_json("environment.json")
     best = summary.get("best_epoch") or _best_epoch(rows)
     with pictures.style():
         views = [
             curves_view(run.recipe, rows, best),
-            *views_of_model(run, found),
+            *views_of_model(run, evaluation),
         ]
         for view in views:
-            _save(view, run.path / "pictures" / f"{view.name}.png")
+            _save(view, run.place(f"pictures/{view.name}.png"))
     context = {
         "recipe": run.recipe,
         "folder": run.path.name,
         "best": best,
         "headline": _headline(run.recipe),
-        "numbers": _numbers(found),
+        "numbers": _numbers(evaluation),
         "facts": _facts(run.recipe, rows, summary, best),
-        "cascade": _cascade(found),
-        "evaluation": found,
+        "cascade": _cascade(evaluation),
+        "evaluation": evaluation,
         "masking": run.read_json("masking.json"),
-        "worst_case": _worst_case(found),
+        "worst_case": _worst_case(evaluation),
         "views": {view.name: view for view in views},
         "first_fields": _first_fields(run.recipe),
         "all_fields": _all_fields(run.recipe),
         "environment": {k: v for k, v in environment.items() if v is not None},
         "radius": as_written,
     }
-    page = run.path / "report.html"
+    page = run.place("report.html")
     files.write_text(page, render("report", **context))
     return page
 
@@ -90,7 +90,7 @@ def _save(view: View, path: Path) -> None:
 
 
 def _best_epoch(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The epoch that the trainer would have kept: the last of the highest validation PGD accuracies."""
+    """Return the epoch with the highest validation PGD accuracy; on ties, the latest."""
     validated = [r for r in rows if "val_pgd" in r]
     return max(validated, key=lambda r: (r["val_pgd"], r["epoch"]))["epoch"] if validated else None
 
@@ -117,46 +117,53 @@ def _headline(recipe: Recipe) -> str:
 
 
 def _balls_share(objective: Any) -> str:
-    """What part of a batch gets local balls; "" for all of it or where there are none."""
+    """Return which part of a batch gets local balls; "" for all of it, or for no balls."""
     share = getattr(objective, "local_share", 1.0)
     return f"for {share:g} of each batch" if share < 1 else ""
 
 
-def _numbers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The three big numbers; a value of None has not been measured."""
-    version = found.get("autoattack_version")
+def _numbers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the three main numbers; a value of None was not measured."""
     shown = (
         ("clean", "Clean accuracy", "clean_acc", "test images as they are"),
-        ("pgd", "PGD accuracy", "pgd_acc", _pgd_words(found.get("pgd"))),
+        ("pgd", "PGD accuracy", "pgd_acc", _pgd_words(evaluation.get("pgd"))),
         (
             "autoattack",
             "AutoAttack accuracy",
             "autoattack_acc",
-            "its two APGD attacks only" if version == "apgd" else "standard: four attacks",
+            _autoattack_words(evaluation),
         ),
     )
     numbers = []
     for name, title, key, how in shown:
-        value = None if found.get(key) is None else float(found[key]) / 100
+        value = None if evaluation.get(key) is None else float(evaluation[key]) / 100
         error = None
         if value is not None:
-            error = math.sqrt(value * (1 - value) / max(int(found["examples"]), 1))
+            error = math.sqrt(value * (1 - value) / max(int(evaluation["examples"]), 1))
         numbers.append({"name": name, "title": title, "value": value, "error": error, "how": how})
     return numbers
 
 
+def _autoattack_words(evaluation: Mapping[str, Any]) -> str:
+    """Say which attacks AutoAttack ran, and who ran them where it was not the authors' package."""
+    apgd = evaluation.get("autoattack_version") == "apgd"
+    words = "its two APGD attacks only" if apgd else "standard: four attacks"
+    by_engine = evaluation.get("autoattack_judge") == "engine"
+    return f"{words}, the engine's own" if by_engine else words
+
+
 def _pgd_words(name: str | None) -> str:
-    """`PGD-50-10` in words."""
+    """Write `PGD-50-10` in words."""
     if name is None:
         return "with restarts"
     _, steps, restarts = name.split("-")
     return f"{steps} steps, {restarts} restart{'s' * (restarts != '1')}"
 
 
-def _worst_case(found: Mapping[str, Any]) -> float | None:
-    """Share that withstood every attack, where it says more than either alone."""
-    worst = found.get("worst_case_acc")
-    if worst in (None, found.get("autoattack_acc"), found.get("pgd_acc")):
+def _worst_case(evaluation: Mapping[str, Any]) -> float | None:
+    """Return the share that withstood every attack; None if it equals one attack alone."""
+    worst = evaluation.get("worst_case_acc")
+    if worst in (None, evaluation.get("autoattack_acc"), evaluation.get("pgd_acc")):
         return None
     return float(worst) / 100
 
@@ -167,13 +174,16 @@ def _facts(
     summary: Mapping[str, Any],
     best: int | None,
 ) -> list[tuple[str, str, str]]:
-    """(value, what it is, how it was measured)."""
+    """Return the facts of the header: (value, name, how it was measured)."""
     seconds = summary.get("train_seconds", rows[-1].get("train_seconds") if rows else None)
     facts = []
     if seconds is not None:
         facts.append((duration(seconds), "training time", "steps and data, evaluation excluded"))
     passes = recipe.objective.passes(recipe.attack)
-    parts = f"{passes.forward:g} forward, {passes.input_grad:g} input, {passes.weight_grad:g} weight gradient"
+    parts = (
+        f"{passes.forward:g} forward, {passes.input_grad:g} input, "
+        f"{passes.weight_grad:g} weight gradient"
+    )
     facts.append((str(passes.total), "passes a step", parts))
     if rows and "images_per_second" in rows[-1]:
         rate = sum(r["images_per_second"] for r in rows) / len(rows)
@@ -185,19 +195,19 @@ def _facts(
     return facts
 
 
-def _cascade(found: Mapping[str, Any]) -> list[tuple[str, float]]:
-    """Accuracy in percent: clean, then after each of AutoAttack's attacks."""
-    after = found.get("after_each_attack") or {}
+def _cascade(evaluation: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Return the accuracy in percent without attack and after each of AutoAttack's attacks."""
+    after = evaluation.get("after_each_attack") or {}
     if not after:
         return []
     names = {"apgd-ce": "APGD, cross-entropy", "apgd-t": "APGD, targeted", "fab-t": "FAB, targeted"}
-    stages = [("no attack", float(found["clean_acc"]))]
+    stages = [("no attack", float(evaluation["clean_acc"]))]
     stages += [(f"+ {names.get(k, k.capitalize())}", float(v)) for k, v in after.items()]
     return stages
 
 
 def _first_fields(recipe: Recipe) -> list[tuple[str, str]]:
-    """What a reader asks for first."""
+    """Return the fields that readers look for first."""
     attack, optim, objective = recipe.attack, recipe.optim, recipe.objective
     start = "its last adversary (memory)" if attack.start == "memory" else "a random point"
     alpha = as_written(attack.step_size(recipe.threat.eps))
@@ -234,7 +244,7 @@ def _augmentation(recipe: Recipe) -> str:
 
 
 def _all_fields(recipe: Recipe) -> list[dict[str, Any]]:
-    """Every field: name, value, whether it differs from the default, description."""
+    """Return every field: name, value, whether it differs from the default, description."""
     fields = []
     for name, _, default, description in recipes.options(type(recipe.objective)):
         value: Any = recipe

@@ -21,11 +21,11 @@ from ..threat import as_written
 
 @dataclass(frozen=True)
 class Sweep:
-    """Robust accuracy against the radius.
+    """Hold robust accuracy against the radius.
 
     Attributes:
-        eps: radii in pixel units, from 0; accuracy: in [0, 1], one a radius.
-        examples: test images.
+        eps: radii in pixel units, from 0; accuracy: in [0, 1], one for each radius.
+        examples: number of test images.
         trained: the radius of training.
     """
 
@@ -36,7 +36,7 @@ class Sweep:
 
 
 def draw_sweep(ax: Axes, sweep: Sweep, others: Mapping[str, float], norm: str) -> None:
-    """`others` are accuracies at the training radius, by attack, drawn as points."""
+    """Draw a sweep, and points for `others`: accuracies at the training radius by attack."""
     error = np.sqrt(sweep.accuracy * (1 - sweep.accuracy) / sweep.examples)
     ax.fill_between(
         sweep.eps,
@@ -86,7 +86,7 @@ def draw_sweep(ax: Axes, sweep: Sweep, others: Mapping[str, float], norm: str) -
 
 @dataclass(frozen=True)
 class Surface:
-    """Cross-entropy over a plane through the test images.
+    """Hold the cross-entropy over a plane through the test images.
 
     Attributes:
         steps: [S], coordinates of both axes in units of eps.
@@ -103,12 +103,12 @@ class Surface:
 
     @property
     def crossed(self) -> bool:
-        """Whether half of the images are lost somewhere in the plane, but not everywhere."""
+        """Tell whether half of the images are lost in some part of the plane, not in all."""
         return bool(self.right.min() < 0.5 < self.right.max())
 
 
 def draw_relief(figure: Figure, surface: Surface, position: int = 111) -> None:
-    """The surface in three dimensions."""
+    """Draw the surface in three dimensions."""
     ax: Any = figure.add_subplot(position, projection="3d", computed_zorder=False)
     s, t = np.meshgrid(surface.steps, surface.steps)
     ax.plot_surface(
@@ -120,7 +120,7 @@ def draw_relief(figure: Figure, surface: Surface, position: int = 111) -> None:
         axis.set_pane_color((0, 0, 0, 0))
         axis.line.set_color(MUTED)
         axis._axinfo["grid"].update(color=LINE, linewidth=0.6)
-    # At the corner two labels would collide.
+    # Two labels would overlap at the corner.
     ax.set_xticks([-1, 0, 1])
     ax.set_yticks([-1, 0, 1])
     ax.zaxis.set_major_locator(MaxNLocator(4))
@@ -131,7 +131,7 @@ def draw_relief(figure: Figure, surface: Surface, position: int = 111) -> None:
     edge = surface.steps[-1]
     ax.set_xlim(-edge, edge)
     ax.set_ylim(-edge, edge)
-    # Its own title would be centred.
+    # The axis centres its title; this text stands at the left.
     ax.text2D(
         0.03,
         0.99,
@@ -143,7 +143,7 @@ def draw_relief(figure: Figure, surface: Surface, position: int = 111) -> None:
 
 
 def draw_plane(ax: Axes, surface: Surface, norm: str) -> None:
-    """The same from above, with the threat ball and the line where half of the images are lost."""
+    """Draw the surface from above, with the threat ball and the line of half the images lost."""
     edge = surface.steps[-1]
     image = ax.imshow(
         surface.loss,
@@ -201,7 +201,7 @@ def draw_plane(ax: Axes, surface: Surface, norm: str) -> None:
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture of an example: pixels [H, W, 3] in [0, 1], and what the network says to it."""
+    """Hold one picture of an example, [H, W, 3] in [0, 1], and the network's answer."""
 
     title: str
     pixels: np.ndarray
@@ -211,7 +211,7 @@ class Tile:
 
     @property
     def verdict(self) -> str:
-        """`✓ Sneaker 98%`, or nothing for a picture that is not classified."""
+        """`✓ Sneaker 98%`, or "" for a picture that is not classified."""
         if self.predicted is None:
             return ""
         return f"{'✓' if self.right else '✗'} {self.predicted} {self.confidence:.0%}"
@@ -224,7 +224,7 @@ class Example:
 
 
 def examples_figure(examples: Sequence[Example]) -> Figure:
-    """Two examples a row, each tile with its verdict beneath."""
+    """Draw two examples a row, each tile with its verdict beneath."""
     wide = len(examples[0].tiles)
     rows = -(-len(examples) // 2)
     figure = Figure(figsize=(1.28 * (2 * wide + 0.3), 1.72 * rows + 0.35))

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import kernels, pictures, rng
-from ..adversary.ascent import away_from, climb
+from .. import pictures, rng
+from ..adversary.ascent import away_from, climb, random_point
 from ..adversary.attack import Attack
 from ..data import datasets
 from ..errors import EngineError
@@ -34,19 +34,19 @@ _GRID_EXAMPLES = 8
 _SURFACE_EXAMPLES = 32
 _SURFACE_POINTS = 33
 _SURFACE_REACH = 2.0
-# Floating-point operations that a picture may take, some ten seconds; what needs more is left out.
+# A picture may take so many floating-point operations, about ten seconds.
 _BUDGET = {"cpu": 5e11, "cuda": 3e14}
 
 
 @dataclass
 class View:
-    """A picture of the report, or why there is none.
+    """Hold a picture of the report, or the reason for its absence.
 
     Attributes:
         name: of the PNG and in the template.
         png: the figure to save.
         charts: its parts as inline SVG.
-        examples: of the grid, which the page lays out by itself.
+        examples: of the image grid; the page lays them out.
         about: numbers for the caption.
         missing: a sentence in place of the picture.
     """
@@ -78,9 +78,9 @@ def curves_view(recipe: Recipe, rows: list[dict[str, Any]], best: int | None) ->
     return View("curves", figure, charts)
 
 
-def views_of_model(run: Run, found: Mapping[str, Any]) -> list[View]:
+def views_of_model(run: Run, evaluation: Mapping[str, Any]) -> list[View]:
     names = ("eps", "grid", "surface")
-    checkpoint = found.get("checkpoint", "best")
+    checkpoint = evaluation.get("checkpoint", "best")
     if not (run.path / f"{checkpoint}.safetensors").is_file():
         reason = (
             f"The run has no checkpoint {checkpoint}.safetensors yet, so this picture is missing."
@@ -98,13 +98,15 @@ def views_of_model(run: Run, found: Mapping[str, Any]) -> list[View]:
         return [View(name, missing=reason) for name in names]
     with robust_accuracy.evaluation_mode(model), _one_thread():
         return [
-            _eps(run.recipe, model, x, y, found),
+            _eps(run.recipe, model, x, y, evaluation),
             _grid(run.recipe, model, x, y, classes),
             _surface(run.recipe, model, x, y),
         ]
 
 
-def _eps(recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor, found: Mapping[str, Any]) -> View:
+def _eps(
+    recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor, evaluation: Mapping[str, Any]
+) -> View:
     passes = 2 * _STEPS * (_SWEEP_RADII - 1)
     count = min(_SWEEP_EXAMPLES, len(x), _affordable(model, x, passes))
     if count < min(32, len(x)):
@@ -119,9 +121,9 @@ def _eps(recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor, found: Mapping[
         accuracy.append(float(robust.double().mean()))
     sweep = Sweep(radii, np.array(accuracy), count, recipe.threat.eps)
     others = {
-        f"{label}, {found['examples']} images": float(found[key]) / 100
-        for key, label in (("pgd_acc", found.get("pgd")), ("autoattack_acc", "AutoAttack"))
-        if found.get(key) is not None
+        f"{label}, {evaluation['examples']} images": float(evaluation[key]) / 100
+        for key, label in (("pgd_acc", evaluation.get("pgd")), ("autoattack_acc", "AutoAttack"))
+        if evaluation.get(key) is not None
     }
 
     figure, (ax,) = pictures.panels()
@@ -139,7 +141,7 @@ def _grid(recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor, classes: Seque
     rho = getattr(recipe.objective, "rho", 0.5)
     ball = _worst_of_ball(model, adversary, ThreatModel(threat.norm, rho * threat.eps), state)
     delta = adversary - x
-    # Linf perturbations share one scale, L2 ones have each their own.
+    # Linf perturbations share one scale; each L2 perturbation has its own.
     reach = (
         torch.full((len(x),), threat.eps)
         if threat.norm == "Linf"
@@ -147,7 +149,7 @@ def _grid(recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor, classes: Seque
     )
     columns = (("clean", x), ("adversary", adversary), ("local ball", ball))
     with torch.no_grad():
-        said = [F.softmax(model(images), dim=1).cpu().max(dim=1) for _, images in columns]
+        answers = [F.softmax(model(images), dim=1).cpu().max(dim=1) for _, images in columns]
     examples = []
     for i, label in enumerate(y.tolist()):
         tiles = [
@@ -158,7 +160,7 @@ def _grid(recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor, classes: Seque
                 confidence=float(guess.values[i]),
                 right=int(guess.indices[i]) == label,
             )
-            for (title, images), guess in zip(columns, said, strict=True)
+            for (title, images), guess in zip(columns, answers, strict=True)
         ]
         change = delta[i].cpu().float() / float(reach[i])
         tiles.insert(1, Tile("perturbation", _perturbation(change)))
@@ -212,9 +214,10 @@ def _surface(recipe: Recipe, model: nn.Module, x: Tensor, y: Tensor) -> View:
 
 
 def _affordable(model: nn.Module, x: Tensor, passes: int) -> int:
-    """How many images can have `passes` passes each (forward, or input gradient) within the budget.
+    """Return how many images can have `passes` passes each within the budget.
 
-    Counted, not timed: the same run gives the same report on a busy machine.
+    A pass is a forward pass or an input gradient. The budget counts operations, not seconds: the
+    same run gives the same report on a busy machine.
     """
     spent = 0
 
@@ -235,8 +238,11 @@ def _affordable(model: nn.Module, x: Tensor, passes: int) -> int:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """One CPU thread in the block: these batches are too small to gain from more, and threads that
-    wait for each other on a busy machine cost many times the work."""
+    """Use one CPU thread in the block.
+
+    These batches are too small to gain from more threads, and on a busy machine threads that wait
+    for each other cost many times the work.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -254,33 +260,29 @@ def _too_slow(name: str) -> View:
 
 
 def _first_of_each_class(y: Tensor, most: int) -> list[int]:
-    """Positions of the first image of every class, in test order; at most `most`."""
+    """Return the positions of the first image of every class, in test order, at most `most`."""
     seen: dict[int, int] = {}
     for position, label in enumerate(y.tolist()):
         seen.setdefault(label, position)
     return sorted(seen.values())[:most]
 
 
-def _worst_of_ball(model: nn.Module, centre: Tensor, ball: ThreatModel, state: Tensor) -> Tensor:
-    """Ascent on KL(p(centre) || p(b)) over the ball around `centre`: the training's search, with more steps."""
+def _worst_of_ball(model: nn.Module, centre: Tensor, threat: ThreatModel, state: Tensor) -> Tensor:
+    """Ascend KL(p(centre) || p(b)) over the ball around `centre`.
+
+    This is the search of the training with more steps.
+    """
     with torch.no_grad():
         target = model(centre)
-    point = kernels.uniform_start(centre, ball.eps, state, norm=ball.norm, stream=rng.LOCAL)
-    worst, _ = climb(
-        model,
-        centre,
-        point,
-        away_from(target),
-        steps=_STEPS,
-        eps=ball.eps,
-        alpha=2.5 * ball.eps / _STEPS,
-        norm=ball.norm,
-    )
+    ball = threat.around(centre)
+    point = random_point(ball, state, stream=rng.LOCAL)
+    alpha = 2.5 * threat.eps / _STEPS
+    worst, _ = climb(model, ball, point, away_from(target), steps=_STEPS, alpha=alpha)
     return worst
 
 
 def _orthogonal(noise: Tensor, direction: Tensor) -> Tensor:
-    """Unit vectors, one a sample, at right angles to `direction`."""
+    """Return unit vectors, one a sample, at right angles to `direction`."""
     flat, along = noise.flatten(1), direction.flatten(1)
     unit = F.normalize(along, dim=1)
     flat = flat - (flat * unit).sum(1, keepdim=True) * unit
@@ -288,13 +290,16 @@ def _orthogonal(noise: Tensor, direction: Tensor) -> Tensor:
 
 
 def _rgb(image: Tensor) -> np.ndarray:
-    """[C, H, W] as [H, W, 3]; one channel is grey."""
+    """Turn [C, H, W] into [H, W, 3]; one channel becomes grey."""
     pixels = image.detach().cpu().float().permute(1, 2, 0).numpy()
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
 def _perturbation(change: Tensor) -> np.ndarray:
-    """[C, H, W] in [-1, 1] as [H, W, 3]: one channel by a diverging map, three around mid-grey."""
+    """Turn a perturbation [C, H, W] in [-1, 1] into an image [H, W, 3].
+
+    One channel gets a diverging colour map; three channels lie around mid-grey.
+    """
     if change.shape[0] == 1:
         return pictures.DIVERGING(0.5 + 0.5 * change[0].numpy())[..., :3]
     return _rgb(0.5 + 0.5 * change)

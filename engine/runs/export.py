@@ -1,4 +1,4 @@
-"""A finished run as others want it: plain weights, RobustBench's claim, a model card."""
+"""Export a finished run: plain weights, RobustBench's claim, a model card."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 
 from .. import files
 from ..errors import EngineError
+from ..text import printable
 from ..threat import as_written
 from ..training.checkpoint import save_tensors
 from . import evaluate, images
 from .folder import Run
 
-# Where RobustBench defines the network, and what builds it; its short names all have ten classes.
+# RobustBench's file that defines the network, and the call that builds it; RobustBench's short
+# names all have ten classes.
 _ARCHITECTURES = {
     "resnet18": ("architectures/resnet.py", "ResNet(BasicBlock, [2, 2, 2, 2], num_classes={})"),
     "preact-resnet18": (
@@ -34,38 +36,40 @@ _ARCHITECTURES = {
 def export(run: Run, out: Path | None = None) -> list[Path]:
     """Write the evaluated checkpoint of `run` for others.
 
-    `model.safetensors` and `model.pt` hold the state dict, tensors only, under RobustBench's names (and
-    `mu`, `sigma` where the network normalises: its Wong2020Fast has buffers of these names); `claim.json`
-    the fields of a RobustBench model-info file; `README.md` the model card.
+    `model.safetensors` and `model.pt` hold the state dict, tensors only, under RobustBench's names
+    (and `mu`, `sigma` where the network normalises: its Wong2020Fast has buffers of these names),
+    each with its SHA-256 beside it for `sha256sum -c`; `claim.json` holds the fields of a
+    RobustBench model-info file; `README.md` is the model card.
 
     Args:
         out: default RUN/export.
     Returns:
-        The files written.
+        The files written; the sums beside the weights are not among them.
     Raises:
-        EngineError: for a run without an evaluation or a checkpoint, or a folder that cannot be written.
+        EngineError: for a run without an evaluation or a checkpoint, or a folder that cannot be
+            written.
     """
-    out = out or run.path / "export"
     found = run.read_json("evaluation.json")
     if not found:
         raise EngineError(f"{run.path} has not been evaluated: engine eval {run.path}")
     checkpoint = str(found.get("checkpoint", "best"))
     model = evaluate.load_model(run, checkpoint if checkpoint in ("best", "last") else "best")
     tensors = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
+    names = ("model.safetensors", "model.pt", "claim.json", "README.md")
     weights, pickled, claim, card = (
-        out / name for name in ("model.safetensors", "model.pt", "claim.json", "README.md")
+        run.place(f"export/{name}") if out is None else out / name for name in names
     )
-    with files.atomic(weights) as temporary:
+    with files.summed(weights) as temporary:
         save_tensors(tensors, temporary, {"format": "pt"})
-    with files.atomic(pickled) as temporary:
+    with files.summed(pickled) as temporary:
         torch.save(tensors, temporary)
     files.write_json(claim, claim_of(run, found))
-    files.write_text(card, _card(run, found, tensors))
+    files.write_text(card, printable(_card(run, found, tensors), "\n\t"))
     return [weights, pickled, claim, card]
 
 
 def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
-    """RobustBench's model-info fields; what a run cannot know (link, authors, venue) is empty."""
+    """Return RobustBench's model-info fields; a run does not know link and authors: empty."""
     claim = {
         "link": "",
         "name": run.recipe.name,
@@ -84,13 +88,16 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("autoattack_version") != "standard":
         claim["autoattack_acc"] = None
         claim["footnote"] = "AutoAttack (standard) has not been run"
+    elif found.get("autoattack_judge") == "engine":
+        claim["autoattack_acc"] = None
+        claim["footnote"] = "AutoAttack by its authors' package has not been run"
     elif found.get("examples") != images.test_size(run.recipe):
         claim["footnote"] = f"first {found.get('examples')} test images only"
     return claim
 
 
 def architecture_of(network: str, classes: int, width: int | None = None) -> tuple[str, str] | None:
-    """Return RobustBench's file and the call in it that builds `network`, or None where it has none of that kind."""
+    """Return RobustBench's file and the call in it that builds `network`, or None."""
     if network not in _ARCHITECTURES or width not in (None, 64):
         return None
     file, call = _ARCHITECTURES[network]

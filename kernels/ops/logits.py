@@ -1,6 +1,8 @@
-"""Losses of logits, and the gradients that an attack starts its backward pass with."""
+"""Losses of logits, and the gradients at which an attack's backward pass starts."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +22,13 @@ def _(logits, target, scale):
 
 
 def cross_entropy_grad(logits: Tensor, target: Tensor, *, scale: float = 1.0) -> Tensor:
-    """`scale` times the gradient of the summed cross-entropy: softmax(logits) - onehot(target).
+    """Return `scale` times the summed cross-entropy's gradient: softmax(logits) - onehot(target).
 
-    Handing this to autograd as the output gradient starts an attack's backward pass without forming
-    a loss. The step only uses the gradient's sign or direction, so `scale` matters only for range
-    in 16 bits.
+    As autograd's output gradient, this result starts an attack's backward pass without a loss. The
+    attack step uses the gradient's sign or direction only: choose `scale` for the range of 16 bits.
 
     Args:
-        logits: [B, K], float; mathematics in float32 at least.
+        logits: [B, K], float; the op computes in float32 at least.
         target: int64 [B], in [0, K).
     Returns:
         [B, K], dtype of `logits`.
@@ -48,10 +49,10 @@ def _(p_logits, q_logits, scale):
 
 
 def kl_grad(p_logits: Tensor, q_logits: Tensor, *, scale: float = 1.0) -> Tensor:
-    """`scale` times the gradient of sum KL(softmax(p) || softmax(q)) with respect to `q_logits`.
+    """Return `scale` times the gradient of sum KL(softmax(p) || softmax(q)) in `q_logits`.
 
     Args:
-        p_logits, q_logits: [B, K], float; mathematics in float32 at least.
+        p_logits, q_logits: [B, K], float; the op computes in float32 at least.
     Returns:
         softmax(q) - softmax(p), [B, K], dtype of `q_logits`.
     """
@@ -62,7 +63,8 @@ def kl_grad(p_logits: Tensor, q_logits: Tensor, *, scale: float = 1.0) -> Tensor
 
 _local_ball_loss = define(
     "local_ball_loss",
-    "(Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, float label_smoothing) -> (Tensor, Tensor)",
+    "(Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, "
+    "float label_smoothing) -> (Tensor, Tensor)",
 )
 
 
@@ -74,7 +76,8 @@ def _(adv, target, ball, clean, lam, mu, label_smoothing):
 
 _local_ball_loss_backward = define(
     "local_ball_loss_backward",
-    "(Tensor grad_loss, Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, float label_smoothing) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_loss, Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, "
+    "Tensor mu, float label_smoothing) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -113,6 +116,25 @@ torch.library.register_autograd(
 )
 
 
+class LossStats(NamedTuple):
+    """Hold the parts of `local_ball_loss`: 0-d tensors on the device, without gradient.
+
+    Attributes:
+        cross_entropy: batch mean of the (label-smoothed) cross-entropy of `adv`.
+        local_kl: batch mean of KL(adv || ball); 0 without `ball`.
+        global_kl: batch mean of KL(clean || adv); 0 without `clean`.
+        correct_adv, correct_ball, correct_clean: number of samples that these logits classify
+            correctly; 0 for logits that were not given.
+    """
+
+    cross_entropy: Tensor
+    local_kl: Tensor
+    global_kl: Tensor
+    correct_adv: Tensor
+    correct_ball: Tensor
+    correct_clean: Tensor
+
+
 def local_ball_loss(
     adv: Tensor,
     target: Tensor,
@@ -122,22 +144,23 @@ def local_ball_loss(
     lam: Scalar = 1.0,
     mu: Scalar = 1.0,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """CE(adv, target) + lam KL(adv || ball) + mu KL(clean || adv), batch means, in one pass.
+) -> tuple[Tensor, LossStats]:
+    """Compute CE(adv, target) + lam KL(adv || ball) + mu KL(clean || adv), batch means.
 
-    The project's own formula, written to the abstract of arXiv 2110.14030 (docs/method.md). With
-    neither `ball` nor `clean` it is plain (label-smoothed) cross-entropy. Differentiable once, in
-    all three sets of logits.
+    The formula is the project's own, after the abstract of Lu & Kumar (arXiv 2110.14030); see
+    docs/method.md. Without `ball` and `clean` it is (label-smoothed) cross-entropy. The loss is
+    differentiable once, in all three sets of logits.
 
     Args:
-        adv, ball, clean: logits [B, K], float; mathematics in float32 at least.
+        adv, ball, clean: logits [B, K], float; the op computes in float32 at least.
         target: int64 [B], in [0, K).
         lam, mu: weights >= 0.
         label_smoothing: in [0, 1), applied to the cross-entropy only.
     Returns:
-        loss: 0-d; 0 for an empty batch.
-        stats: [6], without gradient: mean cross-entropy, mean local KL, mean global KL, then the
-            number of correct predictions of adv, ball and clean.
+        loss: 0-d, float32 (float64 for float64 logits); 0 for an empty batch.
+        stats: the means of the three terms and the numbers of correct predictions.
+    Raises:
+        TypeError, ValueError: for a wrong argument, which the message names.
     """
     adv = check_logits("adv", adv)
     target = check_target(target, adv)
@@ -148,6 +171,7 @@ def local_ball_loss(
         if t is not None:
             others[name] = check_like(name, check_logits(name, t), adv, "adv")
     lam, mu = check_scalar("lam", lam, adv), check_scalar("mu", mu, adv)
-    return _local_ball_loss(
+    loss, stats = _local_ball_loss(
         adv, target, others["ball"], others["clean"], lam, mu, float(label_smoothing)
     )
+    return loss, LossStats(*stats.unbind())

@@ -19,7 +19,7 @@ def input_grad_step(
     alpha: Tensor,
     norm: str,
 ) -> Tensor:
-    grad = stem_input_grad(stem_grad, weight, *x.shape[2:], stride, padding)
+    grad = stem_input_grad(stem_grad, weight, x.shape[2], x.shape[3], stride, padding)
     if not x.is_contiguous():
         grad = grad.contiguous(memory_format=torch.channels_last)
     return attack_step(x, z, grad, eps, alpha, norm)
@@ -30,8 +30,8 @@ def stem_input_grad(
 ) -> Tensor:
     out_channels, _, kh, kw = weight.shape
     flat_grad = stem_grad.to(weight.dtype).flatten(2)
-    # Transposed convolution as matrix product and col2im: several times faster on CPUs than the
-    # library's convolution backward when the image has 1 or 3 channels.
+    # Compute the transposed convolution as matrix product and col2im. On CPUs, for images of 1 or 3
+    # channels, this is several times faster than the library's convolution backward.
     columns = weight.reshape(out_channels, -1).t() @ flat_grad
     return torch.nn.functional.fold(columns, (h, w), (kh, kw), padding=padding, stride=stride)
 

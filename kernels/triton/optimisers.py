@@ -1,10 +1,11 @@
-"""Momentum SGD and AdamW with the weights' moving average: one launch for all parameters, or two."""
+"""Momentum SGD and AdamW with the weights' moving average, in one or two launches."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from ..layout import same_order
 from .launch import flat_tile, on_device
 from .maths import number
 
@@ -35,7 +37,7 @@ class _Table(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """One parameter and what belongs to it."""
+    """Hold one parameter with its gradient, moments, average and weight decay."""
 
     p: Tensor
     g: Tensor
@@ -44,14 +46,25 @@ class _Member(NamedTuple):
     decay: float
 
 
-# Gradients that autograd allocates anew mostly land on the addresses of an earlier step, so a few
-# tables serve a whole run.
+# The gradients of a step mostly have the addresses of an earlier step's, so a few tables serve a
+# whole run.
 _tables: OrderedDict[tuple, _Table] = OrderedDict()
 _MOST_TABLES = 32
-# A captured graph reads its table at every replay, long after the cache has forgotten it.
-_captured: dict[tuple, _Table] = {}
-# Tables first met in a capture, and what is to be written into them when it has ended.
-_unfilled: list[tuple[_Table, _Table]] = []
+
+
+class _Capture(NamedTuple):
+    """What the launches of a capture read at every replay.
+
+    Attributes:
+        tables: by what they are made of.
+        unfilled: tables first met in the capture, and what is to be written into them when it has ended.
+    """
+
+    tables: dict[tuple, _Table]
+    unfilled: list[tuple[_Table, _Table]]
+
+
+_capture: _Capture | None = None
 
 
 def sgd_ema_step(
@@ -115,12 +128,29 @@ def adamw_ema_step(
     _run(members, alone, launch)
 
 
-def finish_capture() -> None:
-    """Fill the tables that a capture could only make room for."""
-    for empty, full in _unfilled:
+@contextlib.contextmanager
+def capturing() -> Iterator[list[Tensor]]:
+    """Make room in the block for the tables that captured launches read; write them when the block ends.
+
+    A capture allows no copy from the host, and a graph reads its tables when it is replayed. Where the
+    block raises, nothing is written.
+
+    Yields:
+        A list; after the block it holds the tables. It has to live as long as the graph.
+    """
+    global _capture
+    before, capture = _capture, _Capture({}, [])
+    _capture = capture
+    kept: list[Tensor] = []
+    try:
+        yield kept
+    finally:
+        _capture = before
+    for empty, full in capture.unfilled:
         for into, values in zip(empty, full, strict=True):
             into.copy_(values)
-    _unfilled.clear()
+    for table in capture.tables.values():
+        kept += table
 
 
 def _members(
@@ -156,7 +186,7 @@ def _run(
         if not _fits(member) or g.dtype not in _TL:
             alone(member)
             continue
-        if g.stride() != p.stride():
+        if not same_order(g, p):
             member = member._replace(g=torch.empty_like(p, dtype=g.dtype).copy_(g))
         row = _row(member)
         aligned = all(address % 16 == 0 for address in row[:-1])
@@ -174,13 +204,8 @@ def _run(
 def _fits(member: _Member) -> bool:
     """Whether a parameter and its state are dense, of one type and in one memory order."""
     p = member.p
-    same = all(
-        t.dtype == p.dtype and t.stride() == p.stride() for t in (*member.moments, *_list(member.e))
-    )
-    dense = p.is_contiguous() or (
-        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
-    )
-    return same and dense and p.dtype in (torch.float32, torch.float64)
+    same = all(t.dtype == p.dtype and same_order(t, p) for t in (*member.moments, *_list(member.e)))
+    return same and same_order(p, p) and p.dtype in (torch.float32, torch.float64)
 
 
 def _row(member: _Member) -> tuple[int, ...]:
@@ -191,21 +216,24 @@ def _row(member: _Member) -> tuple[int, ...]:
 
 
 def _table(members: tuple[_Member, ...], rows: tuple[tuple[int, ...], ...], block: int) -> _Table:
-    """The table for these tensors.
+    """Return the table for these tensors; in a capture, room for one where it is not there yet.
 
-    Building one copies from the host, which a graph capture does not allow. There the kernel gets room
-    for a table, and `finish_capture` writes it: a graph reads its table when it is replayed.
+    Raises:
+        RuntimeError: in a capture outside `capturing`: nothing would keep the table for its replays.
     """
     decay = tuple(m.decay for m in members)
     device = members[0].p.device
     key = (device, rows, decay)
     table = _tables.get(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _capture is None:
+            raise RuntimeError("optimiser ops are captured within `kernels.capturing()` alone")
+        table = table or _capture.tables.get(key)
         if table is None:
             full = _build(rows, decay, block, torch.device("cpu"))
             table = _Table(*(torch.empty_like(t, device=device) for t in full))
-            _unfilled.append((table, full))
-        _captured[key] = table
+            _capture.unfilled.append((table, full))
+        _capture.tables[key] = table
         return table
     if table is None:
         table = _tables[key] = _build(rows, decay, block, device)
@@ -229,7 +257,7 @@ def _sgd(
     p_ptr, g_ptr, m_ptr, e_ptr, offsets, n, lr, momentum, decay, towards,
     NESTEROV: tl.constexpr, AVERAGE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step for the elements `offsets` (below n, if MASKED) of one tensor; scalars in its type."""
+    """Update the elements `offsets` (below n, if MASKED) of one tensor; scalars in its type."""
     mask = offsets < n if MASKED else None
     p = tl.load(p_ptr + offsets, mask=mask)
     m = tl.load(m_ptr + offsets, mask=mask)
@@ -249,7 +277,7 @@ def _adamw(
     keep, rate, root, towards_m, beta2, towards_v, eps, towards,
     AVERAGE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step for the elements `offsets` (below n, if MASKED) of one tensor; scalars in its type."""
+    """Update the elements `offsets` (below n, if MASKED) of one tensor; scalars in its type."""
     mask = offsets < n if MASKED else None
     p = tl.load(p_ptr + offsets, mask=mask)
     m = tl.load(m_ptr + offsets, mask=mask)
@@ -268,7 +296,7 @@ def _adamw(
 
 @triton.jit
 def _address(row, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address that the table holds at `row`."""
+    """Load the address at `row` of the table."""
     pointer = tl.load(row).to(tl.pointer_type(TYPE))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
@@ -279,16 +307,17 @@ def sgd_ema_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, NESTEROV: tl.constexpr, AVERAGE: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i updates chunk i, BLOCK elements of one tensor. Grid: (chunks,).
+    """Update chunk i, BLOCK elements of one tensor, in program i. Grid: (chunks,).
 
-    Full chunks take no mask, so their accesses are 128 bits wide whatever the tensor's size.
+    A full chunk needs no mask, so its accesses are 128 bits wide for any size of the tensor.
 
     Args:
-        pointers_ptr: int64 [T, 5], addresses of param, grad, momentum, average and the element count.
+        pointers_ptr: int64 [T, 5], addresses of param, grad, momentum and average, and the element
+            count.
         chunks_ptr: int64 [P, 2], tensor and first element; decay_ptr: float64 [T].
-        lr_ptr, found_inf_ptr, ema_ptr: one float each: learning rate, overflow flag (nothing is written
-            where it is not 0), decay of the average.
-        PARAM, GRAD: element types; momentum and average have PARAM's.
+        lr_ptr, found_inf_ptr, ema_ptr: one float each: learning rate, overflow flag (if it is not
+            0, nothing is written), decay of the average.
+        PARAM, GRAD: element types; momentum and average have the type PARAM.
         ALIGNED: every address is a multiple of 16 bytes.
     """
     if tl.load(found_inf_ptr) == 0:
@@ -322,11 +351,11 @@ def adamw_ema_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, AVERAGE: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `sgd_ema_kernel`, for AdamW.
+    """Update chunk i by AdamW, in program i, as `sgd_ema_kernel` does by SGD. Grid: (chunks,).
 
     Args:
-        pointers_ptr: int64 [T, 6], addresses of param, grad, first and second moment, average, and the
-            element count.
+        pointers_ptr: int64 [T, 6], addresses of param, grad, first and second moment and average,
+            and the element count.
         count_ptr: one float, the number of this update from 1.
         log_beta1, log_beta2: natural logarithms of the betas.
     """
@@ -340,7 +369,7 @@ def adamw_ema_kernel(
         n = tl.load(row + 5)
         start = tl.multiple_of(start, BLOCK)
         offsets = start + tl.arange(0, BLOCK)
-        # Bias corrections in float64: 1 - beta^n cancels.
+        # Use float64 for the bias corrections: 1 - beta^n cancels digits.
         count, lr = tl.load(count_ptr).to(tl.float64), tl.load(lr_ptr).to(tl.float64)
         decay = tl.load(decay_ptr + tensor)
         rate = (lr / (1.0 - tl.exp(count * log_beta1))).to(PARAM)
