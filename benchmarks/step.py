@@ -21,6 +21,7 @@ from engine import PGD, TRADES, AdversaryMemory, Attack, LocalBall, Schedule, mo
 from engine.data.loaders import Batch, ResidentLoader
 from engine.device import machine, precision
 from engine.device.capture import CudaGraphs, unavailable
+from engine.models import compiled
 from engine.objectives import Objective, Passes
 from engine.performance import timing
 from engine.threat import Linf
@@ -286,9 +287,12 @@ def _measure(setting: Setting, cloned: list[tuple[clones.Clone, Method]]) -> lis
         calls[f"bare {key}"] = bare_passes(rivals.plain(network(setting)), x, passes)
         if unavailable(device) is None:
             calls[f"captured {key}"] = our_step(setting, method, captured=True)
-    if setting.packages:
-        calls[f"compiled {_key(PGD10)}"] = our_step(setting, PGD10, compile=True)
     notes: list[str] = []
+    if setting.packages:
+        if missing := compiled.unavailable(device):
+            notes.append(f"not compiled: {missing}")
+        else:
+            calls[f"compiled {_key(PGD10)}"] = our_step(setting, PGD10, compile=True)
     for name, step in _rivals(setting, notes):
         calls[name] = _bind(step, x, y)
     for clone, method in cloned:
@@ -353,11 +357,9 @@ def _rivals(setting: Setting, notes: list[str]) -> list[tuple[str, rivals.Step]]
             else:
                 notes.append(f"{name} disagrees with our step: no ratio")
     if setting.packages:
-        plain = network(setting, ours=False)
-        compiled = torch.compile(plain)
-        loops.append(
-            ("torch.compile of it", rivals.fast_adversarial(compiled, EPS, alpha, 10))  # type: ignore[arg-type]
-        )
+        if compiled.unavailable(machine.device()) is None:
+            net: Any = torch.compile(network(setting, ours=False))
+            loops.append(("torch.compile of it", rivals.fast_adversarial(net, EPS, alpha, 10)))
         for name, make in (
             ("torchattacks", lambda net: rivals.torchattacks_pgd(net, EPS, alpha, 10)),
             ("foolbox", lambda net: rivals.foolbox_pgd(net, EPS, alpha, 10)),

@@ -16,7 +16,7 @@ from .device.precision import Precision
 from .errors import EngineError
 from .evaluation.robust_accuracy import Report, evaluate, evaluation_mode
 from .objectives import LocalBall, Objective
-from .threat import ThreatModel
+from .threat import ThreatModel, check_pixels
 from .training.optimiser import Optimiser, OptimiserName
 from .training.schedule import Schedule
 from .training.step import Step
@@ -72,9 +72,12 @@ def train(
     Returns:
         The trained network (its moving average with `ema` > 0) and the best epoch's state dict.
     Raises:
-        EngineError: for data that does not fit, or a loss that is no longer finite.
+        EngineError: for data that does not fit, images that are not in [0, 1] or not finite (a loader's
+            first batch), or a loss that is no longer finite.
     """
     attack, objective = attack or Attack(), objective or LocalBall()
+    if validation is not None:
+        check_pixels(validation[0])
     where = next(model.parameters()).device
     torch.manual_seed(seed)
     memory, loader = None, None
@@ -147,7 +150,10 @@ def attack(
         alpha: step size in pixel units, > 0; default as for `Attack`.
     Returns:
         Like `x`, inside the threat ball and [0, 1].
+    Raises:
+        EngineError: for images that are not in [0, 1] or not finite.
     """
+    check_pixels(x)
     with evaluation_mode(model):
         found, _ = Attack(steps=steps, alpha=alpha)(
             model, x, y, threat, state=rng.state(seed, x.device)

@@ -1,4 +1,4 @@
-"""What a person sees while it runs; all on stderr, so that stdout holds results only."""
+"""Progress of long work, all on stderr, so that stdout holds results only."""
 
 from __future__ import annotations
 
@@ -16,44 +16,58 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
-stderr = Console(stderr=True)
-stdout = Console()
+from .errors import printable
+
+
+class _PlainConsole(Console):
+    """Show strings as they are: no markup, no emoji codes, control characters as escapes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(
+            printable(text, "\n"), **{**options, "markup": False, "emoji": False}
+        )
+
+
+stderr = _PlainConsole(stderr=True)
+stdout = _PlainConsole()
 
 _REFRESH_STEPS = 10
 
 
 @contextmanager
 def bar() -> Iterator[Progress]:
-    """A live progress bar; where stderr is no terminal, only the lines printed beside it show."""
+    """Show a live progress bar; where stderr is no terminal, only the lines printed beside it show."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=stderr, transient=True) as progress:
         yield progress
 
 
 class TrainingBar:
-    """Steps, loss and adversarial accuracy while training; one line an epoch."""
+    """Show steps, loss and adversarial accuracy while training; print one line an epoch."""
 
     def __init__(self, progress: Progress, name: str, epochs: int) -> None:
         self.progress, self.epochs = progress, epochs
-        self.task = progress.add_task(f"training {name}", total=None, note="")
+        self.task = progress.add_task(f"training {printable(name)}", total=None, note="")
 
     def step(self, done: int, total: int, means: Callable[[], dict[str, float]]) -> None:
-        # Reading a device value waits for the device: rarely, then.
+        """Show the step; `means` waits for the device, so it is called at few steps."""
         if done % _REFRESH_STEPS == 0 or done == total:
             now = means()
             note = f"loss {now['loss']:.3f}  adv {now['adv_accuracy']:.0%}"
             self.progress.update(self.task, completed=done, total=total, note=note)
 
     def epoch(self, row: dict[str, Any]) -> None:
+        """Print the line of an epoch."""
         validation = ""
         if "val_pgd" in row:
             validation = f"   val clean {row['val_clean']:6.1%}  PGD {row['val_pgd']:6.1%}"
@@ -65,7 +79,7 @@ class TrainingBar:
 
 
 class EvaluationBar:
-    """Which attack runs and how far it is."""
+    """Show which attack runs and how far it is."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

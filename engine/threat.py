@@ -9,7 +9,10 @@ from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from .errors import EngineError
+
 Norm = Literal["Linf", "L2"]
+_ROUNDING = 1e-5
 _ALIASES = {"linf": "Linf", "l_inf": "Linf", "l2": "L2", "l_2": "L2"}
 
 
@@ -67,6 +70,27 @@ class ThreatModel:
         eps: float | Tensor = self.eps
         # A tensor's value is the device's business: to ask for it would make the host wait.
         return eps.clamp(max=radius) if isinstance(eps, Tensor) else min(radius, eps)
+
+
+def check_pixels(x: Tensor) -> None:
+    """Refuse images outside the pixel box [0, 1], in which every threat ball lies.
+
+    Waits for the device, once: for the first batch, not for every one.
+
+    Args:
+        x: images, any shape; float. Whole numbers, and the meta device, are not looked at.
+    Raises:
+        EngineError: for a value outside [0, 1], an infinite one or NaN.
+    """
+    if not x.is_floating_point() or x.is_meta or x.numel() == 0:
+        return
+    low, high = (float(t) for t in x.detach().float().aminmax())
+    # NaN compares as false. A resized image may exceed the box by rounding.
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        raise EngineError(
+            f"images must be finite and in [0, 1], got values from {low:.4g} to {high:.4g}: divide "
+            "bytes by 255, and put the normalisation inside the model"
+        )
 
 
 def Linf(eps: float | str) -> ThreatModel:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from ..errors import EngineError
-from ..training.signals import terminate
-from . import bench, compare, data, doctor, evaluate, export, kernels, plan, profile, report, train
+from ..errors import EngineError, printable
+from ..training.signals import end_tidily
+from . import (
+    bench,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    export,
+    kernels,
+    plan,
+    profile,
+    report,
+    streams,
+    train,
+)
 from .shared import Parser, exit_status
 
 # Heavy modules are imported inside the commands: `engine --help` answers at once, and the OpenMP
@@ -35,14 +47,22 @@ _COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits 0, 2 on a user's mistake, 130 on Ctrl-C, 143 on SIGTERM."""
-    signal.signal(signal.SIGTERM, terminate)
-    sys.exit(run(sys.argv[1:] if argv is None else list(argv)))
+    """Run the command line; exit 0, 2 on a user's mistake, 130 on Ctrl-C, 143 on SIGTERM."""
+    end_tidily()
+    streams.install()
+    status = run(sys.argv[1:] if argv is None else list(argv))
+    try:
+        sys.stdout.flush()
+    except EngineError as error:
+        status = _refuse(error)
+    sys.exit(status)
 
 
 def run(argv: list[str]) -> int:
     """One command, as `main` runs it; its exit status."""
-    logging.basicConfig(format="engine: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines("engine: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     try:
         parser = build_parser()
         arguments, rest = parser.parse_known_args(argv)
@@ -51,19 +71,25 @@ def run(argv: list[str]) -> int:
             raise EngineError(f"unknown argument {rest[0]} (see engine {arguments.command} --help)")
         return command(arguments, rest) if arguments.overridable else command(arguments)
     except EngineError as error:
-        rank = os.environ.get("RANK", "0")
-        print(
-            f"engine: {error}" if rank == "0" else f"engine: (process {rank}) {error}",
-            file=sys.stderr,
-        )
-        return 2
+        return _refuse(error)
     except KeyboardInterrupt as stopped:
         print("engine: interrupted; what was saved before is whole", file=sys.stderr)
         return exit_status(stopped)
-    except BrokenPipeError:
-        # The reader of our output has gone; there is nobody left to tell.
-        sys.stderr.close()
-        return 0
+
+
+def _refuse(error: EngineError) -> int:
+    """Print the one line of a mistake; its exit status."""
+    rank = os.environ.get("RANK", "0")
+    process = "" if rank == "0" else f"(process {rank}) "
+    print(f"engine: {process}{printable(str(error))}", file=sys.stderr)
+    return 2
+
+
+class _Lines(logging.Formatter):
+    """Format warnings with control characters as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), "\n\t")
 
 
 def build_parser() -> Parser:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..errors import EngineError
+from ..errors import EngineError, printable
 from .shared import Commands, add_command
 
 
@@ -42,12 +42,12 @@ def _data(arguments: argparse.Namespace) -> int:
         known = ", ".join(data.names())
         raise EngineError(f"engine data {arguments.action}: which dataset? {known}")
     if arguments.action == "fetch":
-        print(data.fetch(arguments.name))
+        print(printable(str(data.fetch(arguments.name))))
         return 0
     if arguments.action == "info":
         print(json.dumps(asdict(data.info(arguments.name)), indent=2, default=str))
         return 0
     checks = data.verify(arguments.name)
     for check in checks:
-        print(f"{'ok ' if check.ok else 'BAD'} {check.file}: {check.detail}")
+        print(printable(f"{'ok ' if check.ok else 'BAD'} {check.file}: {check.detail}"))
     return 0 if all(check.ok for check in checks) else 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import printable
 from .shared import Commands, add_command
 
 
@@ -21,5 +22,5 @@ def _export(arguments: argparse.Namespace) -> int:
     from ..runs.folder import Run
 
     for path in export(Run.open(arguments.run_dir), arguments.out):
-        print(path)
+        print(printable(str(path)))
     return 0

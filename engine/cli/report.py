@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import printable
 from .shared import Commands, add_command
 
 
@@ -17,5 +18,5 @@ def _report(arguments: argparse.Namespace) -> int:
     from ..report import page
     from ..runs.folder import Run
 
-    print(page.build(Run.open(arguments.run_dir)))
+    print(printable(str(page.build(Run.open(arguments.run_dir)))))
     return 0

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
-from ..errors import EngineError
+from ..errors import EngineError, printable
 from ..training.signals import Stopped
 
 
@@ -64,7 +64,8 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, hidden: Sequence[str] 
         return
 
     def text(value: Any) -> str:
-        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+        shown = f"{value:.3g}" if isinstance(value, float) else printable(str(value))
+        return "-" if value is None else shown
 
     keys = [key for key in rows[0] if key not in hidden]
     lines = [keys, *([text(row.get(key)) for key in keys] for row in rows)]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import files, recipes
+from .. import recipes
 from ..errors import EngineError
 from ..recipes import Recipe
 from ..runs import build
 from ..runs.folder import plain
+
+_MOST_SEEDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -111,19 +112,12 @@ def read(
 
 def is_protocol(name: str) -> bool:
     path = Path(name)
-    return path.suffix == ".toml" and path.is_file() and "methods" in _toml(path)
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(files.read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise EngineError(f"cannot read {path}: {error}") from None
+    return path.suffix == ".toml" and path.is_file() and "methods" in recipes.read_toml(path)
 
 
 def _from_file(path: Path) -> Protocol:
     """Read a protocol file: `base` recipe, `common` changes, and the changes of each method."""
-    spec = _toml(path)
+    spec = recipes.read_toml(path)
     known = {"about", "base", "common", "methods", "seeds", "epochs", "minutes", "score"}
     if unknown := sorted(spec.keys() - known):
         raise EngineError(
@@ -135,7 +129,7 @@ def _from_file(path: Path) -> Protocol:
             "base": isinstance(spec.get("base"), str),
             "methods": bool(spec["methods"]) and _tables(spec["methods"]),
             "common": isinstance(spec.get("common", {}), dict),
-            "seeds": isinstance(spec.get("seeds", 3), int),
+            "seeds": type(spec.get("seeds", 3)) is int and spec.get("seeds", 3) < _MOST_SEEDS,
             "epochs": _numbers(spec.get("epochs", []), int),
             "minutes": _numbers(spec.get("minutes", []), (int, float)),
             "score": spec.get("score", "test") in ("test", "validation"),

@@ -11,7 +11,6 @@ gone.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from ..performance import timing
 from ..progress import bar, stderr
 from ..runs import build
 from ..runs.folder import Run
+from . import kept
 from .picture import draw
 from .protocol import Job, Protocol, folder_name, jobs
 from .scores import summarise
@@ -105,23 +105,23 @@ def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
     """
     if not path.exists():
         return {}
+    found = kept.comparison(path)
     try:
-        kept = json.loads(files.read_text(path))
         same = {
             name
-            for name, text in kept.get("recipes", {}).items()
+            for name, text in found["recipes"].items()
             if name in protocol.methods
             and recipes.parse(tomllib.loads(text))
             == recipes.parse({**protocol.methods[name], "seed": 0}, source=name)
         }
-        known = {
-            folder_name(point["method"], point["epochs"], point["seed"]): point
-            for point in kept["points"]
-            if point["method"] in same and kept.get("score") == protocol.score
-        }
-        others = len(kept["points"]) - len(known)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EngineError(f"{path} is damaged ({error!r}): move it away") from None
+    except (ValueError, RecursionError, EngineError) as error:
+        raise EngineError(f"{path} is damaged ({error}): move it away") from None
+    known = {
+        folder_name(point["method"], point["epochs"], point["seed"]): point
+        for point in found["points"]
+        if point["method"] in same and found["score"] == protocol.score
+    }
+    others = len(found["points"]) - len(known)
     if others:
         aside = path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.json")
         shutil.copy(path, aside)
@@ -222,9 +222,9 @@ def _step_times(protocol: Protocol, path: Path) -> dict[str, dict[str, float]]:
     recipe_of = {n: recipes.parse(tree, source=n) for n, tree in protocol.methods.items()}
     wanted = {name: recipes.dump(recipe) for name, recipe in recipe_of.items()}
     if path.exists():
-        kept = json.loads(path.read_text())
-        if kept["recipes"] == wanted:
-            return kept["steps"]
+        timed = kept.step_times(path, wanted)
+        if timed is not None:
+            return timed
     stderr.print("timing the steps of all methods in turn", highlight=False)
     calls = {name: build.step_of(recipe) for name, recipe in recipe_of.items()}
     timings = timing.side_by_side(calls, seconds=_STEPS_SECONDS, sample_ms=0)

@@ -71,6 +71,8 @@ def _write(path: Path, parsed: Parsed) -> None:
 
 
 def _read(path: Path) -> Parsed:
+    if not path.is_file():
+        raise ValueError("not a regular file")
     with safe_open(str(path), framework="pt") as file:
         about = file.metadata() or {}
         # Mapped, not read: pages come in when they are touched, and are shared between processes.

@@ -11,23 +11,18 @@ for at MIRROR/NAME/FILE.
 
 from __future__ import annotations
 
-import fcntl
 import io
 import lzma
 import os
-import queue
 import shutil
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
-
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from ..errors import EngineError
 from ..files import atomic
@@ -45,14 +40,11 @@ from .datasets import (
     size_limit,
     system_folders,
 )
+from .download import ConnectionCut, Sink, append, await_answer, locked
 
 _APT_SECONDS = 60
 # what a network that swallows packets costs: apt counts its time twice
 _APT_CONNECT_SECONDS = 2
-_ANSWER_SECONDS = 4
-_STALL_SECONDS = 30
-# What a broken connection costs at most.
-_CHUNK = 1 << 14
 
 
 def fetch(name: str, root: Path | str | None = None, progress: bool = True) -> Path:
@@ -163,14 +155,14 @@ def _from_url(base: str, spec: Spec, folder: Path, files: list[str], progress: b
     if parts.scheme not in ("http", "https", "file"):
         raise EngineError(f"{base!r} begins with none of http://, https://, file://")
     if parts.scheme != "file":
-        _await_answer(f"{base}/{files[0]}")
+        await_answer(f"{base}/{files[0]}")
     for file in files:
         url, limit = f"{base}/{file}", _packed_limit(spec, file)
         if parts.scheme == "file":
             path = Path(url2pathname(parts.path)) / file
             with (
                 _landing(spec, folder, file, url) as out,
-                _Sink(out, file, limit, progress) as sink,
+                Sink(out, file, limit, progress) as sink,
                 readers.open_file(path, str(path), limit) as data,
             ):
                 sink.expect(path.stat().st_size)
@@ -247,49 +239,19 @@ def _unpack_deb(package: Path, tar: BinaryIO) -> None:
             raise EngineError(f"{package.name}: damaged ({e})") from None
 
 
-# ---- http ------------------------------------------------------------------------------------
-
-
-def _await_answer(url: str) -> None:
-    """EngineError unless the server answers, with whatever, in time.
-
-    A connection's own timeout counts anew for each address and not at all for the name's look-up.
-    """
-    import requests
-
-    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            requests.head(url, timeout=_ANSWER_SECONDS, allow_redirects=True).raise_for_status()
-            outcome.put(None)
-        except Exception as e:
-            outcome.put(e)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        error = outcome.get(timeout=_ANSWER_SECONDS)
-    except queue.Empty:
-        error = requests.Timeout()
-    if isinstance(error, requests.Timeout):  # whichever of the two clocks ran out first
-        raise EngineError(f"{url}: no answer within {_ANSWER_SECONDS} s")
-    if error is not None:
-        raise EngineError(f"{url}: {_reason(error)}")
-
-
 def _download(url: str, spec: Spec, folder: Path, file: str, progress: bool) -> None:
     """Get FOLDER/FILE, going on where an earlier download was cut short."""
     part = folder / f".{file}.part"
     try:
-        with _locked(part) as out:
+        with locked(part) as out:
             if _is_whole(spec, folder, file):  # another process has got it meanwhile
                 part.unlink(missing_ok=True)
                 return
             resumed = out.seek(0, os.SEEK_END) > 0
             try:
-                _get(url, out, file, _packed_limit(spec, file), progress)
+                append(url, out, file, _packed_limit(spec, file), progress)
                 read_parts(spec, part, spec.files[file], where=url)
-            except _Cut:
+            except ConnectionCut:
                 raise
             except EngineError:
                 # What is there is no beginning of the file; of an earlier one perhaps.
@@ -309,123 +271,13 @@ def _download_afresh(
     url: str, spec: Spec, part: Path, out: BinaryIO, file: str, progress: bool
 ) -> None:
     try:
-        _get(url, out, file, _packed_limit(spec, file), progress)
+        append(url, out, file, _packed_limit(spec, file), progress)
         read_parts(spec, part, spec.files[file], where=url)
-    except _Cut:
+    except ConnectionCut:
         raise
     except EngineError:
         part.unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def _locked(part: Path) -> Iterator[BinaryIO]:
-    """`part`, open for appending, when no other process has it open so."""
-    while True:
-        with part.open("a+b") as out:
-            fcntl.flock(out, fcntl.LOCK_EX)
-            # Renamed or removed while we waited: that was another file.
-            if part.exists() and os.path.samestat(part.stat(), os.fstat(out.fileno())):
-                yield out
-                return
-
-
-class _Cut(EngineError):
-    """The connection broke; what has come is kept."""
-
-
-def _get(url: str, out: BinaryIO, file: str, limit: int, progress: bool) -> None:
-    """Append what `out` still lacks of the file at `url`."""
-    import requests
-
-    begun = out.seek(0, os.SEEK_END)
-    # Else some servers unpack .gz files on the way.
-    headers = {"Accept-Encoding": "identity"}
-    if begun:
-        headers["Range"] = f"bytes={begun}-"
-    try:
-        with requests.get(url, headers=headers, stream=True, timeout=_STALL_SECONDS) as answer:
-            if answer.status_code == 416:  # it has no more bytes than we have
-                return
-            answer.raise_for_status()
-            if answer.status_code != 206:
-                begun = out.truncate(0)
-            with _Sink(out, file, limit, progress, begun) as sink:
-                rest = answer.headers.get("Content-Length", "")
-                sink.expect(begun + int(rest) if rest.isdigit() else None)
-                for chunk in answer.iter_content(_CHUNK):
-                    sink.write(chunk)
-                if rest.isdigit() and sink.done != begun + int(rest):
-                    raise requests.exceptions.ChunkedEncodingError
-    except (
-        requests.exceptions.ChunkedEncodingError,
-        requests.exceptions.ConnectionError,
-        requests.exceptions.Timeout,
-    ) as e:
-        out.flush()
-        kept = out.seek(0, os.SEEK_END)
-        hint = f"; {kept:,} bytes are kept, fetch again to go on" if kept else ""
-        raise _Cut(f"{url}: {_reason(e)}{hint}") from None
-    except (requests.RequestException, ValueError) as e:
-        raise EngineError(f"{url}: {_reason(e)}") from None
-    finally:
-        out.flush()
-
-
-def _reason(error: Exception) -> str:
-    import requests
-
-    if isinstance(error, requests.HTTPError) and error.response is not None:
-        return f"{error.response.status_code} {error.response.reason}"
-    if isinstance(error, requests.Timeout):
-        return "no answer in time"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection broke"
-    if isinstance(error, requests.ConnectionError):
-        return "cannot connect"
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-class _Sink:
-    """Where a download goes: shows its progress and ends it beyond `limit` bytes.
-
-    `done`: bytes there so far, those of an earlier download included.
-    """
-
-    def __init__(self, file: BinaryIO, name: str, limit: int, show: bool, begun: int = 0) -> None:
-        self._file, self._name, self._limit, self.done = file, name, limit, begun
-        self._bar = _progress_bar() if show else None
-
-    def __enter__(self) -> _Sink:
-        if self._bar:
-            self._bar.start()
-            self._task = self._bar.add_task(self._name, total=None)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def expect(self, size: int | None) -> None:
-        """Show `size` bytes as the whole."""
-        if self._bar:
-            self._bar.update(self._task, total=size, completed=self.done)
-
-    def write(self, chunk: bytes) -> int:
-        self.done += len(chunk)
-        if self.done > self._limit:
-            raise EngineError(f"{self._name}: more than {self._limit:,} bytes, all it may have")
-        if self._bar:
-            self._bar.update(self._task, completed=self.done)
-        try:
-            return self._file.write(chunk)
-        except OSError as e:  # here, where it cannot be taken for a fault of the source
-            raise EngineError(f"cannot write {self._name}: {e.strerror}") from None
-
-
-def _progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    return Progress(*columns, TransferSpeedColumn(), console=stderr, transient=True)
 
 
 def _spinner(text: str, show: bool) -> AbstractContextManager[object]:

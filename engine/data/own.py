@@ -30,6 +30,7 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
 # One image, in pixels: more is a mistake, or a picture made to fill memory when it is unpacked.
 _IMAGE_LIMIT = 1 << 24
+_IMAGE_BYTES = 1 << 28
 _CLASSES_LIMIT = 100_000
 
 _ANY_FAULT = (
@@ -159,6 +160,9 @@ def _pixels(file: Path, mode: str) -> np.ndarray:
 def _opened(file: Path) -> Any:
     from PIL import Image
 
+    # A FIFO by the name of an image would be waited for.
+    with readers.open_file(file, str(file), _IMAGE_BYTES):
+        pass
     try:
         with warnings.catch_warnings():
             # Sizes are checked here, and a fault of the file is said once.

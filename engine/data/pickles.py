@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickletools
 import warnings
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -95,79 +96,115 @@ def parse(
 
 
 def _plain(data: bytes) -> Any:
-    """What a pickle of dictionaries, lists, tuples, numbers, strings and uint8 arrays holds."""
-    stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    """Return the value of a pickle of dictionaries, lists, tuples, numbers, strings and uint8 arrays.
 
-    def to_mark() -> list[Any]:
-        for at in range(len(stack) - 1, -1, -1):
-            if stack[at] is _MARK:
-                items = stack[at + 1 :]
-                del stack[at:]
+    Raises:
+        ValueError, IndexError, TypeError, KeyError, OverflowError: for any other pickle.
+    """
+    machine = _Machine()
+    for opcode, argument, position in pickletools.genops(data):
+        if opcode.name == "STOP":
+            if position != len(data) - 1:
+                raise ValueError("bytes left over at the end")
+            (value,) = machine.stack
+            return _finished(value)
+        machine.execute(opcode.name, argument)
+    raise ValueError("it ends too early")
+
+
+class _Machine:
+    """Interpret a pickle's instructions on plain values.
+
+    Attributes:
+        stack: the values so far, the top one last; memo: values that later instructions fetch again.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.memo: dict[int, Any] = {}
+
+    def execute(self, name: str, argument: Any) -> None:
+        """Execute one instruction; ValueError for one that data have no use for."""
+        if name in _PUSHED:
+            self.stack.append(argument.encode("latin-1") if name.endswith("STRING") else argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in _INSTRUCTIONS:
+            _INSTRUCTIONS[name](self, argument)
+        else:
+            raise ValueError(f"it has the instruction {name}, which data have no use for")
+
+    def _to_mark(self) -> list[Any]:
+        """Take the values above the topmost mark, and the mark, off the stack."""
+        stack = self.stack
+        for position in range(len(stack) - 1, -1, -1):
+            if stack[position] is _MARK:
+                items = stack[position + 1 :]
+                del stack[position:]
                 return items
         raise ValueError("a mark is missing")
 
-    argument: Any
-    for opcode, argument, position in pickletools.genops(data):
-        name = opcode.name
-        if name in _PUSHED:
-            stack.append(argument.encode("latin-1") if name.endswith("STRING") else argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in ("PROTO", "FRAME"):
-            continue
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "EMPTY_LIST":
-            stack.append([])
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            memo[len(memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif name == "TUPLE":
-            stack.append(tuple(to_mark()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            size = int(name[-1])
-            if len(stack) < size:
-                raise ValueError("a tuple of too few")
-            stack[-size:] = [tuple(stack[-size:])]
-        elif name == "GLOBAL":
-            if argument not in _NAMES:
-                raise ValueError(f"it names {argument.replace(' ', '.')}, and may name arrays only")
-            stack.append(_NAMES[argument])
-        elif name == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            stack.append(_construct(function, arguments))
-        elif name == "BUILD":
-            state = stack.pop()
-            if not isinstance(stack[-1], _Array | _Dtype):
-                raise ValueError("it builds something that is no array")
-            stack[-1].fill(state)
-        elif name in ("SETITEM", "SETITEMS"):
-            items = to_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            if not isinstance(stack[-1], dict) or len(items) % 2:
-                raise ValueError("items for what is no dictionary")
-            # Other keys have no use, and hashing deeply nested ones is no safe thing to do.
-            if not all(isinstance(key, bytes | str) for key in items[::2]):
-                raise ValueError("a key that is no string")
-            stack[-1].update(zip(items[::2], items[1::2], strict=True))
-        elif name in ("APPEND", "APPENDS"):
-            items = to_mark() if name == "APPENDS" else [stack.pop()]
-            if not isinstance(stack[-1], list):
-                raise ValueError("items for what is no list")
-            stack[-1].extend(items)
-        elif name == "STOP":
-            if position != len(data) - 1:
-                raise ValueError("bytes left over at the end")
-            (value,) = stack
-            return _finished(value)
-        else:
-            raise ValueError(f"it has the instruction {name}, which data have no use for")
-    raise ValueError("it ends too early")
+    def _memoize(self, key: int) -> None:
+        self.memo[key] = self.stack[-1]
+
+    def _tuple(self, size: int) -> None:
+        if len(self.stack) < size:
+            raise ValueError("a tuple of too few")
+        self.stack[-size:] = [tuple(self.stack[-size:])]
+
+    def _global(self, name: str) -> None:
+        if name not in _NAMES:
+            raise ValueError(f"it names {name.replace(' ', '.')}, and may name arrays only")
+        self.stack.append(_NAMES[name])
+
+    def _reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.stack.append(_construct(function, arguments))
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], _Array | _Dtype):
+            raise ValueError("it builds something that is no array")
+        self.stack[-1].fill(state)
+
+    def _set_items(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], dict) or len(items) % 2:
+            raise ValueError("items for what is no dictionary")
+        # Other keys have no use, and hashing deeply nested ones is no safe thing to do.
+        if not all(isinstance(key, bytes | str) for key in items[::2]):
+            raise ValueError("a key that is no string")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def _append(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], list):
+            raise ValueError("items for what is no list")
+        self.stack[-1].extend(items)
+
+
+# By the name of an instruction, its effect on the machine, given the instruction's argument.
+_INSTRUCTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": lambda machine, _: None,
+    "FRAME": lambda machine, _: None,
+    "MARK": lambda machine, _: machine.stack.append(_MARK),
+    "EMPTY_DICT": lambda machine, _: machine.stack.append({}),
+    "EMPTY_LIST": lambda machine, _: machine.stack.append([]),
+    "BINPUT": lambda machine, key: machine._memoize(key),
+    "LONG_BINPUT": lambda machine, key: machine._memoize(key),
+    "MEMOIZE": lambda machine, _: machine._memoize(len(machine.memo)),
+    "BINGET": lambda machine, key: machine.stack.append(machine.memo[key]),
+    "LONG_BINGET": lambda machine, key: machine.stack.append(machine.memo[key]),
+    "TUPLE": lambda machine, _: machine.stack.append(tuple(machine._to_mark())),
+    "TUPLE1": lambda machine, _: machine._tuple(1),
+    "TUPLE2": lambda machine, _: machine._tuple(2),
+    "TUPLE3": lambda machine, _: machine._tuple(3),
+    "GLOBAL": lambda machine, name: machine._global(name),
+    "REDUCE": lambda machine, _: machine._reduce(),
+    "BUILD": lambda machine, _: machine._build(),
+    "SETITEM": lambda machine, _: machine._set_items([machine.stack.pop(-2), machine.stack.pop()]),
+    "SETITEMS": lambda machine, _: machine._set_items(machine._to_mark()),
+    "APPEND": lambda machine, _: machine._append([machine.stack.pop()]),
+    "APPENDS": lambda machine, _: machine._append(machine._to_mark()),
+}
 
 
 def _construct(function: Any, arguments: Any) -> Any:

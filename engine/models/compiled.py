@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +13,35 @@ from torch import nn
 
 from .network import stem_of
 
+log = logging.getLogger(__name__)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Return why torch.compile cannot work on `device`, or None where nothing is known against it.
+
+    On the CPU it hands the linker `-L` and a folder without quotes (PyTorch 2.13's
+    `torch/_inductor/cpp_builder.py`), so a space in the path of PyTorch or Python breaks every link.
+    """
+    if device.type != "cpu":
+        return None
+    folders = (str(Path(torch.__file__).parent / "lib"), sysconfig.get_config_var("LIBDIR") or "")
+    spaced = next((folder for folder in folders if " " in folder), None)
+    if spaced is None:
+        return None
+    return f"PyTorch's CPU compiler cannot link from a folder with a space in its path: {spaced}"
+
 
 def compiled(model: nn.Module) -> nn.Module:
-    """`model` with compiled passes: the same parameters, buffers and submodules under another hat.
+    """Return a view of `model` with compiled passes: it shares parameters, buffers and submodules.
 
     A compiled pass computes all gradients that it may be asked for, so weights must not require any
-    while an attack runs: `passes_without_training` sees to it by the mark left here.
+    while an attack runs: `passes_without_training` sees to it by the mark left here. Where
+    torch.compile cannot work, a warning says so and the model itself is returned.
     """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if missing := unavailable(device):
+        log.warning("running without torch.compile: %s", missing)
+        return model
     view: Any = copy.copy(model)
     part = "forward" if stem_of(model) is None else "body"
     setattr(view, part, torch.compile(getattr(model, part)))

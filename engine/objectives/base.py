@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +16,7 @@ from ..adversary.attack import Attack
 from ..device.phases import TRAIN_FORWARD, phase
 from ..errors import EngineError
 from ..rng import state as rng_state
-from ..threat import ThreatModel
+from ..threat import ThreatModel, check_pixels
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,12 @@ class Objective(abc.ABC):
             start: where the attack begins (from an `AdversaryMemory`); left out: a random point.
             state: random state int64 [2], not advanced; left out: one kept for the device, seeded
                 from `torch.initial_seed()` and advanced by every call.
+        Raises:
+            EngineError: for a model's first batch, called without a state, outside [0, 1].
         """
+        if state is None and model not in _checked:
+            check_pixels(x)
+            _checked.add(model)
         if state is not None:
             return self.compute(model, x, y, threat, attack, start, state)
         shared = _shared_state(x.device)
@@ -152,6 +158,8 @@ class Objective(abc.ABC):
         return outcome
 
 
+# The models whose first batch was looked at; a look at every batch would make the host wait.
+_checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _states: dict[torch.device, Tensor] = {}
 
 

@@ -11,6 +11,7 @@ from .reading import (
     options,
     overridden,
     parse,
+    read_toml,
     tree,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "options",
     "overridden",
     "parse",
+    "read_toml",
     "tree",
 ]

@@ -48,7 +48,8 @@ class Data:
         ),
     ] = "auto"
     workers: Annotated[
-        int, Field(ge=0, description="threads of DALI, processes of torch's DataLoader [count]")
+        int,
+        Field(ge=0, le=256, description="threads of DALI, processes of torch's DataLoader [count]"),
     ] = 2
 
 
@@ -155,7 +156,8 @@ class Recipe:
     name: str = "unnamed"
     seed: Annotated[int, Field(ge=0, lt=1 << 31, description="seed of everything random")] = 0
     threads: Annotated[
-        int | None, Field(ge=1, description="CPU threads; left out: torch's own choice [count]")
+        int | None,
+        Field(ge=1, le=1024, description="CPU threads; left out: torch's own choice [count]"),
     ] = None
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)

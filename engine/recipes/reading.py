@@ -1,10 +1,11 @@
-"""Recipes: readable TOML files, validated into typed values, with any field open to the command line."""
+"""Read recipes: TOML files and the command line's words, validated into typed values."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -19,18 +20,23 @@ from pydantic_core import PydanticUndefined
 
 from .. import files
 from ..device import apex
-from ..errors import EngineError
+from ..errors import EngineError, shown
 from ..objectives import AnyObjective, LocalBall
 from .fields import Recipe
 
 # A recipe is a page of text; a larger one is something else.
 _RECIPE_BYTES = 1 << 20
+# tomllib takes quadratic time for a dotted key.
+_KEY_PARTS = 32
+# The largest numbers in a recipe: counts fit 32 bits, values leave room to be squared in float32.
+_LARGEST_COUNT, _LARGEST_VALUE = (1 << 31) - 1, 1e15
+_LONGEST_WORD = 100
 _ADAPTER = TypeAdapter(Recipe)
 _DEFAULT_OBJECTIVE = LocalBall().name
 
 
 def names() -> list[str]:
-    """The recipes that come with the engine."""
+    """Return the names of the recipes that come with the engine."""
     folder = resources.files("engine").joinpath("recipes")
     return sorted(
         p.name.removesuffix(".toml") for p in folder.iterdir() if p.name.endswith(".toml")
@@ -38,21 +44,25 @@ def names() -> list[str]:
 
 
 def load(name_or_path: str, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """A recipe by name or by path, with `overrides` ("attack.steps" -> "2") on top.
+    """Return a recipe by name or by path, with `overrides` ("attack.steps" -> "2") on top.
 
     Raises:
         EngineError: unknown recipe or field (with the nearest name), or a value out of range.
     """
-    return parse(overridden(tree(name_or_path), overrides or {}), source=f"recipe {name_or_path!r}")
+    source = f"recipe {name_or_path!r}"
+    try:
+        return parse(overridden(tree(name_or_path), overrides or {}), source=source)
+    except RecursionError:
+        raise EngineError(f"{source}: its values are nested too deeply") from None
 
 
 def tree(name_or_path: str) -> dict[str, Any]:
-    """A recipe's fields as nested dictionaries, what it extends included, not yet validated."""
+    """Return a recipe's fields as nested dictionaries, with those it extends, not yet validated."""
     return _read(name_or_path, seen=())
 
 
 def overridden(tree: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """`tree` with the command line's words ("attack.steps" -> "2") on top."""
+    """Return `tree` with the command line's words ("attack.steps" -> "2") on top."""
     changed = copy.deepcopy(dict(tree))
     for key, text in overrides.items():
         _set(changed, key, text)
@@ -60,13 +70,18 @@ def overridden(tree: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[st
 
 
 def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """A recipe from nested dictionaries."""
+    """Return the recipe of nested dictionaries.
+
+    Raises:
+        EngineError: as `load` does; its text begins with `source`.
+    """
     _reject_unknown(tree)
     tree = dict(tree)
     if isinstance(tree.get("objective"), Mapping):
         tree["objective"] = {"name": _DEFAULT_OBJECTIVE, **tree["objective"]}
     try:
         recipe = _ADAPTER.validate_python(tree)
+        _check_sizes(_ADAPTER.dump_python(recipe))
         recipe.objective.check(recipe.attack)
         if recipe.threat.norm == "Linf" and recipe.threat.eps > 1:
             raise EngineError(
@@ -82,36 +97,52 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe as TOML, every field written out."""
+    """Return the recipe as TOML, every field written out."""
     return tomli_w.dumps(_without_none(_ADAPTER.dump_python(recipe, mode="json")))
 
 
 def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix == ".toml":
-        text = files.read_text(path, _RECIPE_BYTES, "recipe ")
+        tree = read_toml(path, "recipe ")
     elif name_or_path in names():
-        text = resources.files("engine").joinpath("recipes", f"{name_or_path}.toml").read_text()
+        source = resources.files("engine").joinpath("recipes", f"{name_or_path}.toml")
+        tree = tomllib.loads(source.read_text(encoding="utf-8"))
     else:
         raise EngineError(
             f"unknown recipe {name_or_path!r}{nearest(name_or_path, names())}; "
             f"recipes: {', '.join(names())}, or a path ending in .toml"
         )
-    try:
-        tree = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise EngineError(f"recipe {name_or_path}: not valid TOML: {error}") from None
     tree.setdefault("name", path.stem)
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
     if not isinstance(parent, str) or parent not in names() or parent in seen:
-        raise EngineError(f"recipe {name_or_path}: extends {parent!r}, which is no recipe by name")
+        raise EngineError(
+            f"recipe {name_or_path}: extends {shown(parent)}, which is no recipe by name"
+        )
     return merged(_read(parent, (*seen, parent)), tree)
 
 
+def read_toml(path: Path, title: str = "") -> dict[str, Any]:
+    """Return the tables of a TOML file of at most 1 MiB; `title` as for `files.opened`.
+
+    Raises:
+        EngineError: where it cannot be read, or is not valid TOML.
+    """
+    text = files.read_text(path, _RECIPE_BYTES, title)
+    keys = re.split(r"""[^\w.\- "']""", text)
+    if max(key.count(".") for key in keys) >= _KEY_PARTS:
+        raise EngineError(f"{title}{path}: a key has more than {_KEY_PARTS} parts")
+    try:
+        return tomllib.loads(text)
+    # ValueError: TOMLDecodeError, and a number of more digits than Python reads.
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{title}{path}: not valid TOML: {error}") from None
+
+
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `over` in place of its own, table by table."""
+    """Return `base` with the fields of `over` in place of its own, table by table."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -132,7 +163,8 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
         tree["objective"] = {"name": text}
         return
     if dotted not in known:
-        raise EngineError(f"unknown option {f'--{key}'!r}{nearest(dotted, list(known), '--')}")
+        near = nearest(dotted, list(known), "--")
+        raise EngineError(f"unknown option {shown(f'--{key}')}{near}")
     value: Any = text
     kind = _bare(known[dotted])
     if get_origin(kind) is tuple:
@@ -147,7 +179,7 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
 
 
 def objectives() -> dict[str, type]:
-    """Objective classes by the name that recipes use."""
+    """Return the objective classes by the name that recipes use."""
     union = get_args(get_args(AnyObjective)[0]) or (get_args(AnyObjective)[0],)
     return {cls.__dataclass_fields__["name"].default: cls for cls in union}
 
@@ -168,7 +200,7 @@ def _objective_of(tree: Mapping[str, Any]) -> type:
 
 @cache
 def options(objective: type = LocalBall) -> tuple[tuple[str, Any, Any, str], ...]:
-    """Every field a recipe has: (dotted name, type, default, description with unit)."""
+    """Return every field of a recipe: (dotted name, type, default, description with unit)."""
 
     def walk(cls: type, prefix: str) -> Iterator[tuple[str, Any, Any, str]]:
         hints = get_type_hints(cls, include_extras=True)
@@ -189,8 +221,11 @@ def options(objective: type = LocalBall) -> tuple[tuple[str, Any, Any, str], ...
 
 
 def nearest(word: str, known: list[str], prefix: str = "") -> str:
-    """`, did you mean X?` where something is close, else nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    """Return `, did you mean X?` where a known word is close, else nothing."""
+    # difflib takes quadratic time.
+    close = (
+        [] if len(word) > _LONGEST_WORD else difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    )
     return f", did you mean {prefix}{close[0]}?" if close else ""
 
 
@@ -203,7 +238,7 @@ def _reject_unknown(tree: Mapping[str, Any]) -> None:
     if not isinstance(chosen, str) or chosen not in objectives():
         known_names = list(objectives())
         raise EngineError(
-            f"recipe: unknown objective {chosen!r}{nearest(str(chosen), known_names)}; "
+            f"recipe: unknown objective {shown(chosen)}{nearest(str(chosen), known_names)}; "
             f"objectives: {', '.join(known_names)}"
         )
     known = [name for name, *_ in options(_objective_of(tree))]
@@ -214,12 +249,13 @@ def _reject_unknown(tree: Mapping[str, Any]) -> None:
                 raise EngineError(f"recipe: {key} must be a table")
             for inner in value:
                 if f"{key}.{inner}" not in known:
+                    dotted = f"{key}.{inner}"
                     raise EngineError(
-                        f"recipe: unknown field {f'{key}.{inner}'!r}{nearest(f'{key}.{inner}', known)}"
+                        f"recipe: unknown field {shown(dotted)}{nearest(dotted, known)}"
                     )
         elif key not in known:
             choices = [*sections, *(n for n in known if "." not in n)]
-            raise EngineError(f"recipe: unknown field {key!r}{nearest(key, choices)}")
+            raise EngineError(f"recipe: unknown field {shown(key)}{nearest(key, choices)}")
 
 
 def _one_line(error: ValidationError) -> str:
@@ -235,9 +271,19 @@ def _one_line(error: ValidationError) -> str:
         p for p in where if not p.startswith(("function-", "constrained-", "float", "int", "none"))
     ]
     got = first.get("input")
-    shown = "" if isinstance(got, dict) else f", got {got!r}"
+    value = "" if isinstance(got, dict) else f", got {shown(got)}"
     message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    return f"{'.'.join(seen) or 'recipe'}: {message}{shown}"
+    return f"{'.'.join(seen) or 'recipe'}: {message}{value}"
+
+
+def _check_sizes(fields: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse numbers that no tensor, thread or list of this machine can have."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value, f"{prefix}{name}.")
+        most = _LARGEST_VALUE if isinstance(value, float) else _LARGEST_COUNT
+        if isinstance(value, int | float) and value > most:
+            raise EngineError(f"{prefix}{name} = {shown(value)} is too large: at most {most:,}")
 
 
 def _without_none(value: Any) -> Any:

@@ -56,7 +56,7 @@ def _build(run: Run) -> Path:
             *views_of_model(run, evaluation),
         ]
         for view in views:
-            _save(view, run.path / "pictures" / f"{view.name}.png")
+            _save(view, run.place(f"pictures/{view.name}.png"))
     context = {
         "recipe": run.recipe,
         "folder": run.path.name,
@@ -74,7 +74,7 @@ def _build(run: Run) -> Path:
         "environment": {k: v for k, v in environment.items() if v is not None},
         "radius": as_written,
     }
-    page = run.path / "report.html"
+    page = run.place("report.html")
     files.write_text(page, render("report", **context))
     return page
 

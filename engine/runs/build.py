@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import models
 from ..adversary.memory import AdversaryMemory
 from ..data import loaders
-from ..data.loaders import Batch, Loader, ResidentLoader
+from ..data.loaders import Batch, Loader
 from ..device import apex, capture, precision
 from ..device.capture import Recorder
 from ..device.distributed import World
@@ -25,6 +25,8 @@ from ..training.step import Step
 from .images import split, test_set
 
 ALONE = World()
+# The schedule is a list of every step's learning rate.
+_MOST_STEPS = 10_000_000
 # By the name of an optimiser that is not ours the one of ours with as many moments.
 _OURS: dict[OptimiserName, OptimiserName] = {
     "torch-sgd": "sgd",
@@ -87,6 +89,11 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
             f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training images"
         )
     World(size=processes).share(recipe.optim.batch_size)
+    steps = recipe.optim.epochs * steps_per_epoch(recipe)
+    if steps > _MOST_STEPS:
+        raise EngineError(
+            f"optim.epochs = {recipe.optim.epochs} makes {steps:,} steps: at most {_MOST_STEPS:,}"
+        )
     if recipe.step.sync_batch_norm and not torch.cuda.is_available():
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
@@ -209,9 +216,13 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
         world=world.size,
         **sampling_of(recipe),
     )
-    take = loader.take if isinstance(loader, ResidentLoader) else None
     step = build_step(
-        recipe, model, steps=epochs * len(loader), memory=memory, take=take, rank=world.rank
+        recipe,
+        model,
+        steps=epochs * len(loader),
+        memory=memory,
+        take=loader.take,
+        rank=world.rank,
     )
     return step, loader
 
@@ -233,18 +244,12 @@ def step_of(recipe: Recipe) -> Callable[[], None]:
     step, loader = prepare(recipe, epochs=1 + 10_000 // steps_per_epoch(recipe))
     step.train()
 
-    def batches() -> Iterator[Batch | None]:
-        for epoch in itertools.count():
-            if isinstance(loader, ResidentLoader):
-                loader.begin(epoch)
-                yield from itertools.repeat(None, len(loader))
-            else:
-                yield from loader.epoch(epoch)
-
-    stream = batches()
+    taken = step.take is not None
+    epochs = (loader.feed(epoch, taken=taken) for epoch in itertools.count())
+    batches = itertools.chain.from_iterable(epochs)
 
     def call() -> None:
-        step(next(stream))
+        step(next(batches))
         if step.device.type == "cuda":
             torch.cuda.synchronize()
 

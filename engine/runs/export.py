@@ -35,8 +35,9 @@ def export(run: Run, out: Path | None = None) -> list[Path]:
     """Write the evaluated checkpoint of `run` for others.
 
     `model.safetensors` and `model.pt` hold the state dict, tensors only, under RobustBench's names (and
-    `mu`, `sigma` where the network normalises: its Wong2020Fast has buffers of these names); `claim.json`
-    the fields of a RobustBench model-info file; `README.md` the model card.
+    `mu`, `sigma` where the network normalises: its Wong2020Fast has buffers of these names), each with
+    its SHA-256 beside it for `sha256sum -c`; `claim.json` holds the fields of a RobustBench model-info
+    file; `README.md` is the model card.
 
     Args:
         out: default RUN/export.
@@ -45,23 +46,24 @@ def export(run: Run, out: Path | None = None) -> list[Path]:
     Raises:
         EngineError: for a run without an evaluation or a checkpoint, or a folder that cannot be written.
     """
-    out = out or run.path / "export"
     found = run.read_json("evaluation.json")
     if not found:
         raise EngineError(f"{run.path} has not been evaluated: engine eval {run.path}")
     checkpoint = str(found.get("checkpoint", "best"))
     model = evaluate.load_model(run, checkpoint if checkpoint in ("best", "last") else "best")
     tensors = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
+    names = ("model.safetensors", "model.pt", "claim.json", "README.md")
     weights, pickled, claim, card = (
-        out / name for name in ("model.safetensors", "model.pt", "claim.json", "README.md")
+        run.place(f"export/{name}") if out is None else out / name for name in names
     )
-    with files.atomic(weights) as temporary:
+    with files.summed(weights) as temporary:
         save_tensors(tensors, temporary, {"format": "pt"})
-    with files.atomic(pickled) as temporary:
+    with files.summed(pickled) as temporary:
         torch.save(tensors, temporary)
     files.write_json(claim, claim_of(run, found))
     files.write_text(card, _card(run, found, tensors))
-    return [weights, pickled, claim, card]
+    sums = [files.sum_path(path) for path in (weights, pickled)]
+    return [weights, pickled, *sums, claim, card]
 
 
 def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""A run folder: the recipe, the environment, the log, the checkpoints, the evaluation, the report."""
+"""A run folder: the recipe, the environment, the log, the weights, the evaluation, the report."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -19,41 +21,48 @@ from .. import files, recipes
 from ..device.machine import environment
 from ..errors import EngineError
 from ..recipes import Recipe
-from ..training.checkpoint import save_tensors
+from ..training.checkpoint import most_bytes, save_tensors
+
+log = logging.getLogger(__name__)
+
+# Characters of a recipe's name in the name of a folder, which may have 255 bytes.
+_LONGEST_NAME = 60
 
 
 class Run:
-    """One run folder.
+    """Hold one run folder; every file of the run is written by way of `place`.
 
     Files: `recipe.toml` (every field), `environment.json`, `metrics.jsonl` (a row an epoch),
-    `best.safetensors` and `last.safetensors` (plain state dicts), `checkpoints/` to go on from,
-    `evaluation.json`, `summary.json` (its presence says that the run is finished), `report.html` with
-    its pictures in `pictures/`.
+    `best.safetensors` and `last.safetensors` (plain state dicts, each with its SHA-256 beside it),
+    `checkpoints/` to go on from, `evaluation.json`, `summary.json` (present: the run is finished),
+    `report.html` with its pictures in `pictures/`, `lock` (held while a process trains).
     """
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path, self.recipe = path, recipe
+        self._held: int | None = None
 
     @classmethod
     def create(cls, recipe: Recipe, path: Path | None = None) -> Run:
-        """Make a new folder: `path`, or runs/NAME-DATE-TIME.
+        """Make a new run in `path`, or in runs/NAME-DATE-TIME.
+
+        The folder is locked before its first file is written, and stays locked until `locked` ends or
+        the object goes: a second process that creates the same run is refused.
 
         Raises:
-            EngineError: if it holds a run already or cannot be written.
+            EngineError: if the folder holds a run already, is in use, or cannot be written.
         """
-        path = path or cls.new_path(recipe)
-        if (path / "recipe.toml").exists():
-            raise EngineError(f"{path} holds a run already: choose another --run-dir")
-        if path.exists() and not path.is_dir():
-            raise EngineError(f"{path} is a file: choose another --run-dir")
-        run = cls(path, recipe)
-        files.write_text(path / "recipe.toml", recipes.dump(recipe))
-        files.write_json(path / "environment.json", environment())
+        run = cls(_new_folder(recipe) if path is None else _folder(path), recipe)
+        run._refuse_second()
+        run._lock()
+        run._refuse_second()
+        files.write_text(run.place("recipe.toml"), recipes.dump(recipe))
+        run.write_json("environment.json", environment())
         return run
 
     @staticmethod
     def new_path(recipe: Recipe) -> Path:
-        """runs/NAME-DATE-TIME, not there yet."""
+        """Return runs/NAME-DATE-TIME, a path where nothing is yet."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path("runs") / f"{plain(recipe.name)}-{stamp}"
         number = 2
@@ -64,125 +73,166 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> Run:
-        """An existing run folder.
+        """Return the run in an existing folder.
 
         Raises:
-            EngineError: if it is none, or its recipe is damaged.
+            EngineError: if the folder holds no run, or the run's recipe is damaged.
         """
         if not (path / "recipe.toml").is_file():
             raise EngineError(f"{path} is not a run folder: it has no recipe.toml")
         return cls(path, recipes.load(str(path / "recipe.toml")))
+
+    def place(self, name: str) -> Path:
+        """Return RUN/`name` as a place to write.
+
+        Raises:
+            EngineError: where a symbolic link on the way leads out of the folder.
+        """
+        return files.within(self.path, name)
+
+    # ---- one process at a time -----------------------------------------------------------
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training into this folder.
 
         Raises:
-            EngineError: where one is at it, or the folder cannot be written.
+            EngineError: where another process trains into it, or the folder cannot be locked.
         """
-        path = self.path / "lock"
+        if self._held is None:
+            self._lock()
         try:
-            held = path.open("a+")
+            yield
+        finally:
+            self._unlock()
+
+    def __del__(self) -> None:
+        self._unlock()
+
+    def _lock(self) -> None:
+        path = self.place("lock")
+        try:
+            held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise EngineError(f"cannot write {path}: {error.strerror}") from error
-        with held:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(held)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise EngineError(
-                    f"{self.path} is in use by another process: wait for it, or choose another --run-dir"
+                    f"{self.path} is in use by another process: wait for it, or choose another "
+                    "--run-dir"
                 ) from None
-            yield
+            raise EngineError(
+                f"cannot lock {path}: {error.strerror}: put the run on a file system with locks, a "
+                "local disk for one (--run-dir; a run that exists can be copied there)"
+            ) from None
+        self._held = held
+
+    def _unlock(self) -> None:
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _refuse_second(self) -> None:
+        if os.path.lexists(self.path / "recipe.toml"):
+            raise EngineError(f"{self.path} holds a run already: choose another --run-dir")
 
     # ---- log -----------------------------------------------------------------------------
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append one row to metrics.jsonl, in one write."""
-        line = (json.dumps(row) + "\n").encode()
-        try:
-            handle = os.open(
-                self.path / "metrics.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
-            )
-            try:
-                os.write(handle, line)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            raise EngineError(
-                f"cannot write {self.path}/metrics.jsonl: {error.strerror}"
-            ) from error
+        """Append one row to metrics.jsonl, whole or not at all; a power cut does not lose it."""
+        files.append(self.place("metrics.jsonl"), (json.dumps(row) + "\n").encode())
 
     def logged(self) -> int:
-        """Bytes of metrics.jsonl so far: what `cut_log` takes."""
+        """Return the size of metrics.jsonl so far [bytes], for `cut_log`."""
         path = self.path / "metrics.jsonl"
         return path.stat().st_size if path.exists() else 0
 
     def cut_log(self, size: int) -> None:
-        """Drop what was logged after the first `size` bytes: it will be logged again.
+        """Drop the rows after the first `size` bytes: they will be logged again.
 
         Raises:
-            EngineError: if rows are missing from before, or the log cannot be written.
+            EngineError: if earlier rows are missing, or the log cannot be written.
         """
-        path = self.path / "metrics.jsonl"
+        path = self.place("metrics.jsonl")
         if self.logged() < size:
             raise EngineError(
                 f"{path} has lost rows: {self.logged()} bytes, the checkpoint knows {size}"
             )
         if self.logged() > size:
-            try:
-                os.truncate(path, size)
-            except OSError as error:
-                raise EngineError(f"cannot write {path}: {error.strerror}") from error
+            files.truncate(path, size)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged rows; a line cut short by a crash is left out."""
+        """Return the logged rows; a line that a crash cut short is left out."""
         path = self.path / "metrics.jsonl"
         rows = []
         text = files.read_text(path) if path.exists() else ""
         for line in text.split("\n"):
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 rows.append(row)
         return rows
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run, or {} where it is not there."""
+        """Return a JSON file of the run, or {} where there is none."""
         path = self.path / name
         try:
             found = json.loads(files.read_text(path)) if path.exists() else {}
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise EngineError(f"{path} is damaged: {error}") from None
         if not isinstance(found, dict):
             raise EngineError(f"{path} is damaged: it holds no fields")
         return found
 
     def write_json(self, name: str, value: object) -> None:
-        files.write_json(self.path / name, value)
+        """Write a JSON file of the run."""
+        files.write_json(self.place(name), value)
 
-    # ---- checkpoints ---------------------------------------------------------------------
+    # ---- weights -------------------------------------------------------------------------
 
     def save(self, name: str, model: nn.Module, **about: object) -> None:
-        """Write `name`.safetensors atomically; `about` goes into its metadata as text."""
-        with files.atomic(self.path / f"{name}.safetensors") as temporary:
-            save_tensors(model.state_dict(), temporary, {k: str(v) for k, v in about.items()})
+        """Write `name`.safetensors atomically, with its SHA-256 beside it.
+
+        Args:
+            about: plain JSON values for the file's metadata.
+        """
+        # One entry: safetensors writes several in an order that differs from call to call.
+        metadata = {"about": json.dumps(about, sort_keys=True)}
+        with files.summed(self.place(f"{name}.safetensors")) as temporary:
+            save_tensors(model.state_dict(), temporary, metadata)
 
     def load_into(self, model: nn.Module, name: str = "best") -> None:
-        """Load a checkpoint of this run into `model`.
+        """Load weights of this run into `model`.
 
+        Args:
+            name: "best" or "last".
         Raises:
-            EngineError: if it is missing, damaged, or of another network.
+            EngineError: if they are missing, damaged, or of another network.
         """
+        if name not in ("best", "last"):
+            raise EngineError(f"{self.path}: checkpoint {name!r} is neither best nor last")
         load_weights(model, self.path / f"{name}.safetensors")
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors state dict into `model`; EngineError in one line where that cannot be."""
-    if not path.is_file():
+    """Load a safetensors state dict into `model`; its SHA-256 is checked where one stands beside it.
+
+    Raises:
+        EngineError: where there is none, or it is damaged or of another network.
+    """
+    if not os.path.lexists(path):
         raise EngineError(f"no checkpoint at {path}")
+    limit = most_bytes(model.state_dict().values())
     try:
+        if not files.check_sum(path, limit):
+            log.warning("%s has no SHA-256 beside it: damage to it would not be seen", path)
+            with files.opened(path, limit):
+                pass
         model.load_state_dict(load_file(path))
     except (SafetensorError, OSError) as error:
         raise EngineError(f"{path} is damaged: {error}") from None
@@ -191,6 +241,33 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise EngineError(f"{path} does not fit the network: {reason}") from None
 
 
+def _folder(path: Path) -> Path:
+    if path.exists() and not path.is_dir():
+        raise EngineError(f"{path} is a file: choose another --run-dir")
+    try:
+        files.make_folder(path)
+    except OSError as error:
+        raise EngineError(f"cannot make the folder {path}: {error.strerror}") from error
+    return path
+
+
+def _new_folder(recipe: Recipe) -> Path:
+    """Make a folder that no other process has made."""
+    _folder(Path("runs"))
+    while True:
+        path = Run.new_path(recipe)
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise EngineError(f"cannot make the folder {path}: {error.strerror}") from error
+        return path
+
+
 def plain(name: str) -> str:
-    """A recipe's name as a folder's: no separators, nothing hidden."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip(".-") or "run"
+    """Return a recipe's name as the name of a folder: no separators, nothing hidden."""
+    return (
+        "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:_LONGEST_NAME].strip(".-")
+        or "run"
+    )

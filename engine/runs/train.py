@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ..device.distributed import World
 from ..errors import EngineError
 from ..progress import TrainingBar, bar
 from ..recipes import Recipe
-from ..training.checkpoint import Checkpoints
+from ..training.checkpoint import Checkpoints, most_bytes
 from ..training.signals import Stopped, Watch
 from ..training.step import Step
 from ..training.trainer import Hooks, Result, Trainer
@@ -26,11 +28,17 @@ from .build import ALONE, prepare, step_of
 from .folder import Run
 from .images import as_floats, split
 
+log = logging.getLogger(__name__)
+
 
 def build_trainer(
-    recipe: Recipe, step: Step, loader: Loader, hooks: Hooks, world: World = ALONE
+    recipe: Recipe,
+    step: Step,
+    loader: Loader,
+    hooks: Hooks | None = None,
+    world: World = ALONE,
 ) -> Trainer:
-    """The recipe's epochs of what `prepare` gave, validated on its held-out images."""
+    """Return the trainer of what `prepare` gave: the recipe's epochs, validated on held-out images."""
     return Trainer(
         step,
         loader,
@@ -72,69 +80,152 @@ def train(run: Run, world: World = ALONE) -> Result:
 def _train(run: Run, world: World) -> Result:
     recipe = run.recipe
     step, loader = prepare(recipe, recipe.optim.epochs, world)
-    checkpoints = Checkpoints(
-        run.path / "checkpoints", keep=recipe.checkpoint.keep, seconds=recipe.checkpoint.seconds
-    )
-    board = None
-    with bar() as progress, Watch() as watch, phases.nvtx():
+    with (
+        contextlib.closing(loader),
+        contextlib.closing(step),
+        phases.nvtx(),
+        Watch() as watch,
+        bar() as progress,
+    ):
+        trainer = build_trainer(recipe, step, loader, world=world)
         shown = TrainingBar(progress, recipe.name, recipe.optim.epochs)
-
-        def epoch(row: dict[str, Any]) -> None:
-            run.log(row)
-            shown.epoch(row)
-            for name, value in row.items():
-                if board is not None and name not in ("epoch", "step"):
-                    board.add_scalar(name, value, row["step"])
-
-        def keep(name: str, model: torch.nn.Module, row: dict[str, Any]) -> None:
-            run.save(name, model, epoch=row["epoch"], recipe=recipe.name)
-
-        def save(how: Callable[..., None]) -> None:
-            tensors, about = trainer.state()
-            how(step.done, tensors, {**about, "logged": run.logged()})
-
-        def safe_point() -> None:
-            # Of several processes the first stops, at a step of its own; the others find it gone. Each at
-            # its own step, one would wait for ever for the other's gradients.
-            if watch.stop is not None and world.first:
-                save(checkpoints.save)
-                raise Stopped(watch.stop)
-            # Within an epoch the processes' means and BatchNorm statistics differ: then what is saved is
-            # exact for one process, and for several the first one's, on a signal only.
-            whole = world.size == 1 or trainer.step.batches == 0
-            if world.first and whole and (watch.save or checkpoints.due()):
-                watch.save = False
-                save(checkpoints.try_save)
-
-        first = Hooks(shown.step, epoch, keep, safe_point)
-        hooks = first if world.first else Hooks(safe_point=safe_point)
-        trainer = build_trainer(recipe, step, loader, hooks, world)
-        try:
-            # The first sets damaged ones aside before the others look.
-            found = checkpoints.latest() if world.first else None
-            distributed.wait()
-            found = found if world.first else checkpoints.latest()
-            if found is not None:
-                trainer.load(*found)
-            if world.first:
-                run.cut_log(_logged(found[1]) if found else 0)
-                trainer.result.rows = run.metrics()
-                board = _tensorboard(run.path, step.done)
-            try:
-                result = trainer.run()
-            except RuntimeError as error:
-                if watch.stop is None or not distributed.is_broken(error):
-                    raise
-                raise Stopped(watch.stop) from None
-            if world.first and (found is None or step.done > found[1]["done"]):
-                # What is left is evaluation: that a resumed run starts there.
-                save(checkpoints.save)
-        finally:
-            step.close()
-            loader.close()
-    if board is not None:
-        board.close()
+        with contextlib.closing(_Session(run, trainer, world, watch, shown)) as session:
+            trainer.hooks = session.hooks()
+            session.resume()
+            result = session.train()
+            session.finish()
     return result
+
+
+class _Session:
+    """Connect a trainer with its run folder: rows, weights, checkpoints, signals.
+
+    Of several processes the first alone writes.
+
+    Args:
+        shown: the progress bar.
+    """
+
+    def __init__(
+        self, run: Run, trainer: Trainer, world: World, watch: Watch, shown: TrainingBar
+    ) -> None:
+        self.run, self.trainer, self.world = run, trainer, world
+        self.watch, self.shown = watch, shown
+        options = run.recipe.checkpoint
+        self.checkpoints = Checkpoints(
+            run.place("checkpoints"), keep=options.keep, seconds=options.seconds
+        )
+        self._closing = contextlib.ExitStack()
+        self._board: Any = None
+        # The step of the newest checkpoint; None: there is none.
+        self._saved: int | None = None
+
+    def hooks(self) -> Hooks:
+        """Return the trainer's hooks; processes other than the first have none."""
+        if not self.world.first:
+            # The first process stops on a signal; the others find it gone. Were each to stop at a step
+            # of its own, one would wait for ever for the gradients of another.
+            return Hooks()
+        return Hooks(self.shown.step, self.log, self.keep, self.safe_point)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one; drop the rows that will be logged again."""
+        first = self.world.first
+        networks = self.trainer.step.networks()
+        limit = most_bytes(
+            [
+                *self.trainer.step.tensors().values(),
+                # The best epoch's weights.
+                *networks[-1].state_dict().values(),
+            ]
+        )
+        # The first process sets damaged checkpoints aside before the others look.
+        found = self.checkpoints.latest(limit) if first else None
+        distributed.wait()
+        found = found if first else self.checkpoints.latest(limit)
+        if found is not None:
+            self.trainer.load(*found)
+            self._saved = self.trainer.step.done
+        if first:
+            self.run.cut_log(_logged(found[1]) if found else 0)
+            if found is not None:
+                self._note_processes(found[1].get("processes"))
+            self.trainer.result.rows = self.run.metrics()
+            board = _tensorboard(self.run.path, self.trainer.step.done)
+            self._board = self._closing.enter_context(board)
+
+    def _note_processes(self, before: object) -> None:
+        """Say, and record, that another number of processes goes on with the run."""
+        now = self.world.size
+        if not isinstance(before, int) or before == now:
+            return
+        done = self.trainer.step.done
+        log.warning(
+            "%s was trained by %d process(es) up to step %d and goes on with %d: other random numbers "
+            "and other BatchNorm statistics, so not the same bits",
+            self.run.path,
+            before,
+            done,
+            now,
+        )
+        environment = self.run.read_json("environment.json")
+        change = {"step": done, "before": before, "after": now}
+        earlier = environment.get("processes_changed")
+        changes = [*(earlier if isinstance(earlier, list) else []), change]
+        self.run.write_json("environment.json", {**environment, "processes_changed": changes})
+
+    def train(self) -> Result:
+        """Train to the end.
+
+        Raises:
+            Stopped: on a signal, and where the first process has stopped on one.
+        """
+        try:
+            return self.trainer.run()
+        except RuntimeError as error:
+            if self.watch.stop is None or not distributed.is_broken(error):
+                raise
+            raise Stopped(self.watch.stop) from None
+
+    def finish(self) -> None:
+        """Save the end: a run that is resumed after it goes on with its evaluation."""
+        if self.world.first and self.trainer.step.done != self._saved:
+            self.save(self.checkpoints.save)
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        self._closing.close()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Log an epoch's row: to metrics.jsonl, to the screen, to TensorBoard."""
+        self.run.log(row)
+        self.shown.epoch(row)
+        if self._board is not None:
+            for name, value in row.items():
+                if name not in ("epoch", "step"):
+                    self._board.add_scalar(name, value, row["step"])
+
+    def keep(self, name: str, model: torch.nn.Module, row: dict[str, Any]) -> None:
+        """Write the weights called `name`: "best" or "last"."""
+        self.run.save(name, model, epoch=row["epoch"], recipe=self.run.recipe.name)
+
+    def save(self, write: Callable[..., None]) -> None:
+        """Save all that `resume` needs, by `write`, a method of `Checkpoints`."""
+        tensors, about = self.trainer.state()
+        about |= {"logged": self.run.logged(), "processes": self.world.size}
+        write(self.trainer.step.done, tensors, about)
+
+    def safe_point(self) -> None:
+        """Stop, or save a checkpoint, where a signal or the clock asks for it."""
+        if self.watch.stop is not None:
+            self.save(self.checkpoints.save)
+            raise Stopped(self.watch.stop)
+        # Within an epoch the processes' means and BatchNorm statistics differ: a checkpoint is exact
+        # for one process; for several it holds the first one's, so there only a signal asks for it.
+        exact = self.world.size == 1 or self.trainer.step.batches == 0
+        if exact and (self.watch.save or self.checkpoints.due()):
+            self.watch.save = False
+            self.save(self.checkpoints.try_save)
 
 
 def _part(pair: tuple[Tensor, Tensor], world: World) -> tuple[Tensor, Tensor]:
@@ -173,10 +264,20 @@ def _what_fits(recipe: Recipe) -> str:
     return f"{said}, and not even one image fits: take a smaller network"
 
 
-def _tensorboard(path: Path, step: int) -> Any:
+@contextlib.contextmanager
+def _tensorboard(path: Path, step: int) -> Iterator[Any]:
+    """Give TensorBoard's writer into the folder, or None where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return None
-    # After a resume TensorBoard hides what an earlier process wrote from this step on.
-    return SummaryWriter(str(path), purge_step=step + 1 if step else None)
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if not str(path).isascii():
+            # The writer encodes its path as UTF-8, which a path need not be: give it another name.
+            link = Path(folder) / "run"
+            link.symlink_to(path.absolute(), target_is_directory=True)
+            path = link
+        # After a resume TensorBoard hides what an earlier process wrote from this step on.
+        with SummaryWriter(str(path), purge_step=step + 1 if step else None) as board:
+            yield board

@@ -6,10 +6,10 @@ checkpoint is there once its manifest is. Nothing in them is executed when they 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Checkpoints:
             manifest = {
                 "version": VERSION,
                 "step": step,
-                "sha256": _digest(temporary),
+                "sha256": files.digest(temporary, temporary.stat().st_size),
                 "about": about,
             }
         files.write_json(self._path(step, ".json"), manifest)
@@ -72,14 +72,17 @@ class Checkpoints:
             self._last = time.monotonic()
             log.warning("no checkpoint at step %d: %s", step, error)
 
-    def latest(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The newest checkpoint that is whole, as `save` had it; None: there is none.
+    def latest(self, limit: int = 1 << 50) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return the newest checkpoint that is whole, as `save` had it; None: there is none.
 
         A damaged one is named in a warning and set aside (`.damaged`), and the one before it is used.
+
+        Args:
+            limit: the most bytes that a checkpoint of this run may have, see `most_bytes`.
         """
         for step in reversed(self.steps()):
             try:
-                return self._load(step)
+                return self._load(step, limit)
             except EngineError as error:
                 log.warning("%s; set aside, the one before it is used", error)
                 for suffix in (".json", ".safetensors"):
@@ -92,11 +95,11 @@ class Checkpoints:
         """The steps that have a checkpoint, in order."""
         return sorted(int(p.stem) for p in self.folder.glob("*.json") if p.stem.isdecimal())
 
-    def _load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _load(self, step: int, limit: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         path = self._path(step)
         manifest = _manifest(self._path(step, ".json"))
         try:
-            if _digest(path) != manifest["sha256"]:
+            if files.digest(path, limit, "checkpoint ") != manifest["sha256"]:
                 raise EngineError(
                     f"checkpoint {path} is damaged: its SHA-256 is not the manifest's"
                 )
@@ -111,6 +114,14 @@ class Checkpoints:
 
     def _path(self, step: int, suffix: str = ".safetensors") -> Path:
         return self.folder / f"{step:010d}{suffix}"
+
+
+def most_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return a bound on the size of a safetensors file of `tensors` [bytes], with much room to spare.
+
+    A larger file is not read: hashing a sparse one of 100 GB takes minutes.
+    """
+    return 2 * sum(t.numel() * t.element_size() for t in tensors) + (1 << 28)
 
 
 def save_tensors(
@@ -142,8 +153,3 @@ def _manifest(path: Path) -> dict[str, Any]:
             f"checkpoint {path} is of version {found.get('version')!r}, this engine reads {VERSION}"
         )
     return found
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

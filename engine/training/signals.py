@@ -1,4 +1,4 @@
-"""Signals while training: finish the step and checkpoint, rather than die in the middle of one."""
+"""Signals while training: the step ends and a checkpoint is written before the process does."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import signal
 import threading
 from types import FrameType
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Stopped(KeyboardInterrupt):
-    """Training ended on a signal; `signum` says which."""
+    """Report that training ended on the signal `signum`."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -17,15 +19,16 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """The exit status that says so: 130 for SIGINT, 143 for SIGTERM."""
+        """The exit status for it: 129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signum
 
 
 class Watch:
-    """Within the block SIGINT and SIGTERM only set `stop`, and SIGUSR1 sets `save`; the trainer looks after each step.
+    """Note signals within the block; the trainer looks after each step.
 
-    A second SIGINT or SIGTERM raises `Stopped` on the spot. Outside the main thread, where Python gives
-    no signals, it watches nothing.
+    SIGINT, SIGTERM and SIGHUP (the terminal has gone) set `stop`; SIGUSR1 sets `save`. A second
+    signal of the first kind raises `Stopped` at once. An ignored SIGHUP (`nohup`) stays ignored.
+    Outside the main thread, where Python delivers no signals, nothing is watched.
 
     Attributes:
         stop: the signal that asks for the end, or None; save: a checkpoint is asked for.
@@ -39,9 +42,9 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if threading.current_thread() is threading.main_thread():
-            wanted = [signal.SIGINT, signal.SIGTERM]
-            wanted += [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
-            for signum in wanted:
+            for signum in (*_STOPPING, signal.SIGUSR1):
+                if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                    continue
                 self._before[signum] = signal.signal(signum, self._hear)
         return self
 
@@ -52,11 +55,11 @@ class Watch:
 
     def _hear(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            # A loader's worker inherits the handler. Ctrl-C is for its parent, the rest is for it.
+            # A loader's worker inherits the handler. Ctrl-C and a hang-up are for its parent.
             if signum == signal.SIGTERM:
                 os._exit(128 + signum)
             return
-        if signum not in (signal.SIGINT, signal.SIGTERM):
+        if signum not in _STOPPING:
             self.save = True
         elif self.stop is not None:
             raise Stopped(signum)
@@ -65,5 +68,12 @@ class Watch:
 
 
 def terminate(signum: int, frame: FrameType | None) -> None:
-    """A handler that turns SIGTERM into an exception, so that what is being written is tidied up."""
+    """Turn a signal into an exception, so that unfinished files are removed."""
     raise Stopped(signum)
+
+
+def end_tidily() -> None:
+    """Let SIGTERM and SIGHUP end this process by an exception; an ignored SIGHUP stays ignored."""
+    signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, terminate)

@@ -54,7 +54,8 @@ class Step:
         recorder: captures the step at its first call; None: run it eagerly.
     Attributes:
         state: int64 [2] (seed, step) on the device; `done`: the same number of steps, on the host.
-        threat, training: what the network shall withstand, and what the step at hand trains against.
+        threat: the threat that the network shall withstand; `threat_now`: the threat of the step at hand,
+            smaller while eps grows.
         images: how many the means are of, in `batches` batches.
         why_eager: why a recorder is there and the step runs eagerly all the same, else None.
     """
@@ -96,7 +97,7 @@ class Step:
         self.scale = LossScale(self.device, dynamic=self.precision == "fp16")
         self.state = rng.state(rng.of_rank(seed, rank), device)
         dropout.follow(model, self.state)
-        self.training, self.radii = threat, radii
+        self.threat_now, self.radii = threat, radii
         if radii is not None:
             if len(radii) != len(optimiser.rates):
                 raise EngineError(
@@ -105,9 +106,9 @@ class Step:
             # The last step leaves its successor's; warming up for a capture runs on from there.
             self._radii = torch.tensor([*radii, *radii[-1:] * WARM_UP], device=device)
             self._radius = self._radii[0].clone()
-            self.training = threat.growing(self._radius)
+            self.threat_now = threat.growing(self._radius)
             if memory is not None:
-                memory.threat = self.training
+                memory.threat = self.threat_now
         self.done = 0
         # The number of steps that were skipped, then a sum for each of `_terms`.
         self._terms: tuple[str, ...] = ()
@@ -128,7 +129,7 @@ class Step:
             if start is None and self.memory is not None:
                 start = self.memory.recall(_samples(batch), x, batch.crops)
             outcome: Outcome = self._compute(
-                x, y, self.training, self.attack, start=start, state=self.state
+                x, y, self.threat_now, self.attack, start=start, state=self.state
             )
         self.optimiser.zero_grad()
         with phase(TRAIN_BACKWARD):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.loaders import Batch, Loader, ResidentLoader
+from ..data.loaders import Loader
 from ..device import distributed
 from ..errors import EngineError
 from ..evaluation import robust_accuracy
+from ..threat import check_pixels
 from .step import Step
 
 log = logging.getLogger(__name__)
@@ -103,6 +103,8 @@ class Trainer:
         self._best, self._best_adversarial = -math.inf, 0.0
         # Validations in a row at which the network answered the same to everything.
         self._constant = 0
+        # Whether the first batch's pixels were looked at.
+        self._checked = False
         self._began = time.perf_counter()
         if len(loader) == 0:
             raise EngineError("the loader has no batch to train on")
@@ -195,7 +197,10 @@ class Trainer:
         step.train()
         # The rest of it, where an earlier process did the first part.
         first, images = step.done - epoch * len(self.loader), step.images
-        for batch in self._batches(epoch, first):
+        for batch in self.loader.feed(epoch, first, taken=step.take is not None):
+            if batch is not None and not self._checked:
+                check_pixels(batch.x)
+                self._checked = True
             step(batch)
             self.hooks.step(step.done, total, step.means)
             if step.done < end:
@@ -261,14 +266,6 @@ class Trainer:
         result.rolled_back.append(epoch)
         row["rolled_back_to"] = result.best_epoch
         log.warning("epoch %d: %s; rolled back to epoch %d", epoch, fault, result.best_epoch)
-
-    def _batches(self, epoch: int, first: int) -> Iterable[Batch | None]:
-        """An epoch's batches from position `first` on; nothing but their number where the step takes them itself."""
-        if self.step.take is None:
-            return self.loader.epoch(epoch, first)
-        assert isinstance(self.loader, ResidentLoader)
-        self.loader.begin(epoch)
-        return itertools.repeat(None, len(self.loader) - first)
 
     def _validate(self) -> dict[str, float]:
         assert self.validation is not None

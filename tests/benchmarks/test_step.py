@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import sys
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from engine import PGD, cli
 from engine.benchmarks import rivals, step, tables
 from engine.device import machine
+from engine.models import compiled
 from engine.objectives import Passes
 from engine.performance import timing
 from engine.performance.capture_audit import Tape
@@ -258,6 +260,18 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     assert (
         notes[0] == "torchattacks is not there (No module named 'torchattacks'): see `make rivals`"
     )
+
+
+def test_a_folder_that_cannot_be_compiled_in_is_noted_and_not_timed(monkeypatch):
+    """A mode named "compiled" that ran uncompiled would be a wrong number."""
+    monkeypatch.setattr(compiled, "unavailable", lambda device: "a space in its path: /a b")
+    setting = replace(TINY, methods=[step.PGD10], packages=True)
+    monkeypatch.setattr(step, "settings", lambda quick: [setting])
+    monkeypatch.setattr(step, "unavailable", lambda device: "not in this test")
+    rows = step.run(quick=True)
+    assert [row["mode"] for row in rows] == ["eager"]
+    assert "torch.compile of it" not in rows[0]["speedup_vs"]
+    assert "not compiled: a space in its path: /a b" in rows[0]["note"]
 
 
 def test_packages_train_where_they_are_installed():

@@ -322,9 +322,9 @@ def test_a_full_disk(root, monkeypatch, mirror):
         def write(self, chunk):
             raise OSError(28, "No space left on device")
 
-    sink = fetching._Sink.__init__
+    sink = fetching.Sink.__init__
     monkeypatch.setattr(
-        fetching._Sink, "__init__", lambda self, file, *rest: sink(self, Full(), *rest)
+        fetching.Sink, "__init__", lambda self, file, *rest: sink(self, Full(), *rest)
     )
     assert "cannot write train-images-idx3-ubyte.gz: No space left on device" in fails(
         "mnist", root
@@ -350,7 +350,7 @@ def test_data_of_the_users_own_are_never_replaced(root, monkeypatch, mirror):
 def test_an_interrupt_leaves_nothing_half_written(root, monkeypatch, mirror):
     published = official.publish(monkeypatch, mirror, "mnist")
     monkeypatch.setenv("ENGINE_MIRROR", mirror.as_uri())
-    write, calls = fetching._Sink.write, iter(range(99))
+    write, calls = fetching.Sink.write, iter(range(99))
 
     def interrupted(self, chunk):
         write(self, chunk[: len(chunk) // 2])
@@ -358,7 +358,7 @@ def test_an_interrupt_leaves_nothing_half_written(root, monkeypatch, mirror):
             raise KeyboardInterrupt
         return write(self, chunk[len(chunk) // 2 :])
 
-    monkeypatch.setattr(fetching._Sink, "write", interrupted)
+    monkeypatch.setattr(fetching.Sink, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         data.fetch("mnist", root, progress=False)
     first = next(iter(published))
@@ -370,14 +370,14 @@ def test_an_interrupt_leaves_nothing_half_written(root, monkeypatch, mirror):
 def test_two_processes_at_once(root, monkeypatch, mirror):
     published = official.publish(monkeypatch, mirror, "mnist", train=300)
     monkeypatch.setenv("ENGINE_MIRROR", mirror.as_uri())
-    write = fetching._Sink.write
+    write = fetching.Sink.write
 
     def slowly(self, chunk):
         write(self, chunk[: len(chunk) // 2])
         time.sleep(0.05)
         return write(self, chunk[len(chunk) // 2 :])
 
-    monkeypatch.setattr(fetching._Sink, "write", slowly)
+    monkeypatch.setattr(fetching.Sink, "write", slowly)
     fork = multiprocessing.get_context("fork")  # a child must know the data set made up here
     barrier = fork.Barrier(3)
     results = fork.SimpleQueue()
@@ -476,7 +476,7 @@ def no_site(monkeypatch):
     def refuse(url):
         raise EngineError("no site")
 
-    monkeypatch.setattr(fetching, "_await_answer", refuse)
+    monkeypatch.setattr(fetching, "await_answer", refuse)
 
 
 @pytest.mark.parametrize("dpkg", [False, True])

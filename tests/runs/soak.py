@@ -1,18 +1,25 @@
-"""Kill real training runs with SIGKILL at random moments, resume them, and compare with runs never killed.
+"""Break real training runs at random moments, resume them, and compare with runs that nothing broke.
 
     python -m tests.runs.soak --kills 50
+    python -m tests.runs.soak --power-cuts 20
 
-Prints one JSON line: kills, resumed (processes started with --resume), runs, identical (whether every
-run ended with the weights of its unbroken twin, bit for bit), lost_lines (metrics rows that are
-missing, doubled or different; clock readings aside).
+Kills are SIGKILLs of processes. A power cut is simulated within this process (`powercut`): it comes
+before a random write, and what was not synced is gone.
+
+Prints one JSON line: kills or cuts, resumed (times that a run went on with --resume), runs, identical
+(whether every run ended with the weights of its unbroken twin, bit for bit), lost_lines (metrics rows
+that are missing, doubled or different; clock readings aside).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +32,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from engine import cli
 from engine.data.loaders import dali
+
+from .powercut import Disk, PowerCut
 
 # Between them: memory, average, momentum, both our optimisers, every loader, repeated batches.
 VARIANTS: list[list[str]] = [
@@ -127,13 +137,88 @@ def soak(kills: int, folder: Path, *, seed: int = 0, epochs: int = 40) -> dict[s
     }
 
 
+# A run of a second, with a checkpoint at every step.
+SHORT = [
+    *("quickstart", "--optim.epochs", "2", "--optim.batch_size", "32", "--validation.steps", "1"),
+    *("--data.train_examples", "64", "--data.validation", "16", "--checkpoint.seconds", "0"),
+]
+
+
+def train(*words: str) -> None:
+    status = cli.run(["train", *words, "--no-eval", "--json"])
+    if status:
+        raise RuntimeError(f"engine train {' '.join(words)}: status {status}")
+
+
+def broken_by_power(folder: Path, words: list[str], cut: int | None) -> tuple[int, bool]:
+    """Train into FOLDER/run, with a power cut before write `cut`, and go on to the end.
+
+    Returns:
+        The writes of the process that was cut, and whether it left a run to resume.
+    """
+    run = folder / "run"
+    run.mkdir(parents=True)
+    with Disk(run, cut) as disk, contextlib.suppress(PowerCut):
+        train(*words, "--run-dir", str(run))
+    if cut is None:
+        return disk.writes, False
+    disk.restore()
+    resumed = (run / "recipe.toml").exists()
+    if resumed:
+        train("--resume", str(run))
+    else:
+        train(*words, "--run-dir", str(run))
+    return disk.writes, resumed
+
+
+def power_cuts(
+    cuts: int | None, folder: Path, *, seed: int = 0, variants: int = len(VARIANTS)
+) -> dict[str, Any]:
+    """Cut the power `cuts` times, before random writes; None: once before every write of a run."""
+    draw = random.Random(seed)
+    done = resumed = runs = lost = 0
+    identical = True
+    for number in range(variants):
+        variant = VARIANTS[number]
+        if "dali" in variant and dali.unavailable():
+            variant = [*variant[:-1], "auto"]
+        words = [*SHORT, *variant, "--seed", str(number)]
+        writes, _ = broken_by_power(folder / f"whole-{number}", words, None)
+        share = range(number, cuts, variants) if cuts is not None else range(writes)
+        for cut in share:
+            before = draw.randint(1, writes) if cuts is not None else cut + 1
+            broken = folder / f"cut-{number}-{cut}"
+            _, again = broken_by_power(broken, words, before)
+            resumed += again
+            whole = folder / f"whole-{number}" / "run"
+            for name in ("best", "last"):
+                ours, theirs = (p / f"{name}.safetensors" for p in (broken / "run", whole))
+                identical &= ours.read_bytes() == theirs.read_bytes()
+            lost += differing(rows(broken / "run"), rows(whole))
+            done += 1
+            runs += 1
+            shutil.rmtree(broken)
+    return {
+        "cuts": done,
+        "resumed": resumed,
+        "runs": runs,
+        "identical": identical,
+        "lost_lines": lost,
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="kill, resume, compare")
+    parser = argparse.ArgumentParser(description="break, resume, compare")
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--power-cuts", type=int, help="in place of kills [count]")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = soak(arguments.kills, Path(folder), seed=arguments.seed)
+        if arguments.power_cuts is not None:
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = power_cuts(arguments.power_cuts, Path(folder), seed=arguments.seed)
+        else:
+            found = soak(arguments.kills, Path(folder), seed=arguments.seed)
     print(json.dumps(found))
     sys.exit(0 if found["identical"] and not found["lost_lines"] else 1)
 

@@ -74,7 +74,7 @@ def build(
             model, lr=Schedule().rates(0.1, EPOCHS * len(feed)), name=optimiser, ema=0.9
         ),
         memory=memory,
-        take=feed.take if isinstance(feed, loaders.ResidentLoader) else None,
+        take=feed.take,
         radii=Schedule(eps_warmup=eps_warmup).radii(0.1, EPOCHS * len(feed)),
         precision=precision,
         seed=2,

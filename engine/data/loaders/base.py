@@ -1,9 +1,10 @@
-"""What a loader is, what it hands over, and what it draws: the same batches from each of them."""
+"""The interface of a loader, its batches, and the samples and crops that it draws."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from ... import rng
 from ...errors import EngineError
 from ...kernels import reference
+from ...threat import check_pixels
 
 
 class Batch(NamedTuple):
@@ -34,7 +36,14 @@ class Batch(NamedTuple):
 
 
 class Loader(abc.ABC):
-    """Batches of a training set, the same for the same (epoch, position)."""
+    """Give the batches of a training set, the same ones for the same (epoch, position).
+
+    Attributes:
+        take: makes the batch of a step on the device, from the step's random state; None: the loader
+            hands every batch over from the host.
+    """
+
+    take: Callable[[Tensor], Batch] | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -44,8 +53,25 @@ class Loader(abc.ABC):
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """The batches of one epoch (counted from 0), from position `first` on."""
 
+    def begin(self, epoch: int) -> None:  # noqa: B027
+        """Prepare `take` for the batches of an epoch (counted from 0)."""
+
+    def feed(self, epoch: int, first: int = 0, *, taken: bool) -> Iterable[Batch | None]:
+        """Give the argument of every step of an epoch, from position `first` on.
+
+        Args:
+            taken: the step makes its batches by `take`; its argument is then None.
+        """
+        if not taken:
+            return self.epoch(epoch, first)
+        self.begin(epoch)
+        return itertools.repeat(None, len(self) - first)
+
     def example(self) -> Batch | None:
-        """A batch of the shapes to come, made before any thread runs; None: wait for the first."""
+        """Return a batch of the shapes to come, made before any thread runs.
+
+        None: the loader has no such batch before its first.
+        """
         return None
 
     def close(self) -> None:  # noqa: B027
@@ -137,3 +163,4 @@ def check_images(images: Tensor, labels: Tensor, *, plain: bool = False) -> None
         )
     if len(labels) != len(images):
         raise EngineError(f"{len(images)} training images have {len(labels)} labels")
+    check_pixels(images)

@@ -1,0 +1,95 @@
+"""Read what earlier sittings of a comparison left: compare.json and steps.json, which may be damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import files
+from ..errors import EngineError, shown
+
+Check = Callable[[Any], bool]
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _share(value: object) -> bool:
+    return value is None or (_number(value) and 0 <= value <= 1)  # type: ignore[operator]
+
+
+def _timing(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        _number(value.get(name)) and value[name] > 0 for name in ("p20_ms", "p50_ms", "p80_ms")
+    )
+
+
+_POINT: dict[str, Check] = {
+    **dict.fromkeys(("method", "dataset", "network", "norm", "objective", "start"), _text),
+    **dict.fromkeys(("k", "epochs", "seed", "steps"), _count),
+    **dict.fromkeys(("eps", "passes_per_step"), _number),
+    **dict.fromkeys(("clean", "pgd", "autoattack", "val_clean", "val_pgd"), _share),
+    **dict.fromkeys(("examples", "peak_memory_mb"), lambda v: v is None or _count(v)),
+}
+
+
+def comparison(path: Path) -> dict[str, Any]:
+    """Return compare.json: `recipes` (TOML by method), `score`, `points`; each point checked.
+
+    Raises:
+        EngineError: where the file is damaged.
+    """
+    kept = _read(path)
+    recipes, points = kept.get("recipes", {}), kept.get("points")
+    if not (isinstance(recipes, dict) and all(map(_text, recipes.values()))):
+        raise _damaged(path, "its recipes are not texts by method")
+    if not isinstance(points, list):
+        raise _damaged(path, "it has no list of points")
+    for number, point in enumerate(points):
+        if not isinstance(point, dict):
+            raise _damaged(path, f"point {number} has no fields")
+        for name, fits in _POINT.items():
+            if not fits(point.get(name)):
+                raise _damaged(path, f"{name} of point {number} is {shown(point.get(name))}")
+    return {"recipes": recipes, "points": points, "score": kept.get("score")}
+
+
+def step_times(path: Path, wanted: Mapping[str, str]) -> dict[str, dict[str, float]] | None:
+    """Return the timings in steps.json; None where they are of other recipes than `wanted`.
+
+    Raises:
+        EngineError: where the file is damaged.
+    """
+    kept = _read(path)
+    if kept.get("recipes") != wanted:
+        return None
+    steps = kept.get("steps")
+    if not (isinstance(steps, dict) and all(_timing(steps.get(name)) for name in wanted)):
+        raise _damaged(path, "a method has no timing")
+    return steps
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        kept = json.loads(files.read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from None
+    if not isinstance(kept, dict):
+        raise _damaged(path, "it has no fields")
+    return kept
+
+
+def _damaged(path: Path, reason: str) -> EngineError:
+    return EngineError(f"{path} is damaged ({reason}): move it away")
