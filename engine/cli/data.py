@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from ..errors import EngineError, printable
 from .shared import Commands, add_command
@@ -45,7 +46,15 @@ def _data(arguments: argparse.Namespace) -> int:
         print(printable(str(data.fetch(arguments.name))))
         return 0
     if arguments.action == "info":
-        print(json.dumps(asdict(data.info(arguments.name)), indent=2, default=str))
+        about = data.info(arguments.name)
+        print(json.dumps(asdict(about), indent=2, default=str))
+        _, height, width = about.shape
+        if height != width:
+            print(
+                f"engine: the images have {height}x{width} pixels, and the networks take square "
+                "ones: crop or resize the images before training",
+                file=sys.stderr,
+            )
         return 0
     checks = data.verify(arguments.name)
     for check in checks:

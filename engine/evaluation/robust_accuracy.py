@@ -21,6 +21,11 @@ from ..errors import EngineError
 from ..threat import ThreatModel
 
 Progress = Callable[[str, int, int], None]
+# AutoAttack's targeted DLR loss compares four logits.
+_FEWEST_CLASSES = 4
+# The package runs APGD on its DLR loss, whose method the logit difference replaces.
+_PACKAGE_NAMES = {"apgd-difference": "apgd-dlr"}
+_OWN_NAMES = {theirs: own for own, theirs in _PACKAGE_NAMES.items()}
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -39,6 +44,7 @@ class Report:
         after: AutoAttack's robust accuracy after each of its attacks.
         seconds: wall-clock seconds in all.
         notes: warnings of AutoAttack's own checks.
+        attacks: the attacks of AutoAttack, see `attack_names`.
     """
 
     threat: ThreatModel
@@ -53,6 +59,7 @@ class Report:
     seconds: float
     after: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    attacks: tuple[str, ...] = ()
 
     def standard_error(self, accuracy: float) -> float:
         """Binomial standard error of an accuracy measured on `examples` images."""
@@ -158,19 +165,19 @@ def autoattack(
     Args:
         model: in evaluation mode, [0, 1] images to logits.
         x: float32 [N, C, H, W] in [0, 1]; y: int64 [N].
-        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first two, where
-            APGD-CE has the package's five restarts (standard: one).
+        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first
+            two, where APGD-CE has the package's five restarts (standard: one). With two or three
+            classes `attack_names` gives the attacks, each with the package's restarts.
     Returns:
         bool [N], True where robust; robust accuracy after each attack; the package's own warnings.
     Raises:
-        EngineError: for fewer than four classes, which its targeted loss needs.
+        EngineError: for fewer than two classes.
     """
     from pyautoattack import AutoAttack
 
     classes = model(x[:1]).shape[1]
-    if classes < 4:
-        raise EngineError(f"AutoAttack needs at least 4 classes, the model has {classes}")
-    attacks = ["apgd-ce", "apgd-t"] if version == "apgd" else None
+    names = attack_names(version, classes)
+    custom = version == "apgd" or classes < _FEWEST_CLASSES
     after: dict[str, float] = {}
     listener = _Listener(after, progress, batches=math.ceil(len(x) / batch_size))
     logger = logging.getLogger("auto-attack")
@@ -187,9 +194,11 @@ def autoattack(
                 eps=threat.eps,
                 seed=seed,
                 device=x.device,
-                version="custom" if attacks else "standard",
-                attacks=attacks,
+                version="custom" if custom else "standard",
+                attacks=[_PACKAGE_NAMES.get(name, name) for name in names] if custom else None,
             )
+            if classes < _FEWEST_CLASSES:
+                judge.apgd.dlr_loss = _logit_difference
             # Nine targets is the standard for ten classes and more.
             judge.apgd_targeted.n_target_classes = min(9, classes - 1)
             judge.fab.n_target_classes = min(9, classes - 1)
@@ -202,6 +211,33 @@ def autoattack(
         str(w.message) for w in caught if "autoattack" in str(w.filename).lower()
     ]
     return found == y, after, notes
+
+
+def attack_names(version: str, classes: int) -> tuple[str, ...]:
+    """Return the attacks of a version of AutoAttack, in their order.
+
+    The loss of targeted APGD (the targeted DLR loss) needs four logits. With fewer classes APGD on
+    the difference between the two largest logits takes its place.
+
+    Args:
+        version: "standard", "apgd" (its first two attacks) or "none".
+        classes: number of logits.
+    Raises:
+        EngineError: for fewer than two classes.
+    """
+    if version == "none":
+        return ()
+    if classes < 2:
+        raise EngineError(f"an attack needs at least 2 classes, the model has {classes}")
+    second = "apgd-t" if classes >= _FEWEST_CLASSES else "apgd-difference"
+    return ("apgd-ce", second) + (("fab-t", "square") if version == "standard" else ())
+
+
+def _logit_difference(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the largest wrong logit minus the right one, [B], of logits [B, K]."""
+    right = logits.gather(1, y[:, None])
+    wrong = logits.scatter(1, y[:, None], -torch.inf)
+    return wrong.amax(dim=1) - right[:, 0]
 
 
 class _Listener(logging.Handler):
@@ -220,7 +256,8 @@ class _Listener(logging.Handler):
         if record.levelno >= logging.WARNING:
             self.warnings.append(line)
         if match := self._AFTER.match(line):
-            self.after[match[1].lower()] = float(match[2]) / 100
+            name = match[1].lower()
+            self.after[_OWN_NAMES.get(name, name)] = float(match[2]) / 100
         if match := self._BATCH.match(line):
             self.progress(match[1], int(match[2]), int(match[3]))
 
@@ -270,8 +307,8 @@ def evaluate(
     Returns:
         Accuracies, and what was left after each of AutoAttack's attacks.
     Raises:
-        EngineError: if the images leave [0, 1], there are none, the model returns no logits [N, K], or
-            has fewer than the four classes that AutoAttack needs.
+        EngineError: if the images leave [0, 1], there are none, or the model returns no logits
+            [N, K] of at least two classes.
     """
     _check(x, y)
     began = time.perf_counter()
@@ -317,6 +354,7 @@ def evaluate(
         pgd_steps=pgd_steps,
         pgd_restarts=pgd_restarts,
         autoattack_version=autoattack_version,
+        attacks=attack_names(autoattack_version, logits.shape[1]),
         seconds=time.perf_counter() - began,
         after=after,
         notes=notes,
@@ -346,6 +384,7 @@ def robustbench_fields(
         "pgd_acc": percent(report.pgd),
         "pgd": f"PGD-{report.pgd_steps}-{report.pgd_restarts}",
         "autoattack_version": report.autoattack_version,
+        "autoattack_attacks": list(report.attacks),
         "after_each_attack": {k: percent(v) for k, v in report.after.items()},
         "worst_case_acc": percent(report.worst_case),
         "standard_error": percent(report.standard_error(report.worst_case)),

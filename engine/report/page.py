@@ -124,7 +124,6 @@ def _balls_share(objective: Any) -> str:
 
 def _numbers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the three main numbers; a value of None was not measured."""
-    version = evaluation.get("autoattack_version")
     shown = (
         ("clean", "Clean accuracy", "clean_acc", "test images as they are"),
         ("pgd", "PGD accuracy", "pgd_acc", _pgd_words(evaluation.get("pgd"))),
@@ -132,7 +131,7 @@ def _numbers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             "autoattack",
             "AutoAttack accuracy",
             "autoattack_acc",
-            "its two APGD attacks only" if version == "apgd" else "standard: four attacks",
+            _autoattack_words(evaluation),
         ),
     )
     numbers = []
@@ -143,6 +142,16 @@ def _numbers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             error = math.sqrt(value * (1 - value) / max(int(evaluation["examples"]), 1))
         numbers.append({"name": name, "title": title, "value": value, "error": error, "how": how})
     return numbers
+
+
+def _autoattack_words(evaluation: Mapping[str, Any]) -> str:
+    """Name AutoAttack's version, and its attacks where they are not the standard ones."""
+    attacks = evaluation.get("autoattack_attacks") or ()
+    if "apgd-difference" in attacks:
+        return "for few classes: " + ", ".join(attacks)
+    if evaluation.get("autoattack_version") == "apgd":
+        return "its two APGD attacks only"
+    return "standard: four attacks"
 
 
 def _pgd_words(name: str | None) -> str:
@@ -193,7 +202,12 @@ def _cascade(evaluation: Mapping[str, Any]) -> list[tuple[str, float]]:
     after = evaluation.get("after_each_attack") or {}
     if not after:
         return []
-    names = {"apgd-ce": "APGD, cross-entropy", "apgd-t": "APGD, targeted", "fab-t": "FAB, targeted"}
+    names = {
+        "apgd-ce": "APGD, cross-entropy",
+        "apgd-t": "APGD, targeted",
+        "fab-t": "FAB, targeted",
+        "apgd-difference": "APGD, logit difference",
+    }
     stages = [("no attack", float(evaluation["clean_acc"]))]
     stages += [(f"+ {names.get(k, k.capitalize())}", float(v)) for k, v in after.items()]
     return stages

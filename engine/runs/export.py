@@ -83,7 +83,8 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
         "autoattack_acc": found.get("autoattack_acc"),
         "unreliable": bool(found.get("notes")),
     }
-    if found.get("autoattack_version") != "standard":
+    few_classes = "apgd-difference" in (found.get("autoattack_attacks") or ())
+    if found.get("autoattack_version") != "standard" or few_classes:
         claim["autoattack_acc"] = None
         claim["footnote"] = "AutoAttack (standard) has not been run"
     elif found.get("examples") != images.test_size(run.recipe):

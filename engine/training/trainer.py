@@ -61,12 +61,12 @@ class Result:
         rolled_back: epochs whose outcome was given up, for the best one's before.
     """
 
-    model: nn.Module
-    best: dict[str, Tensor] = field(default_factory=dict)
+    model: nn.Module = field(repr=False)
+    best: dict[str, Tensor] = field(default_factory=dict, repr=False)
     best_epoch: int = 0
     train_seconds: float = 0.0
     steps: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
     rolled_back: list[int] = field(default_factory=list)
 
 
