@@ -88,7 +88,7 @@ def loaders(rows: list[dict[str, Any]]) -> str:
         "images/s",
         "ms a batch (p20 / p50 / p80)",
         "against torch's",
-        "of a step",
+        "share of a step",
     )
     for row in rows:
         if row["loader"] == "null":
@@ -108,9 +108,9 @@ def ops(rows: list[dict[str, Any]]) -> str:
         "shape",
         "p50 ms",
         "GB/s",
-        "of a copy",
-        "against eager",
-        "against torch.compile",
+        "share of a copy's speed",
+        "faster than eager",
+        "faster than torch.compile",
     )
     for row in rows:
         if row["backend"] in ("eager", "compile"):
@@ -138,7 +138,7 @@ def step(rows: list[dict[str, Any]]) -> str:
         "passes",
         "p50 ms",
         "over bare passes",
-        "of our PGD-10",
+        "share of our PGD-10",
         "faster than",
     )
     for row in rows:
@@ -164,10 +164,10 @@ def scaling(rows: list[dict[str, Any]]) -> str:
         "axis",
         "method",
         "ms a step, measured",
-        "grows",
-        "FLOPs grow",
+        "growth",
+        "FLOPs' growth",
         "H100 ms (predicted, never run)",
-        "grows",
+        "growth",
     )
     measured = [row for row in rows if row["p20_ms"] is not None]
     on_paper = {
@@ -197,8 +197,8 @@ def end_to_end(rows: list[dict[str, Any]]) -> str:
         "images/s",
         "passes/s",
         "GFLOP/s",
-        "of the peak",
-        "in steps",
+        "share of the peak",
+        "time in steps",
         "faster than plain",
     )
     for row in rows:
@@ -226,7 +226,7 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
         "seeds that reach it",
         "training s to it (p20 / p50 / p80)",
         "epochs to it",
-        f"of {rows[-1]['recipe']}'s time",
+        f"time against {rows[-1]['recipe']}",
         "clean %",
         "PGD %",
     )
@@ -258,8 +258,8 @@ def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong"))
         "images/s",
         "training, min",
         "bound by compute",
-        "by memory",
-        "of PGD-10",
+        "bound by memory",
+        "share of PGD-10",
     )
     for gpu in plan.GPUS:
         for name in names:

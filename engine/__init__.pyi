@@ -1,6 +1,7 @@
 from .adversary.attack import Attack as Attack
 from .adversary.memory import AdversaryMemory as AdversaryMemory
 from .api import attack as attack
+from .api import autoattack as autoattack
 from .api import evaluate as evaluate
 from .api import train as train
 from .errors import EngineError as EngineError
@@ -16,6 +17,7 @@ from .objectives import GradAlign as GradAlign
 from .objectives import LocalBall as LocalBall
 from .objectives import Objective as Objective
 from .objectives import Outcome as Outcome
+from .runs.evaluate import load as load
 from .threat import L2 as L2
 from .threat import Linf as Linf
 from .threat import ThreatModel as ThreatModel

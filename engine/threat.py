@@ -1,8 +1,9 @@
-"""The threat model: which perturbations the network has to withstand."""
+"""The threat model: the perturbations that the network has to withstand."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -17,7 +18,11 @@ _ALIASES = {"linf": "Linf", "l_inf": "Linf", "l2": "L2", "l_2": "L2"}
 
 
 def parse_number(value: object) -> object:
-    """`8/255` as people write it; anything else is left for the type check."""
+    """Return the number that a text such as `8/255` writes; return any other value unchanged.
+
+    Raises:
+        ValueError: for a text with one slash that is not a fraction of two numbers.
+    """
     if isinstance(value, str) and value.count("/") == 1:
         over, under = value.split("/")
         try:
@@ -28,9 +33,9 @@ def parse_number(value: object) -> object:
 
 
 def as_written(eps: float) -> str:
-    """A radius or a step as people write it: 8/255 for a whole number of grey levels, else the number itself."""
+    """Write a radius or step size as people do: 8/255 for whole grey levels, else a decimal number."""
     levels = eps * 255
-    # 51 levels are a fifth: 0.2 is 51/255 to nobody.
+    # Multiples of 51 grey levels are multiples of 0.2: write 0.2, not 51/255.
     if eps > 0 and abs(levels - round(levels)) < 1e-6 and round(levels) % 51:
         return f"{round(levels)}/255"
     return f"{eps:g}"
@@ -39,9 +44,24 @@ def as_written(eps: float) -> str:
 Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=False)]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ball:
+    """Hold the points within `eps` of each image of a batch, intersected with the pixel box [0, 1].
+
+    Attributes:
+        centre: float32 [B, ...] in [0, 1].
+        eps: radius in pixel units, >= 0; a 0-d float32 tensor on the device while it grows.
+        norm: "Linf" or "L2".
+    """
+
+    centre: Tensor
+    eps: float | Tensor
+    norm: Norm
+
+
 @dataclass(frozen=True)
 class ThreatModel:
-    """A ball around each image, intersected with the pixel box [0, 1].
+    """Describe the ball around each image, intersected with the pixel box [0, 1].
 
     Args:
         norm: "Linf" or "L2" (also "linf", "l_inf", "l2", "l_2").
@@ -59,16 +79,20 @@ class ThreatModel:
         Number, Field(ge=0, description="radius of the threat ball [pixel units, 0..1]")
     ] = 8 / 255
 
+    def around(self, x: Tensor) -> Ball:
+        """Return the ball around the images `x`, float32 [B, ...] in [0, 1]."""
+        return Ball(x, self.eps, self.norm)
+
     def growing(self, radius: Tensor) -> ThreatModel:
-        """The same ball with a 0-d float32 tensor for its eps, which training may change from step to step."""
-        ball = copy.copy(self)
-        object.__setattr__(ball, "eps", radius)
-        return ball
+        """Return the same threat with a 0-d float32 tensor as eps, which training may change."""
+        grown = copy.copy(self)
+        object.__setattr__(grown, "eps", radius)
+        return grown
 
     def at_most(self, radius: float) -> float | Tensor:
-        """`radius` [pixel units], or eps where that is smaller."""
+        """Return the smaller of `radius` [pixel units] and eps."""
         eps: float | Tensor = self.eps
-        # A tensor's value is the device's business: to ask for it would make the host wait.
+        # Do not read a tensor's value: the host would wait for the device.
         return eps.clamp(max=radius) if isinstance(eps, Tensor) else min(radius, eps)
 
 
@@ -94,10 +118,10 @@ def check_pixels(x: Tensor) -> None:
 
 
 def Linf(eps: float | str) -> ThreatModel:
-    """The Linf ball of radius `eps`, in pixel units, >= 0; errors as for `ThreatModel`."""
+    """Return the Linf threat of radius `eps` >= 0 [pixel units]; errors as for `ThreatModel`."""
     return ThreatModel(norm="Linf", eps=eps)  # type: ignore[arg-type]
 
 
 def L2(eps: float | str) -> ThreatModel:
-    """The L2 ball of radius `eps`, in pixel units, >= 0; errors as for `ThreatModel`."""
+    """Return the L2 threat of radius `eps` >= 0 [pixel units]; errors as for `ThreatModel`."""
     return ThreatModel(norm="L2", eps=eps)  # type: ignore[arg-type]

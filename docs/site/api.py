@@ -1,4 +1,4 @@
-"""What the API page shows besides the docstrings as they stand: fields with their units, sources, whole sections."""
+"""Completes the docstrings on the API page: fields with their units, formulas, whole sections."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 class Docstrings(griffe.Extension):
-    """Completes docstrings while the source is read."""
+    """Complete docstrings while griffe reads the source."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Bring the sections into the parser's form; put a method's formula and paper, which its module tells, with its class."""
+        """Bring the sections into the parser's form, and add the module's formula to a method."""
         if obj.is_attribute:
-            # A field's units and range are told in words.
+            # The description gives a field's units and range in words.
             obj.annotation = _bare(obj.annotation)
         if obj.docstring is None:
             return
@@ -30,7 +30,7 @@ class Docstrings(griffe.Extension):
 
 
 def _bare(annotation: Any) -> Any:
-    """`Annotated[T, ...]` as T."""
+    """Return T for `Annotated[T, ...]`, also within a union."""
     while (
         isinstance(annotation, griffe.ExprSubscript)
         and annotation.canonical_path == "typing.Annotated"
@@ -42,9 +42,9 @@ def _bare(annotation: Any) -> Any:
 
 
 def _parted(text: str) -> Iterator[str]:
-    """The lines of a docstring, with what the parser wants of a section and people do without.
+    """Yield a docstring's lines in the parser's form.
 
-    That is a blank line before it, and the second line of a result indented.
+    The parser needs a blank line before a section, and an indent before a result's second line.
     """
     within, entries = "", 0
     for line in text.splitlines():
@@ -61,7 +61,7 @@ def _parted(text: str) -> Iterator[str]:
 
 
 def _fields(obj: griffe.Object) -> str:
-    """An `Attributes` section of the fields of a validated dataclass; empty for anything else."""
+    """Return an `Attributes` section for a validated dataclass; empty for anything else."""
     if not obj.is_class or not obj.path.startswith("engine."):
         return ""
     if not any("pydantic.dataclasses" in d.callable_path for d in obj.decorators):

@@ -1,4 +1,4 @@
-"""Links from the documents into the source tree lead, on the site, to copies of the files."""
+"""Copies source files that the documents link to onto the site, and points the links there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OUTSIDE = re.compile(r"(?<=\]\()\.\./(?=([^)#]+))")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add what the documents link to beside their own folder."""
+    """Add the files outside `docs/` that the documents link to."""
     for page in files.documentation_pages():
         for target in _OUTSIDE.findall(page.content_string):
             if files.get_file_from_path(target) is None and (_ROOT / target).is_file():
@@ -22,5 +22,5 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Lead the links there."""
+    """Point the links to the copies."""
     return _OUTSIDE.sub("", markdown)

@@ -1,71 +1,167 @@
-"""Take projected gradient steps that compute input gradients and nothing else."""
+"""Projected gradient steps that compute input gradients and no weight gradients."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
+from .. import kernels, rng
 from ..device.phases import (
     ATTACK_BACKWARD,
     ATTACK_FORWARD,
+    ATTACK_START,
     ATTACK_STEP,
     TRAIN_FORWARD,
     phase,
 )
 from ..models import Network, Stem, stem_of
+from ..threat import Ball
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 LogitsGrad = Callable[[Tensor], Tensor]
-# A sum over the batch starts at values of about one; float16 keeps what is 1e-7 of that after this.
-_RANGE = {torch.float16: 128.0}
+# Take an ascent step in a ball with a step size [pixel units], from a point whose gradient is known.
+AscentStep = Callable[[Ball, float | Tensor], Tensor]
+# Scale gradients by 128 so that small ones survive float16.
+_SCALE = {torch.float16: 128.0}
 
 
 def towards_errors(y: Tensor, label_smoothing: float = 0.0) -> LogitsGrad:
-    """The gradient of the cross-entropy at labels `y` int64 [B], from logits [B, K]; its scale is free."""
+    """Return the gradient of the cross-entropy at labels `y` int64 [B] as a function of logits [B, K].
 
-    def grad(logits: Tensor) -> Tensor:
-        scale = _RANGE.get(logits.dtype, 1.0)
-        found = kernels.cross_entropy_grad(logits, y, scale=scale)
-        if label_smoothing:
-            # softmax - smoothed label = (softmax - label) + smoothing (label - 1 / K)
-            label = torch.zeros_like(found).scatter_(1, y[:, None], 1.0)
-            found = found + scale * label_smoothing * (label - 1 / logits.shape[1])
-        return found
+    The gradient's scale is arbitrary: an ascent step uses its sign or direction only.
+    """
 
-    return grad
+    def gradient(logits: Tensor) -> Tensor:
+        scale = _SCALE.get(logits.dtype, 1.0)
+        hard = kernels.cross_entropy_grad(logits, y, scale=scale)
+        if not label_smoothing:
+            return hard
+        # softmax - smoothed label = (softmax - label) + smoothing (label - 1 / K)
+        label = torch.zeros_like(hard).scatter_(1, y[:, None], 1.0)
+        return hard + scale * label_smoothing * (label - 1 / logits.shape[1])
+
+    return gradient
 
 
 def away_from(anchor: Tensor) -> LogitsGrad:
-    """The gradient of KL(softmax(anchor) || softmax(logits)), from logits [B, K]; its scale is free."""
-    return lambda logits: kernels.kl_grad(anchor, logits, scale=_RANGE.get(logits.dtype, 1.0))
+    """Return the gradient of KL(softmax(anchor) || softmax(logits)) as a function of logits [B, K].
+
+    The gradient's scale is arbitrary: an ascent step uses its sign or direction only.
+    """
+    return lambda logits: kernels.kl_grad(anchor, logits, scale=_SCALE.get(logits.dtype, 1.0))
+
+
+def random_point(ball: Ball, state: Tensor, *, stream: int = rng.START) -> Tensor:
+    """Draw a uniform random point of the ball, like its centre.
+
+    Args:
+        state: int64 [2] random state (see `engine.rng`), read only.
+        stream: separates the draws within a training step; a constant of `engine.rng`.
+    """
+    with phase(ATTACK_START):
+        return kernels.uniform_start(ball.centre, ball.eps, state, norm=ball.norm, stream=stream)
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Hold a forward pass from which an ascent step can start.
+
+    Attributes:
+        stem: the network's stem if it exposes one.
+        z: float32 [B, ...], the images.
+        point: the tensor whose gradient the step needs: the stem's output, or the images without a
+            stem.
+        logits: [B, K], with the graph from `point`.
+    """
+
+    stem: Stem | None
+    z: Tensor
+    point: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of_attack(cls, model: nn.Module, stem: Stem | None, z: Tensor) -> ForwardPass:
+        """Run a pass whose graph starts at `point`: it gives no weight gradient of the stem."""
+        with phase(ATTACK_FORWARD):
+            if stem is None:
+                point = z.detach().requires_grad_()
+                return cls(stem, z, point, model(point))
+            network = cast(Network, model)
+            # Detach, not no_grad: under no_grad autocast caches a cast of the weight without its
+            # history, and the training pass would use that cast.
+            point = network.stem(z).detach().requires_grad_()
+            return cls(stem, z, point, network.body(point))
+
+    @classmethod
+    def of_training(cls, model: nn.Module, z: Tensor) -> ForwardPass:
+        """Run a pass that the training loss is differentiated through."""
+        stem = stem_of(model)
+        with phase(TRAIN_FORWARD):
+            if stem is None:
+                point = z.detach().requires_grad_()
+                return cls(stem, z, point, model(point))
+            network = cast(Network, model)
+            point = network.stem(z)
+            return cls(stem, z, point, network.body(point))
+
+    def gradient(self, logits_grad: LogitsGrad, *, retain_graph: bool = False) -> Tensor:
+        """Return the gradient at `point` of the loss whose gradient at the logits is `logits_grad`."""
+        with phase(ATTACK_STEP):
+            towards = logits_grad(self.logits.detach())
+        with phase(ATTACK_BACKWARD):
+            (grad,) = torch.autograd.grad(
+                self.logits, self.point, towards, retain_graph=retain_graph
+            )
+        return grad
+
+    def step(self, grad: Tensor, ball: Ball, alpha: float | Tensor) -> Tensor:
+        """Take the attack step from `z` along the gradient at `point`; `alpha` in pixel units."""
+        with phase(ATTACK_STEP):
+            if self.stem is None:
+                return kernels.attack_step(
+                    ball.centre, self.z, grad, ball.eps, alpha, norm=ball.norm
+                )
+            return kernels.input_grad_step(
+                ball.centre,
+                self.z,
+                grad,
+                self.stem.weight,
+                stride=self.stem.stride,
+                padding=self.stem.padding,
+                eps=ball.eps,
+                alpha=alpha,
+                norm=ball.norm,
+            )
 
 
 def climb(
     model: nn.Module,
-    centre: Tensor,
+    ball: Ball,
     z: Tensor,
     logits_grad: LogitsGrad,
     *,
     steps: int,
-    eps: float | Tensor,
     alpha: float | Tensor,
-    norm: str,
     batch_norm: str = "eval",
 ) -> tuple[Tensor, Tensor]:
-    """`steps` >= 1 times `ascend`, under `passes_without_training(model, batch_norm)`.
+    """Take `steps` >= 1 ascent steps, as `ascend` does, without changing the model's state.
 
+    Args:
+        z: float32 [B, ...], the first point of the ball.
+        alpha: step size in pixel units.
+        batch_norm: as for `passes_without_training`.
     Returns:
-        The last point, like `z`, and the detached logits at the first: its forward pass was made anyway.
+        The last point, like `z`, and the detached logits [B, K] at the first.
     """
     stem, first = stem_of(model), None
     with passes_without_training(model, batch_norm):
         for _ in range(steps):
-            z, logits = _ascend(model, stem, centre, z, logits_grad, eps, alpha, norm)
+            z, logits = ascend(model, ball, z, logits_grad, alpha=alpha, stem=stem)
             first = logits if first is None else first
     assert first is not None
     return z, first
@@ -73,139 +169,69 @@ def climb(
 
 def ascend(
     model: nn.Module,
-    centre: Tensor,
+    ball: Ball,
     z: Tensor,
     logits_grad: LogitsGrad,
     *,
-    eps: float | Tensor,
     alpha: float | Tensor,
-    norm: str,
-) -> tuple[Tensor, Tensor]:
-    """One step of projected ascent from `z` in the ball around `centre`: one forward pass, one input gradient.
-
-    The backward pass starts at `logits_grad(logits)`: no loss is formed. In a network that exposes its
-    stem it ends at the stem's output, and one op does the rest. No weight gradient is computed.
-
-    Returns:
-        The next point, like `z`, and the detached logits at `z`.
-    """
-    return _ascend(model, stem_of(model), centre, z, logits_grad, eps, alpha, norm)
-
-
-def _ascend(
-    model: nn.Module,
     stem: Stem | None,
-    centre: Tensor,
-    z: Tensor,
-    logits_grad: LogitsGrad,
-    eps: float | Tensor,
-    alpha: float | Tensor,
-    norm: str,
 ) -> tuple[Tensor, Tensor]:
+    """Take one step of projected ascent from `z` in `ball`: one forward pass, one input gradient.
+
+    The backward pass starts at `logits_grad(logits)`, so no loss is formed. With a stem, the backward
+    pass ends at the stem's output, and one op does the rest. No weight gradient is computed.
+
+    Args:
+        z: float32 [B, ...], a point of the ball.
+        alpha: step size in pixel units.
+        stem: `stem_of(model)`, asked for after the last change of the weights.
+    Returns:
+        The next point, like `z`, and the detached logits [B, K] at `z`.
+    """
     with torch.enable_grad():
-        with phase(ATTACK_FORWARD):
-            if stem is None:
-                point = z.detach().requires_grad_()
-                logits = model(point)
-            else:
-                network = cast(Network, model)
-                # Detached, not under no_grad: autocast would keep a cast of the weight without its
-                # history, and hand it to the training pass.
-                point = network.stem(z).detach().requires_grad_()
-                logits = network.body(point)
-        with phase(ATTACK_STEP):
-            towards = logits_grad(logits.detach())
-        with phase(ATTACK_BACKWARD):
-            (grad,) = torch.autograd.grad(logits, point, towards)
-    with phase(ATTACK_STEP):
-        z = step_along(stem, centre, z, grad, eps=eps, alpha=alpha, norm=norm)
-    return z, logits.detach()
-
-
-# A point at which a gradient is known takes its ascent step in the ball (centre, eps) by alpha.
-Along = Callable[[Tensor, float | Tensor, float | Tensor], Tensor]
+        forward = ForwardPass.of_attack(model, stem, z)
+        grad = forward.gradient(logits_grad)
+    return forward.step(grad, ball, alpha), forward.logits.detach()
 
 
 def ascend_from_training(
-    model: nn.Module, z: Tensor, y: Tensor, norm: str, *, label_smoothing: float = 0.0
-) -> tuple[Tensor, Along]:
-    """A pass to train through that serves ascent too: one forward pass and one input gradient.
+    model: nn.Module, z: Tensor, y: Tensor, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, AscentStep]:
+    """Run a training pass at `z` and compute the input gradient of its cross-entropy.
 
     Returns:
-        The logits at `z` with their graph, and the step along the cross-entropy's gradient there.
+        The logits [B, K] with their graph, and the ascent step along that gradient.
     """
-    logits, point, stem = _open_pass(model, z)
-    with phase(ATTACK_STEP):
-        towards = towards_errors(y, label_smoothing)(logits.detach())
-    with phase(ATTACK_BACKWARD):
-        # Retained: the training backward pass runs through the same graph.
-        (grad,) = torch.autograd.grad(logits, point, towards, retain_graph=True)
-    return logits, _along(stem, z, lambda: grad, norm)
+    forward = ForwardPass.of_training(model, z)
+    # Retain the graph: the training backward pass runs through it too.
+    grad = forward.gradient(towards_errors(y, label_smoothing), retain_graph=True)
+    return forward.logits, lambda ball, alpha: forward.step(grad, ball, alpha)
 
 
-def ascend_after_training(model: nn.Module, z: Tensor, norm: str) -> tuple[Tensor, Along]:
-    """A pass to train through, and the ascent step along the gradient that training leaves at `z`: free.
+def ascend_after_training(model: nn.Module, z: Tensor) -> tuple[Tensor, AscentStep]:
+    """Run a training pass at `z` that keeps the input gradient of the training loss.
 
-    As Free-AT does it (Shafahi et al., arXiv 1904.12843). The step may be taken once the loss's backward
-    pass has run, and before the weights change.
+    The ascent step along that gradient costs no pass, as in Free-AT (Shafahi et al., arXiv
+    1904.12843). Take the step after the loss's backward pass and before the weights change.
+
+    Returns:
+        The logits [B, K] with their graph, and the ascent step.
     """
-    logits, point, stem = _open_pass(model, z)
-    point.retain_grad()
-    return logits, _along(stem, z, lambda: cast(Tensor, point.grad), norm)
-
-
-def _along(stem: Stem | None, z: Tensor, grad: Callable[[], Tensor], norm: str) -> Along:
-    def step(centre: Tensor, eps: float | Tensor, alpha: float | Tensor) -> Tensor:
-        with phase(ATTACK_STEP):
-            return step_along(stem, centre, z, grad(), eps=eps, alpha=alpha, norm=norm)
-
-    return step
-
-
-def _open_pass(model: nn.Module, z: Tensor) -> tuple[Tensor, Tensor, Stem | None]:
-    """Logits at `z` with their graph, and the tensor on the way whose gradient an attack step takes."""
-    stem = stem_of(model)
-    with phase(TRAIN_FORWARD):
-        if stem is None:
-            point = z.detach().requires_grad_()
-            return model(point), point, None
-        network = cast(Network, model)
-        point = network.stem(z)
-        return network.body(point), point, stem
-
-
-def step_along(
-    stem: Stem | None,
-    centre: Tensor,
-    z: Tensor,
-    grad: Tensor,
-    *,
-    eps: float | Tensor,
-    alpha: float | Tensor,
-    norm: str,
-) -> Tensor:
-    """The attack step from `z` along a gradient: at the stem's output, or at the pixels without a stem."""
-    if stem is None:
-        return kernels.attack_step(centre, z, grad, eps, alpha, norm=norm)
-    return kernels.input_grad_step(
-        centre,
-        z,
-        grad,
-        stem.weight,
-        stride=stem.stride,
-        padding=stem.padding,
-        eps=eps,
-        alpha=alpha,
-        norm=norm,
+    forward = ForwardPass.of_training(model, z)
+    forward.point.retain_grad()
+    return forward.logits, lambda ball, alpha: forward.step(
+        cast(Tensor, forward.point.grad), ball, alpha
     )
 
 
 @contextlib.contextmanager
 def passes_without_training(model: nn.Module, batch_norm: str = "eval") -> Iterator[None]:
-    """Passes in the block change no BatchNorm statistics and drop nothing out.
+    """Run passes that neither update BatchNorm statistics nor apply dropout.
 
-    With "eval" BatchNorm uses its running statistics, with "batch" those of the batch at hand. Every
-    module's own mode comes back afterwards.
+    Every module's own mode is restored afterwards.
+
+    Args:
+        batch_norm: "eval" for BatchNorm's running statistics, "batch" for those of the batch.
     """
     modes = [(m, m.training) for m in model.modules()]
     tracked: list[nn.Module] = []
@@ -216,7 +242,7 @@ def passes_without_training(model: nn.Module, batch_norm: str = "eval") -> Itera
     if batch_norm == "batch":
         for module, _ in modes:
             if isinstance(module, BatchNorm) and module.track_running_stats:
-                # With tracking off a training-mode BatchNorm reads the batch and writes nothing.
+                # Without tracking, a BatchNorm in training mode reads the batch and writes nothing.
                 module.training, module.track_running_stats = True, False
                 tracked.append(module)
     try:

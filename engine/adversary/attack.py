@@ -1,4 +1,4 @@
-"""Define the attack as a value: how many steps, how long, from where."""
+"""The attack: its number of steps, their size and the starting point."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from .. import kernels, rng
-from ..device.phases import (
-    ATTACK_START,
-    phase,
-)
 from ..threat import Number, ThreatModel
-from .ascent import climb, towards_errors
+from .ascent import climb, random_point, towards_errors
 
 
 @dataclass(frozen=True)
 class Attack:
-    """Projected gradient ascent on the cross-entropy (Madry et al., arXiv 1706.06083).
+    """Run projected gradient ascent on the cross-entropy (Madry et al., arXiv 1706.06083).
 
     Weak adversaries take one or two steps, strong ones ten (forty on MNIST).
     """
@@ -28,8 +23,8 @@ class Attack:
         int,
         Field(
             ge=0,
-            description="gradient steps k [count]; 0: train at the remembered adversary itself, and move "
-            "it along the gradient that training computes anyway",
+            description="gradient steps k [count]; 0: train at the remembered adversary itself, and "
+            "move it along the gradient that training computes anyway",
         ),
     ] = 2
     alpha: Annotated[
@@ -42,7 +37,7 @@ class Attack:
     start: Annotated[
         Literal["random", "memory"],
         Field(
-            description="where it starts: a random point of the ball, or the sample's last adversary"
+            description="starting point: a random point of the ball, or the sample's last adversary"
         ),
     ] = "random"
     batch_norm: Annotated[
@@ -54,7 +49,10 @@ class Attack:
     ] = "eval"
 
     def step_size(self, eps: float) -> float:
-        """Step size in pixel units for a ball of radius `eps`; while that grows both are 0-d tensors."""
+        """Return the step size for a ball of radius `eps`, both in pixel units.
+
+        While eps grows, both are 0-d tensors.
+        """
         if self.alpha is not None:
             return self.alpha
         if self.start == "memory":
@@ -76,26 +74,22 @@ class Attack:
         Args:
             model: [0, 1] images to logits [B, K].
             x: float32 [B, ...] in [0, 1]; y: int64 [B].
-            start: where to begin, like `x`; left out: a uniform random point of the ball.
+            start: the starting point, like `x`; default a uniform random point of the ball.
             state: int64 [2] random state (see `engine.rng`), read only.
         Returns:
-            The adversaries, like `x`, and the logits at the start, [B, K]: the first step's
-            forward pass has computed them anyway (None without a step).
+            The adversaries, like `x`, and the logits at the start, [B, K], from the first step's
+            forward pass (None without a step).
         """
-        z = start
-        if z is None:
-            with phase(ATTACK_START):
-                z = kernels.uniform_start(x, threat.eps, state, norm=threat.norm, stream=rng.START)
+        ball = threat.around(x)
+        z = random_point(ball, state) if start is None else start
         if self.steps == 0:
             return z, None
         return climb(
             model,
-            x,
+            ball,
             z,
             towards_errors(y),
             steps=self.steps,
-            eps=threat.eps,
             alpha=self.step_size(threat.eps),
-            norm=threat.norm,
             batch_norm=self.batch_norm,
         )

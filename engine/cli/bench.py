@@ -16,6 +16,7 @@ BENCHMARKS = {
     "scaling": "scaling",
     "end-to-end": "end_to_end",
     "accuracy": "accuracy",
+    "evaluation": "evaluation",
 }
 
 
@@ -27,7 +28,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="with --against COMMIT [count]")
     parser.add_argument(
-        "--quick", action="store_true", help="under a minute; step, accuracy: under two"
+        "--quick", action="store_true", help="under a minute; step, accuracy, evaluation: under two"
     )
     parser.add_argument(
         "--clone",

@@ -10,22 +10,23 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .. import kernels, rng
-from ..adversary.ascent import ascend, towards_errors
+from .. import rng
+from ..adversary.ascent import ascend, random_point, towards_errors
+from ..data import arrays
 from ..errors import EngineError
+from ..models import stem_of
 from ..threat import ThreatModel
+from .autoattack import ensemble
 
 Progress = Callable[[str, int, int], None]
-# AutoAttack's targeted DLR loss compares four logits.
+Judge = Literal["pyautoattack", "engine"]
+# The package's targeted DLR loss compares four logits.
 _FEWEST_CLASSES = 4
-# The package runs APGD on its DLR loss, whose method the logit difference replaces.
-_PACKAGE_NAMES = {"apgd-difference": "apgd-dlr"}
-_OWN_NAMES = {theirs: own for own, theirs in _PACKAGE_NAMES.items()}
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -42,6 +43,7 @@ class Report:
         clean: accuracy in [0, 1]; pgd and autoattack the same, None where the attack was not run.
         worst_case: share of images that withstood every attack that was run.
         after: AutoAttack's robust accuracy after each of its attacks.
+        judge: who ran AutoAttack: "pyautoattack" or "engine".
         seconds: wall-clock seconds in all.
         notes: warnings of AutoAttack's own checks.
         attacks: the attacks of AutoAttack, see `attack_names`.
@@ -56,6 +58,7 @@ class Report:
     pgd_steps: int
     pgd_restarts: int
     autoattack_version: str
+    judge: str
     seconds: float
     after: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -120,19 +123,13 @@ def _break(
     state: Tensor,
 ) -> Tensor:
     """The members of `indices` that one restart of PGD breaks."""
-    centre, labels = x[indices], y[indices]
-    z = kernels.uniform_start(centre, threat.eps, state, norm=threat.norm, stream=rng.RESTART)
+    ball, labels, stem = threat.around(x[indices]), y[indices], stem_of(model)
+    z = random_point(ball, state, stream=rng.RESTART)
     broken: list[Tensor] = []
     for step in range(steps + 1):
         if step < steps:
             following, logits = ascend(
-                model,
-                centre,
-                z,
-                towards_errors(labels),
-                eps=threat.eps,
-                alpha=alpha,
-                norm=threat.norm,
+                model, ball, z, towards_errors(labels), alpha=alpha, stem=stem
             )
         else:
             with torch.no_grad():
@@ -143,8 +140,8 @@ def _break(
             break
         # Copying the batch costs; it pays once a tenth of it has fallen.
         if (~alive).sum() * 10 >= len(alive):
-            indices, centre, labels = indices[alive], centre[alive], labels[alive]
-            following = following[alive]
+            indices, labels, following = indices[alive], labels[alive], following[alive]
+            ball = threat.around(ball.centre[alive])
         z = following
     return torch.cat(broken).unique()
 
@@ -165,19 +162,19 @@ def autoattack(
     Args:
         model: in evaluation mode, [0, 1] images to logits.
         x: float32 [N, C, H, W] in [0, 1]; y: int64 [N].
-        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first
-            two, where APGD-CE has the package's five restarts (standard: one). With two or three
-            classes `attack_names` gives the attacks, each with the package's restarts.
+        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first two, where
+            APGD-CE has the package's five restarts (standard: one).
     Returns:
         bool [N], True where robust; robust accuracy after each attack; the package's own warnings.
     Raises:
-        EngineError: for fewer than two classes.
+        EngineError: for fewer than four classes, which its targeted loss needs.
     """
     from pyautoattack import AutoAttack
 
     classes = model(x[:1]).shape[1]
-    names = attack_names(version, classes)
-    custom = version == "apgd" or classes < _FEWEST_CLASSES
+    if classes < 4:
+        raise EngineError(f"AutoAttack needs at least 4 classes, the model has {classes}")
+    attacks = ["apgd-ce", "apgd-t"] if version == "apgd" else None
     after: dict[str, float] = {}
     listener = _Listener(after, progress, batches=math.ceil(len(x) / batch_size))
     logger = logging.getLogger("auto-attack")
@@ -194,11 +191,9 @@ def autoattack(
                 eps=threat.eps,
                 seed=seed,
                 device=x.device,
-                version="custom" if custom else "standard",
-                attacks=[_PACKAGE_NAMES.get(name, name) for name in names] if custom else None,
+                version="custom" if attacks else "standard",
+                attacks=attacks,
             )
-            if classes < _FEWEST_CLASSES:
-                judge.apgd.dlr_loss = _logit_difference
             # Nine targets is the standard for ten classes and more.
             judge.apgd_targeted.n_target_classes = min(9, classes - 1)
             judge.fab.n_target_classes = min(9, classes - 1)
@@ -213,11 +208,40 @@ def autoattack(
     return found == y, after, notes
 
 
+def engines_autoattack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    version: str = "standard",
+    seed: int = 0,
+    batch_size: int = 500,
+    progress: Progress = silent,
+) -> tuple[Tensor, dict[str, float], list[str]]:
+    """Run the engine's own AutoAttack; arguments and results as for `autoattack`."""
+    verdict = ensemble.run(
+        model,
+        x,
+        y,
+        threat,
+        version=version,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return verdict.robust, verdict.after, verdict.notes
+
+
+# Who runs AutoAttack, by the name that recipes use.
+_JUDGES = {"pyautoattack": autoattack, "engine": engines_autoattack}
+
+
 def attack_names(version: str, classes: int) -> tuple[str, ...]:
     """Return the attacks of a version of AutoAttack, in their order.
 
-    The loss of targeted APGD (the targeted DLR loss) needs four logits. With fewer classes APGD on
-    the difference between the two largest logits takes its place.
+    The targeted DLR loss of "apgd-t" compares four logits. With fewer classes APGD on the
+    difference between the two largest logits takes its place.
 
     Args:
         version: "standard", "apgd" (its first two attacks) or "none".
@@ -225,19 +249,12 @@ def attack_names(version: str, classes: int) -> tuple[str, ...]:
     Raises:
         EngineError: for fewer than two classes.
     """
-    if version == "none":
-        return ()
     if classes < 2:
         raise EngineError(f"an attack needs at least 2 classes, the model has {classes}")
+    if version == "none":
+        return ()
     second = "apgd-t" if classes >= _FEWEST_CLASSES else "apgd-difference"
     return ("apgd-ce", second) + (("fab-t", "square") if version == "standard" else ())
-
-
-def _logit_difference(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the largest wrong logit minus the right one, [B], of logits [B, K]."""
-    right = logits.gather(1, y[:, None])
-    wrong = logits.scatter(1, y[:, None], -torch.inf)
-    return wrong.amax(dim=1) - right[:, 0]
 
 
 class _Listener(logging.Handler):
@@ -256,8 +273,7 @@ class _Listener(logging.Handler):
         if record.levelno >= logging.WARNING:
             self.warnings.append(line)
         if match := self._AFTER.match(line):
-            name = match[1].lower()
-            self.after[_OWN_NAMES.get(name, name)] = float(match[2]) / 100
+            self.after[match[1].lower()] = float(match[2]) / 100
         if match := self._BATCH.match(line):
             self.progress(match[1], int(match[2]), int(match[3]))
 
@@ -289,6 +305,7 @@ def evaluate(
     pgd_steps: int = 50,
     pgd_restarts: int = 10,
     autoattack_version: str = "standard",
+    judge: Judge = "pyautoattack",
     batch_size: int = 500,
     seed: int = 0,
     progress: Progress = silent,
@@ -297,10 +314,14 @@ def evaluate(
 
     Args:
         model: any module from [0, 1] images to logits; its mode is restored afterwards.
-        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; on the model's device.
+        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; tensors on the model's device, or NumPy
+            arrays.
         threat: the ball to attack in.
         pgd_steps, pgd_restarts: of `pgd`, at least 1 each.
         autoattack_version: "standard" (four attacks), "apgd" (the first two) or "none".
+        judge: who runs AutoAttack: "pyautoattack", the authors' package, or "engine", the engine's own
+            form of the same attacks. It also judges networks of two or three classes, which the
+            package's targeted losses do not take.
         batch_size: images in memory at once.
         seed: of both attacks.
         progress: called with (attack, done, total).
@@ -310,13 +331,15 @@ def evaluate(
         EngineError: if the images leave [0, 1], there are none, or the model returns no logits
             [N, K] of at least two classes.
     """
-    _check(x, y)
+    x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
+    check_images(x, y)
     began = time.perf_counter()
     with evaluation_mode(model):
         with torch.no_grad():
             logits = model(x[:1])
         if logits.dim() != 2:
             raise EngineError(f"the model must return logits [N, K], got {tuple(logits.shape)}")
+        attacks = attack_names(autoattack_version, logits.shape[1])
         clean = predictions(model, x, batch_size=batch_size) == y
         by_pgd = pgd(
             model,
@@ -333,7 +356,9 @@ def evaluate(
         after: dict[str, float] = {}
         notes: list[str] = []
         if autoattack_version != "none":
-            by_aa, after, notes = autoattack(
+            if logits.shape[1] < _FEWEST_CLASSES:
+                judge = "engine"
+            by_aa, after, notes = _JUDGES[judge](
                 model,
                 x,
                 y,
@@ -354,10 +379,11 @@ def evaluate(
         pgd_steps=pgd_steps,
         pgd_restarts=pgd_restarts,
         autoattack_version=autoattack_version,
-        attacks=attack_names(autoattack_version, logits.shape[1]),
+        judge=judge,
         seconds=time.perf_counter() - began,
         after=after,
         notes=notes,
+        attacks=attacks,
     )
 
 
@@ -385,6 +411,7 @@ def robustbench_fields(
         "pgd": f"PGD-{report.pgd_steps}-{report.pgd_restarts}",
         "autoattack_version": report.autoattack_version,
         "autoattack_attacks": list(report.attacks),
+        "autoattack_judge": None if report.autoattack is None else report.judge,
         "after_each_attack": {k: percent(v) for k, v in report.after.items()},
         "worst_case_acc": percent(report.worst_case),
         "standard_error": percent(report.standard_error(report.worst_case)),
@@ -394,12 +421,18 @@ def robustbench_fields(
     }
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
 def share(mask: Tensor) -> float:
     """The share of True in bool [N]."""
     return float(mask.double().mean())
 
 
-def _check(x: Tensor, y: Tensor) -> None:
+def check_images(x: Tensor, y: Tensor) -> None:
+    """Raise an EngineError where there are no images, or images outside [0, 1]."""
     if len(x) == 0 or len(x) != len(y):
         raise EngineError(f"cannot evaluate {len(x)} images with {len(y)} labels")
     if x.dtype != torch.float32 or float(x.min()) < 0 or float(x.max()) > 1:

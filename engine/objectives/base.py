@@ -64,8 +64,8 @@ def attacked_pass(
     """A training pass at the adversary, and what to remember of it: itself, or its free step."""
     if attack.steps:
         return trained_pass(model, adversary), adversary
-    logits, along = ascend_after_training(model, adversary, threat.norm)
-    return logits, lambda: along(x, threat.eps, attack.step_size(threat.eps))
+    logits, step = ascend_after_training(model, adversary)
+    return logits, lambda: step(threat.around(x), attack.step_size(threat.eps))
 
 
 def trained_passes(sets: int) -> Passes:

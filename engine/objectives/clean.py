@@ -40,4 +40,4 @@ class Clean(Objective):
         logits = trained_pass(model, x)
         with phase(LOSS):
             loss, stats = kernels.local_ball_loss(logits, y, label_smoothing=self.label_smoothing)
-        return Outcome(loss, x, {"ce": stats[0]}, stats[3])
+        return Outcome(loss, x, {"ce": stats.cross_entropy}, stats.correct_adv)

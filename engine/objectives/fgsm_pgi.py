@@ -18,10 +18,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from .. import kernels, rng
-from ..adversary.ascent import ascend_from_training
+from .. import kernels
+from ..adversary.ascent import ascend_from_training, random_point
 from ..adversary.attack import Attack
-from ..device.phases import ATTACK_START, LOSS, phase
+from ..device.phases import LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
@@ -54,19 +54,16 @@ class FGSMPGI(Objective):
         start: Tensor | None,
         state: Tensor,
     ) -> Outcome:
+        ball = threat.around(x)
         if start is None:
-            with phase(ATTACK_START):
-                start = kernels.uniform_start(
-                    x, threat.eps, state, norm=threat.norm, stream=rng.START
-                )
-        at_start, along = ascend_from_training(
-            model, start, y, threat.norm, label_smoothing=self.label_smoothing
-        )
-        alpha = threat.eps if attack.alpha is None else attack.alpha
-        adversary = along(x, threat.eps, alpha)
+            start = random_point(ball, state)
+        at_start, step = ascend_from_training(model, start, y, label_smoothing=self.label_smoothing)
+        adversary = step(ball, threat.eps if attack.alpha is None else attack.alpha)
         at_end = trained_pass(model, adversary)
         with phase(LOSS):
             ce, stats = kernels.local_ball_loss(at_end, y, label_smoothing=self.label_smoothing)
             tie = (at_end.float() - at_start.float()).square().mean()
             loss = ce + self.weight * tie
-        return Outcome(loss, adversary, {"ce": stats[0], "tie": tie.detach()}, stats[3])
+        return Outcome(
+            loss, adversary, {"ce": stats.cross_entropy, "tie": tie.detach()}, stats.correct_adv
+        )

@@ -16,11 +16,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from .. import kernels, rng
-from ..adversary.ascent import LogitsGrad, climb
+from .. import kernels
+from ..adversary.ascent import LogitsGrad, climb, random_point
 from ..adversary.attack import Attack
 from ..device.phases import ATTACK_START, LOSS, phase
-from ..threat import ThreatModel
+from ..threat import Ball, ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 
 
@@ -56,21 +56,16 @@ class GAT(Objective):
         clean = trained_pass(model, x)
         p = clean.float().softmax(1)
         if start is None:
-            with phase(ATTACK_START):
-                middle = torch.full_like(x, 0.5)
-                drawn = kernels.uniform_start(middle, 0.25, state, norm="Linf", stream=rng.START)
-                start = (x + self.noise * threat.eps * (drawn - middle).sign()).clamp(0, 1)
+            start = self._noisy(x, threat, state)
         # Alternating: odd steps only; the counter lies on the device.
         guided = self.weight * (state[1] % 2) if self.guided == "alternate" else self.weight
         adversary, _ = climb(
             model,
-            x,
+            threat.around(x),
             start,
             _guided(p.detach(), y, guided),
             steps=attack.steps,
-            eps=threat.eps,
             alpha=threat.eps / attack.steps if attack.alpha is None else attack.alpha,
-            norm=threat.norm,
             batch_norm=attack.batch_norm,
         )
         adv = trained_pass(model, adversary)
@@ -79,7 +74,16 @@ class GAT(Objective):
             distance = (p - adv.float().softmax(1)).square().sum(1).mean()
             loss = ce + self.weight * distance
             correct = (adv.detach().argmax(1) == y).sum()
-        return Outcome(loss, adversary, {"ce": stats[0], "distance": distance.detach()}, correct)
+        return Outcome(
+            loss, adversary, {"ce": stats.cross_entropy, "distance": distance.detach()}, correct
+        )
+
+    def _noisy(self, x: Tensor, threat: ThreatModel, state: Tensor) -> Tensor:
+        """Return `x` plus Bernoulli noise of -/+ `noise` eps, clipped to [0, 1]."""
+        with phase(ATTACK_START):
+            middle = torch.full_like(x, 0.5)
+            signs = (random_point(Ball(middle, 0.25, "Linf"), state) - middle).sign()
+            return (x + self.noise * threat.eps * signs).clamp(0, 1)
 
 
 def _guided(p: Tensor, y: Tensor, weight: Tensor | float) -> LogitsGrad:

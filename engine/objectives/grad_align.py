@@ -19,9 +19,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from .. import kernels, rng
+from .. import kernels
+from ..adversary.ascent import random_point
 from ..adversary.attack import Attack
-from ..device.phases import ATTACK_BACKWARD, ATTACK_START, ATTACK_STEP, LOSS, phase
+from ..device.phases import ATTACK_BACKWARD, ATTACK_STEP, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
@@ -53,16 +54,15 @@ class GradAlign(Objective):
         with phase(ATTACK_STEP):
             alpha = attack.alpha or 1.25 * threat.eps
             adversary = kernels.attack_step(x, x, at_clean, threat.eps, alpha, norm=threat.norm)
-        with phase(ATTACK_START):
-            noisy = kernels.uniform_start(x, threat.eps, state, norm=threat.norm, stream=rng.START)
+        noisy = random_point(threat.around(x), state)
         at_noise = input_gradient(model, noisy, y, create_graph=True)
         logits = trained_pass(model, adversary)
         with phase(LOSS):
             ce, stats = kernels.local_ball_loss(logits, y)
             alignment = 1 - _cosine(at_clean.flatten(1), at_noise.flatten(1)).mean()
             loss = ce + self.weight * alignment
-        terms = {"ce": stats[0], "alignment": alignment.detach()}
-        return Outcome(loss, adversary, terms, stats[3])
+        terms = {"ce": stats.cross_entropy, "alignment": alignment.detach()}
+        return Outcome(loss, adversary, terms, stats.correct_adv)
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool = False) -> Tensor:

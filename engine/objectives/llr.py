@@ -19,10 +19,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from .. import kernels, rng
-from ..adversary.ascent import passes_without_training
+from .. import kernels
+from ..adversary.ascent import passes_without_training, random_point
 from ..adversary.attack import Attack
-from ..device.phases import ATTACK_BACKWARD, ATTACK_FORWARD, ATTACK_START, ATTACK_STEP, LOSS, phase
+from ..device.phases import ATTACK_BACKWARD, ATTACK_FORWARD, ATTACK_STEP, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 
@@ -59,10 +59,7 @@ class LLR(Objective):
         with phase(ATTACK_BACKWARD):
             (slope,) = torch.autograd.grad(at_clean.sum(), point, create_graph=True)
         if start is None:
-            with phase(ATTACK_START):
-                start = kernels.uniform_start(
-                    x, threat.eps, state, norm=threat.norm, stream=rng.START
-                )
+            start = random_point(threat.around(x), state)
         worst = self._least_linear(
             model, x, y, start, at_clean.detach(), slope.detach(), threat, attack
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -21,11 +21,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels, rng
-from ..adversary.ascent import ascend_from_training, away_from, climb
+from ..adversary.ascent import ascend_from_training, away_from, climb, random_point
 from ..adversary.attack import Attack
-from ..device.phases import ATTACK_START, LOSS, phase
+from ..device.phases import LOSS, phase
 from ..errors import EngineError
-from ..threat import ThreatModel
+from ..threat import Ball, ThreatModel
 from .base import (
     Objective,
     Outcome,
@@ -35,6 +35,22 @@ from .base import (
     trained_pass,
     trained_passes,
 )
+
+
+class _Centre(NamedTuple):
+    """Hold the passes at the adversaries a and at the points b of their local balls.
+
+    Attributes:
+        logits: [B, K] at a, with their graph.
+        keep: the adversaries to remember, as `Outcome.adversary` takes them.
+        ball: logits [n, K] at b for the first n samples, with their graph; None without b.
+        slope: 0-d, the first-order local term; None with b.
+    """
+
+    logits: Tensor
+    keep: Tensor | Callable[[], Tensor]
+    ball: Tensor | None = None
+    slope: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -122,98 +138,136 @@ class LocalBall(Objective):
         state: Tensor,
     ) -> Outcome:
         adversary, start_logits = attack(model, x, y, threat, start=start, state=state)
-        local = self.local_weight > 0
-        at_ball = slope = at_anchor = None
-        keep: Tensor | Callable[[], Tensor] = adversary
-        if local and self.direction == "gradient-norm":
-            centre = adversary.detach().requires_grad_()
-            at_centre = trained_pass(model, centre)
-            slope = self._dual_norm(at_centre, centre, y, threat)
-        elif local and self.direction == "ce":
-            at_centre, along = ascend_from_training(model, adversary, y, threat.norm)
-            radius = self.rho * threat.eps
-            ball = along(adversary, radius, radius)[: self._balls(x)]
-            at_ball = trained_pass(model, ball)
-            if attack.steps == 0:
-                keep = along(x, threat.eps, attack.step_size(threat.eps))
-        elif local:
-            at_centre, keep = attacked_pass(model, x, adversary, threat, attack)
-            n = self._balls(x)
-            ball = self._along_kl(model, adversary[:n], at_centre[:n], threat, state)
-            at_ball = trained_pass(model, ball)
+        if self.local_weight == 0:
+            centre = _Centre(*attacked_pass(model, x, adversary, threat, attack))
+        elif self.direction == "kl":
+            centre = self._ball_along_kl(model, x, adversary, threat, attack, state)
+        elif self.direction == "ce":
+            centre = self._ball_along_ce(model, x, y, adversary, threat, attack)
         else:
-            at_centre, keep = attacked_pass(model, x, adversary, threat, attack)
+            centre = self._first_order(model, y, adversary, threat)
+        anchor = None
         if self.global_weight > 0:
-            at_anchor = trained_pass(model, x) if self.anchor == "clean" else start_logits
-
-        share = 1.0
-        if at_ball is not None and len(at_ball) < len(x):
-            # A ball of no extent for the others: its term and both its gradients are exactly zero.
-            share = len(at_ball) / len(x)
-            at_ball = torch.cat([at_ball, at_centre[len(at_ball) :]])
-        fused = self.distance == "kl"
+            anchor = trained_pass(model, x) if self.anchor == "clean" else start_logits
+        loss_of = self._kl_loss if self.distance == "kl" else self._squared_loss
         with phase(LOSS):
-            loss, stats = kernels.local_ball_loss(
-                at_centre,
-                y,
-                at_ball if fused else None,
-                at_anchor if fused else None,
-                lam=self.local_weight / share,
-                mu=self.global_weight,
-                label_smoothing=self.label_smoothing,
-            )
-        terms = {"ce": stats[0]}
-        if at_ball is not None:
-            terms["local"] = stats[1] / share if share < 1 else stats[1]
-        if at_anchor is not None:
-            terms["global"] = stats[2]
-        if not fused and at_ball is not None:
-            terms["local"] = (at_centre - at_ball).square().mean() / share
-            loss = loss + self.local_weight * terms["local"]
-        if not fused and at_anchor is not None:
-            terms["global"] = (at_anchor - at_centre).square().mean()
-            loss = loss + self.global_weight * terms["global"]
-        if slope is not None:
-            terms["local"] = slope
-            loss = loss + self.local_weight * slope
-        return Outcome(loss, keep, {k: v.detach() for k, v in terms.items()}, stats[3])
+            loss, terms, correct = loss_of(centre, anchor, y)
+            if centre.slope is not None:
+                terms["local"] = centre.slope
+                loss = loss + self.local_weight * centre.slope
+        return Outcome(loss, centre.keep, {k: v.detach() for k, v in terms.items()}, correct)
 
     def _balls(self, x: Tensor) -> int:
-        """How many of the batch's samples get a local ball: the first, as batches are shuffled."""
-        # Not one more for a product's last bit.
+        """Return how many samples get a local ball: the first ones, as batches are shuffled."""
+        # The 1e-9 guards ceil against rounding.
         return math.ceil(self.local_share * len(x) - 1e-9)
 
-    def _along_kl(
+    def _ball_along_kl(
         self,
         model: nn.Module,
-        centre: Tensor,
-        at_centre: Tensor,
+        x: Tensor,
+        adversary: Tensor,
         threat: ThreatModel,
+        attack: Attack,
         state: Tensor,
-    ) -> Tensor:
-        """b: one ascent step of length rho eps on KL(p(a) || p(b)) from a random point of the ball."""
-        radius = self.rho * threat.eps
-        with phase(ATTACK_START):
-            near = kernels.uniform_start(centre, radius, state, norm=threat.norm, stream=rng.LOCAL)
-        # The centre's logits come from a training-mode pass; b's must be comparable with them.
-        ball, _ = climb(
+    ) -> _Centre:
+        """Find b by one ascent step on KL(p(a) || p(b)) from a random point of the local ball."""
+        logits, keep = attacked_pass(model, x, adversary, threat, attack)
+        n, radius = self._balls(x), self.rho * threat.eps
+        ball = Ball(adversary[:n], radius, threat.norm)
+        # The logits at a come from a training-mode pass. The attack's BatchNorm must match that mode.
+        point, _ = climb(
             model,
-            centre,
-            near,
-            away_from(at_centre.detach()),
+            ball,
+            random_point(ball, state, stream=rng.LOCAL),
+            away_from(logits[:n].detach()),
             steps=1,
-            eps=radius,
             alpha=radius,
-            norm=threat.norm,
             batch_norm="batch" if model.training else "eval",
         )
-        return ball
+        return _Centre(logits, keep, trained_pass(model, point))
 
-    def _dual_norm(
-        self, at_centre: Tensor, centre: Tensor, y: Tensor, threat: ThreatModel
-    ) -> Tensor:
-        """rho eps ||grad CE||_dual, batch mean: by how much CE can grow in the local ball, to first order."""
-        total = torch.nn.functional.cross_entropy(at_centre, y, reduction="sum")
-        (grad,) = torch.autograd.grad(total, centre, create_graph=True)
+    def _ball_along_ce(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        adversary: Tensor,
+        threat: ThreatModel,
+        attack: Attack,
+    ) -> _Centre:
+        """Find b by one step from a along the gradient of CE(f(a), y), which shares a's forward pass."""
+        logits, step = ascend_from_training(model, adversary, y)
+        radius = self.rho * threat.eps
+        point = step(Ball(adversary, radius, threat.norm), radius)[: self._balls(x)]
+        ball = trained_pass(model, point)
+        keep = adversary
+        if attack.steps == 0:
+            keep = step(threat.around(x), attack.step_size(threat.eps))
+        return _Centre(logits, keep, ball)
+
+    def _first_order(
+        self, model: nn.Module, y: Tensor, adversary: Tensor, threat: ThreatModel
+    ) -> _Centre:
+        """Bound the growth of CE in the local ball to first order: rho eps ||grad CE(a)||_dual.
+
+        The term is the batch mean. The dual norm is L1 for Linf, and L2 for L2.
+        """
+        point = adversary.detach().requires_grad_()
+        logits = trained_pass(model, point)
+        total = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+        (grad,) = torch.autograd.grad(total, point, create_graph=True)
         norm = grad.flatten(1).norm(p=1 if threat.norm == "Linf" else 2, dim=1)
-        return self.rho * threat.eps * norm.mean()
+        return _Centre(logits, adversary, slope=self.rho * threat.eps * norm.mean())
+
+    def _kl_loss(
+        self, centre: _Centre, anchor: Tensor | None, y: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return CE + lambda KL(p(a) || p(b)) + mu KL(p(anchor) || p(a)), its terms, correct count."""
+        ball, share = _whole_batch(centre)
+        loss, stats = kernels.local_ball_loss(
+            centre.logits,
+            y,
+            ball,
+            anchor,
+            lam=self.local_weight / share,
+            mu=self.global_weight,
+            label_smoothing=self.label_smoothing,
+        )
+        terms = {"ce": stats.cross_entropy}
+        if ball is not None:
+            terms["local"] = stats.local_kl / share if share < 1 else stats.local_kl
+        if anchor is not None:
+            terms["global"] = stats.global_kl
+        return loss, terms, stats.correct_adv
+
+    def _squared_loss(
+        self, centre: _Centre, anchor: Tensor | None, y: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return CE + lambda (f(a) - f(b))^2 + mu (f(anchor) - f(a))^2, its terms, correct count.
+
+        Both squares are means over the classes and the batch.
+        """
+        ball, share = _whole_batch(centre)
+        loss, stats = kernels.local_ball_loss(
+            centre.logits, y, label_smoothing=self.label_smoothing
+        )
+        terms = {"ce": stats.cross_entropy}
+        if ball is not None:
+            terms["local"] = (centre.logits - ball).square().mean() / share
+            loss = loss + self.local_weight * terms["local"]
+        if anchor is not None:
+            terms["global"] = (anchor - centre.logits).square().mean()
+            loss = loss + self.global_weight * terms["global"]
+        return loss, terms, stats.correct_adv
+
+
+def _whole_batch(centre: _Centre) -> tuple[Tensor | None, float]:
+    """Return logits [B, K] of b for every sample, and the share of the samples that have a ball.
+
+    For a sample without a ball b is a itself: its local term and both gradients of it are zero.
+    """
+    ball, logits = centre.ball, centre.logits
+    if ball is None or len(ball) == len(logits):
+        return ball, 1.0
+    return torch.cat([ball, logits[len(ball) :]]), len(ball) / len(logits)

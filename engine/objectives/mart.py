@@ -17,10 +17,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from .. import kernels, rng
+from ..adversary.ascent import random_point
 from ..adversary.attack import Attack
-from ..device.phases import ATTACK_START, LOSS, phase
-from ..threat import ThreatModel
+from ..device.phases import LOSS, phase
+from ..threat import Ball, ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 
 _NEAR = 1e-3
@@ -49,9 +49,7 @@ class MART(Objective):
         state: Tensor,
     ) -> Outcome:
         if start is None:
-            near = threat.at_most(_NEAR)
-            with phase(ATTACK_START):
-                start = kernels.uniform_start(x, near, state, norm=threat.norm, stream=rng.START)
+            start = random_point(Ball(x, threat.at_most(_NEAR), threat.norm), state)
         adversary, _ = attack(model, x, y, threat, start=start, state=state)
         clean, adv = trained_pass(model, x).float(), trained_pass(model, adversary).float()
         with phase(LOSS):

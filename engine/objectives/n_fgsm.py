@@ -13,11 +13,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from .. import kernels, rng
-from ..adversary.ascent import climb, towards_errors
+from .. import kernels
+from ..adversary.ascent import climb, random_point, towards_errors
 from ..adversary.attack import Attack
-from ..device.phases import ATTACK_START, LOSS, phase
-from ..threat import ThreatModel
+from ..device.phases import LOSS, phase
+from ..threat import Ball, ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 
 
@@ -45,22 +45,18 @@ class NFGSM(Objective):
     ) -> Outcome:
         alpha = threat.eps if attack.alpha is None else attack.alpha
         if start is None:
-            radius = self.noise * threat.eps
-            with phase(ATTACK_START):
-                start = kernels.uniform_start(x, radius, state, norm=threat.norm, stream=rng.START)
+            start = random_point(Ball(x, self.noise * threat.eps, threat.norm), state)
         adversary, _ = climb(
             model,
-            start,
+            # The steps cannot leave this ball: only the range of the pixels clips them.
+            Ball(start, attack.steps * alpha, threat.norm),
             start,
             towards_errors(y),
             steps=attack.steps,
-            # A ball that no number of steps leaves: only the pixels' range clips.
-            eps=attack.steps * alpha,
             alpha=alpha,
-            norm=threat.norm,
             batch_norm=attack.batch_norm,
         )
         logits = trained_pass(model, adversary)
         with phase(LOSS):
             loss, stats = kernels.local_ball_loss(logits, y)
-        return Outcome(loss, adversary, {"ce": stats[0]}, stats[3])
+        return Outcome(loss, adversary, {"ce": stats.cross_entropy}, stats.correct_adv)

@@ -48,4 +48,4 @@ class PGD(Objective):
         logits, keep = attacked_pass(model, x, adversary, threat, attack)
         with phase(LOSS):
             loss, stats = kernels.local_ball_loss(logits, y, label_smoothing=self.label_smoothing)
-        return Outcome(loss, keep, {"ce": stats[0]}, stats[3])
+        return Outcome(loss, keep, {"ce": stats.cross_entropy}, stats.correct_adv)

@@ -13,11 +13,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from .. import kernels, rng
-from ..adversary.ascent import away_from, climb, passes_without_training
+from .. import kernels
+from ..adversary.ascent import away_from, climb, passes_without_training, random_point
 from ..adversary.attack import Attack
-from ..device.phases import ATTACK_FORWARD, ATTACK_START, LOSS, phase
-from ..threat import ThreatModel
+from ..device.phases import ATTACK_FORWARD, LOSS, phase
+from ..threat import Ball, ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 
 # The attack's gradient vanishes at the clean image itself; theirs starts from normal noise of 0.001.
@@ -50,22 +50,23 @@ class TRADES(Objective):
             # Detached, not under no_grad: see `engine.adversary.ascent` on autocast's cache.
             anchor = model(x).detach()
         if start is None:
-            near = threat.at_most(_NEAR)
-            with phase(ATTACK_START):
-                start = kernels.uniform_start(x, near, state, norm=threat.norm, stream=rng.START)
+            start = random_point(Ball(x, threat.at_most(_NEAR), threat.norm), state)
         adversary, _ = climb(
             model,
-            x,
+            threat.around(x),
             start,
             away_from(anchor),
             steps=attack.steps,
-            eps=threat.eps,
             alpha=attack.step_size(threat.eps),
-            norm=threat.norm,
             batch_norm=attack.batch_norm,
         )
         at_clean, at_adversary = trained_pass(model, x), trained_pass(model, adversary)
         with phase(LOSS):
             # CE(first) + beta KL(first || second): the loss of the local ball, around the clean image.
             loss, stats = kernels.local_ball_loss(at_clean, y, at_adversary, lam=self.beta)
-        return Outcome(loss, adversary, {"ce": stats[0], "divergence": stats[1]}, stats[4])
+        return Outcome(
+            loss,
+            adversary,
+            {"ce": stats.cross_entropy, "divergence": stats.local_kl},
+            stats.correct_ball,
+        )

@@ -167,6 +167,13 @@ class Evaluation:
         Literal["standard", "apgd", "none"],
         Field(description="AutoAttack: standard, only its two APGD attacks, or none"),
     ] = "standard"
+    judge: Annotated[
+        Literal["pyautoattack", "engine"],
+        Field(
+            description="AutoAttack by its authors' package, or by the engine's own form of the same "
+            "attacks (docs/autoattack.md); networks of two or three classes: always the engine's"
+        ),
+    ] = "pyautoattack"
     batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500
 
 

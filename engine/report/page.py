@@ -145,13 +145,14 @@ def _numbers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _autoattack_words(evaluation: Mapping[str, Any]) -> str:
-    """Name AutoAttack's version, and its attacks where they are not the standard ones."""
+    """Name AutoAttack's attacks, and their program where it is not the authors' package."""
     attacks = evaluation.get("autoattack_attacks") or ()
     if "apgd-difference" in attacks:
         return "for few classes: " + ", ".join(attacks)
-    if evaluation.get("autoattack_version") == "apgd":
-        return "its two APGD attacks only"
-    return "standard: four attacks"
+    apgd = evaluation.get("autoattack_version") == "apgd"
+    words = "its two APGD attacks only" if apgd else "standard: four attacks"
+    by_engine = evaluation.get("autoattack_judge") == "engine"
+    return f"{words}, the engine's own" if by_engine else words
 
 
 def _pgd_words(name: str | None) -> str:

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import kernels, pictures, rng
-from ..adversary.ascent import away_from, climb
+from .. import pictures, rng
+from ..adversary.ascent import away_from, climb, random_point
 from ..adversary.attack import Attack
 from ..data import datasets
 from ..errors import EngineError
@@ -267,24 +267,17 @@ def _first_of_each_class(y: Tensor, most: int) -> list[int]:
     return sorted(seen.values())[:most]
 
 
-def _worst_of_ball(model: nn.Module, centre: Tensor, ball: ThreatModel, state: Tensor) -> Tensor:
+def _worst_of_ball(model: nn.Module, centre: Tensor, threat: ThreatModel, state: Tensor) -> Tensor:
     """Ascend KL(p(centre) || p(b)) over the ball around `centre`.
 
     This is the search of the training with more steps.
     """
     with torch.no_grad():
         target = model(centre)
-    point = kernels.uniform_start(centre, ball.eps, state, norm=ball.norm, stream=rng.LOCAL)
-    worst, _ = climb(
-        model,
-        centre,
-        point,
-        away_from(target),
-        steps=_STEPS,
-        eps=ball.eps,
-        alpha=2.5 * ball.eps / _STEPS,
-        norm=ball.norm,
-    )
+    ball = threat.around(centre)
+    point = random_point(ball, state, stream=rng.LOCAL)
+    alpha = 2.5 * threat.eps / _STEPS
+    worst, _ = climb(model, ball, point, away_from(target), steps=_STEPS, alpha=alpha)
     return worst
 
 

@@ -80,6 +80,7 @@ def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
             pgd_steps=recipe.evaluation.pgd_steps,
             pgd_restarts=recipe.evaluation.pgd_restarts,
             autoattack_version=recipe.evaluation.autoattack,
+            judge=recipe.evaluation.judge,
             batch_size=recipe.evaluation.batch_size,
             seed=recipe.seed,
             progress=EvaluationBar(progress),

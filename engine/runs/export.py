@@ -87,6 +87,9 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("autoattack_version") != "standard" or few_classes:
         claim["autoattack_acc"] = None
         claim["footnote"] = "AutoAttack (standard) has not been run"
+    elif found.get("autoattack_judge") == "engine":
+        claim["autoattack_acc"] = None
+        claim["footnote"] = "AutoAttack by its authors' package has not been run"
     elif found.get("examples") != images.test_size(run.recipe):
         claim["footnote"] = f"first {found.get('examples')} test images only"
     return claim
@@ -119,4 +122,6 @@ def _card(run: Run, found: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
         parameters=sum(t.numel() for t in tensors.values() if t.is_floating_point()),
         architecture=architecture_of(recipe.model.name, len(images.classes(recipe))),
         normalised="mu" in tensors,
+        shape=tuple(images.shape_of(recipe)),
+        classes=len(images.classes(recipe)),
     )

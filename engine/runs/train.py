@@ -88,7 +88,8 @@ def _train(run: Run, world: World) -> Result:
         bar() as progress,
     ):
         trainer = build_trainer(recipe, step, loader, world=world)
-        shown = TrainingBar(progress, recipe.name, recipe.optim.epochs)
+        steps = recipe.optim.epochs * len(loader)
+        shown = TrainingBar(progress, recipe.name, recipe.optim.epochs, steps)
         with contextlib.closing(_Session(run, trainer, world, watch, shown)) as session:
             trainer.hooks = session.hooks()
             session.resume()

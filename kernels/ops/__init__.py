@@ -10,11 +10,12 @@ other strides are made contiguous first. `eps`, `alpha`, `lam`, `mu` and `lr` ma
 
 from .attack import attack_step, attack_step_, uniform_start
 from .data import augment, recall, remember
-from .logits import cross_entropy_grad, kl_grad, local_ball_loss
+from .logits import LossStats, cross_entropy_grad, kl_grad, local_ball_loss
 from .optimisers import adamw_ema_step, sgd_ema_step
 from .stem import input_grad_step, stem_input_grad, stem_weight_grad
 
 __all__ = [
+    "LossStats",
     "adamw_ema_step",
     "attack_step",
     "attack_step_",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -113,6 +115,25 @@ torch.library.register_autograd(
 )
 
 
+class LossStats(NamedTuple):
+    """Hold the parts of `local_ball_loss`: 0-d tensors on the device, without gradient.
+
+    Attributes:
+        cross_entropy: batch mean of the (label-smoothed) cross-entropy of `adv`.
+        local_kl: batch mean of KL(adv || ball); 0 without `ball`.
+        global_kl: batch mean of KL(clean || adv); 0 without `clean`.
+        correct_adv, correct_ball, correct_clean: number of samples that these logits classify
+            correctly; 0 for logits that were not given.
+    """
+
+    cross_entropy: Tensor
+    local_kl: Tensor
+    global_kl: Tensor
+    correct_adv: Tensor
+    correct_ball: Tensor
+    correct_clean: Tensor
+
+
 def local_ball_loss(
     adv: Tensor,
     target: Tensor,
@@ -122,7 +143,7 @@ def local_ball_loss(
     lam: Scalar = 1.0,
     mu: Scalar = 1.0,
     label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, LossStats]:
     """CE(adv, target) + lam KL(adv || ball) + mu KL(clean || adv), batch means, in one pass.
 
     The project's own formula, written to the abstract of arXiv 2110.14030 (docs/method.md). With
@@ -136,8 +157,7 @@ def local_ball_loss(
         label_smoothing: in [0, 1), applied to the cross-entropy only.
     Returns:
         loss: 0-d; 0 for an empty batch.
-        stats: [6], without gradient: mean cross-entropy, mean local KL, mean global KL, then the
-            number of correct predictions of adv, ball and clean.
+        stats: the means of the three terms and the numbers of correct predictions.
     """
     adv = check_logits("adv", adv)
     target = check_target(target, adv)
@@ -148,6 +168,7 @@ def local_ball_loss(
         if t is not None:
             others[name] = check_like(name, check_logits(name, t), adv, "adv")
     lam, mu = check_scalar("lam", lam, adv), check_scalar("mu", mu, adv)
-    return _local_ball_loss(
+    loss, stats = _local_ball_loss(
         adv, target, others["ball"], others["clean"], lam, mu, float(label_smoothing)
     )
+    return loss, LossStats(*stats.unbind())

@@ -1,4 +1,4 @@
-"""What README and docs show runs as shown."""
+"""README and docs: the code runs, and the tables, names and links are true."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def code_blocks(file: str, language: str = "python") -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_readme_python_face_runs_on_a_module_that_is_not_ours(tmp_path, monkeypatch):
+def test_readmes_python_code_runs_on_a_foreign_module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images, labels = blobs(512)
     x_test, y_test = blobs(64, seed=4)
@@ -55,7 +55,7 @@ def test_readme_python_face_runs_on_a_module_that_is_not_ours(tmp_path, monkeypa
     assert not torch.equal(before, network[1].weight)
 
 
-def test_the_method_in_the_docs_works_and_costs_what_it_says(batch, monkeypatch):
+def test_the_example_method_works_and_declares_its_passes(batch, monkeypatch):
     (source,) = code_blocks("docs/adding-a-method.md")
     module = types.ModuleType("engine.objectives.alp")
     module.__package__ = "engine.objectives"
@@ -73,7 +73,7 @@ def test_the_method_in_the_docs_works_and_costs_what_it_says(batch, monkeypatch)
     assert objective.passes(attack).total == 2 * 3 + 6
 
 
-def test_a_model_of_ones_own_is_evaluated_as_the_docs_say(tmp_path, monkeypatch, capsys):
+def test_evaluation_code_in_the_docs_runs_on_a_users_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     evaluating, loading = code_blocks("docs/troubleshooting.md")
     images, labels = blobs(8)
@@ -96,8 +96,8 @@ def test_baselines_in_the_docs_are_the_recipes():
     rows = re.findall(r"^\| `([a-z0-9-]+)` \|.*\| (\d+|the same)", table, flags=re.MULTILINE)
     assert len(rows) == 5
     steps = 0
-    for name, said in rows:
-        steps = int(said) if said.isdigit() else steps
+    for name, number in rows:
+        steps = int(number) if number.isdigit() else steps
         assert recipes.load(f"fashion-mnist-{name}").attack.steps == steps, name
 
 
@@ -113,7 +113,7 @@ def test_docs_name_real_commands_and_recipes():
 @pytest.mark.parametrize(
     "file", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 )
-def test_links_between_documents_lead_somewhere(file):
+def test_links_between_documents_have_targets(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", text):
         assert ((ROOT / file).parent / target).exists(), target
@@ -149,7 +149,7 @@ def test_full_scale_recipes_in_the_docs_are_those_of_engine_plan():
 
 
 def test_every_full_scale_recipe_is_in_the_docs():
-    """The short form: names, networks and budgets; predictions are `engine plan`'s (slow)."""
+    """Check names, networks and budgets; the slow test above checks the predictions."""
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     for name in recipes.names():
         loaded = recipes.load(name)
@@ -181,7 +181,7 @@ def stored_audit():
 
 
 def test_the_kernels_page_has_every_op_and_every_kernel():
-    """The short form; what the compiler makes of them is compared below (slow)."""
+    """Check that the rows exist; the slow test below checks the compiler's numbers."""
     ops, table = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split("<!-- audit -->")
     examples = {example.kernel: example.op for example in audit.examples()}
     for op in backends.OPS:
@@ -205,17 +205,19 @@ def test_the_audit_in_the_docs_is_the_compilers():
     assert stored["rows"] == audit.rows()
 
 
-def table_under(heading: str) -> list[list[str]]:
-    """Return the cells of the first table under a heading of the results page, header left out."""
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    section = text.split(f"\n## {heading}\n")[1]
+def table_under(file: str, heading: str) -> list[list[str]]:
+    """Return the cells of the first table under a heading, the table's header left out."""
+    section = (ROOT / file).read_text(encoding="utf-8").split(f"# {heading}\n")[1]
     lines = re.search(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def test_advice_in_the_results_is_what_the_store_says():
-    rows = table_under("When to use what")
+    rows = table_under("docs/results.md", "When to use what")
     assert len(rows) >= 6
+    in_short = [row[2:] for row in table_under("README.md", "Which method?")]
+    assert len(in_short) == 3
+    assert all(numbers in [row[3:] for row in rows] for numbers in in_short)
     for _, use, study, accuracy, of_pgd10, share in rows:
         name, epochs = re.fullmatch(r"`(\S+)`, (\d+) epochs", study).groups()
         path = ROOT / "benchmarks" / "results" / f"compare-{name}.json"
@@ -233,7 +235,7 @@ def test_advice_in_the_results_is_what_the_store_says():
 
 @pytest.mark.parametrize("base", ["fashion-mnist", "cifar10", "quickstart"])
 def test_settings_in_the_results_are_the_studies_methods(base, tmp_path):
-    """The settings shown for any recipe give the study's attack and objective on every recipe."""
+    """Check that the shown settings give the study's attack and objective on every recipe."""
     studies = {"memory-1": "curves", "ball-1": "few", "random-1-ball": "rivals"}
     blocks = code_blocks("docs/results.md", "toml")
     assert len(blocks) == len(studies)
@@ -255,7 +257,7 @@ def test_names_on_the_api_page_can_be_imported():
 
 
 def test_every_public_name_is_on_the_api_page():
-    """That each is shown with its docstring is seen in the built site (tests/docs/test_site.py, slow)."""
+    """Check the names; tests/docs/test_site.py (slow) checks the docstrings in the built site."""
     shown = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
     assert {f"engine.{name}" for name in engine.__all__} <= set(shown)
     assert len(shown) == len(set(shown))

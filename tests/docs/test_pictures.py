@@ -1,4 +1,4 @@
-"""The picture of a live run: what a terminal shows is what is drawn."""
+"""The picture of a live run shows what the terminal shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from engine.benchmarks import pictures
 
-# Prints three epochs, writes over a line as a progress bar does, and says how wide it thinks it is.
+# Print three epochs, overwrite a line as a progress bar does, and print the terminal's width.
 TALK = """
 import os, sys, time
 for epoch in (15, 16, 20):

@@ -1,4 +1,4 @@
-"""The report and the site, opened by a real browser where there is one."""
+"""The report and the site, opened in a real browser if one is installed."""
 
 from __future__ import annotations
 
@@ -45,9 +45,10 @@ FRAMES = """<!doctype html><body style="margin:0">
 
 
 def look(folder: Path, page: str, picture: Path) -> str:
-    """Open a page of `folder` at all sizes at once, and hold it to what every page owes; its text.
+    """Open a page of `folder` at all sizes at once, check it, and return its text.
 
-    No host but this one can be reached: a page that asks for another says so on its console.
+    Checks: no message on the console, no missing picture, no page wider than its window. The browser
+    can reach no other host; a page that asks for one causes a message on the console.
     """
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -78,9 +79,9 @@ def look(folder: Path, page: str, picture: Path) -> str:
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     finally:
         server.shutdown()
-    # The frames' own page has no icon, which the browser asks for.
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert [line for line in said if "favicon.ico" not in line] == []
+    # The browser asks for an icon, which the page with the frames does not have.
+    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert [line for line in messages if "favicon.ico" not in line] == []
     measured = re.search(r'<pre id="said">(.*?)</pre>', done.stdout, flags=re.DOTALL)
     assert measured, done.stderr
     found = dict(zip(SIZES, json.loads(html.unescape(measured[1])), strict=True))
@@ -150,7 +151,7 @@ def test_the_api_page_shows_every_public_name_with_its_docstring(site):
         assert f'id="engine.{name}"' in page, name
         doc = inspect.getdoc(getattr(engine, name))
         assert plain(doc.split("\n\n")[0].replace("`", "")) in text, name
-    # Fields are told with their units, and results and errors are sections of their own.
+    # Fields have descriptions with units; results and errors are sections.
     for field in vars(engine.Attack)["__pydantic_fields__"].values():
         assert plain(field.description) in text
     for section in ("Parameters:", "Attributes:", "Returns:", "Raises:"):

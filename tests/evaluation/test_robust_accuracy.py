@@ -130,6 +130,18 @@ def test_one_class_is_no_classifier():
         engine.evaluate(Foreign(classes=1), x, torch.zeros(8, dtype=torch.int64), Linf(0.1))
 
 
+@pytest.mark.parametrize("classes", [2, 3])
+def test_two_or_three_classes_are_judged_by_the_engine(classes):
+    """The package's targeted losses need four classes."""
+    x = torch.rand(8, 1, 6, 6)
+    model = Foreign(classes=classes).eval()
+    y = model(x).argmax(1)
+    report = engine.evaluate(model, x, y, Linf(0.1), pgd_steps=3, pgd_restarts=1)
+    assert report.judge == "engine"
+    assert list(report.after) == ["apgd-ce", "apgd-difference", "fab-t", "square"]
+    assert 0 <= report.autoattack <= report.clean == 1
+
+
 def test_robustbench_fields(trained):
     model, x, y = trained
     report = engine.evaluate(

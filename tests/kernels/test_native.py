@@ -63,7 +63,9 @@ def every_op():
         leaves = [t.clone().requires_grad_() for t in (adv, ball, clean)]
         value, stats = kernels.local_ball_loss(leaves[0], target, leaves[1], leaves[2])
         value.backward()
-        return torch.cat([value.detach().view(1), stats, *(t.grad.flatten() for t in leaves)])
+        return torch.cat(
+            [value.detach().view(1), torch.stack(stats), *(t.grad.flatten() for t in leaves)]
+        )
 
     return {
         "uniform_start": lambda: kernels.uniform_start(x, 0.1, rng),

@@ -124,7 +124,7 @@ def test_correct_counts_break_ties_as_argmax_does():
         y = torch.full((len(rows),), target, device=DEVICE)
         stats = on_triton("local_ball_loss", logits, y)[1]
         # On the CPU, where PyTorch takes the first of equals.
-        assert stats[3] == (logits.cpu().argmax(1) == target).sum(), f"target {target}"
+        assert stats.correct_adv == (logits.cpu().argmax(1) == target).sum(), f"target {target}"
 
 
 # ---- tiling ----------------------------------------------------------------------------------

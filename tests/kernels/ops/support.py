@@ -162,7 +162,7 @@ def loss_and_gradients(adv, target, ball, clean, lam, mu, smoothing, factor):
         leaves[0], target, leaves[1], leaves[2], lam=lam, mu=mu, label_smoothing=smoothing
     )
     (loss * factor).backward()
-    return loss, stats, *(None if t is None else t.grad for t in leaves)
+    return loss, torch.stack(stats), *(None if t is None else t.grad for t in leaves)
 
 
 def check_loss(adv, target, ball, clean, lam=2.0, mu=0.7, smoothing=0.0, rounding=16.0):

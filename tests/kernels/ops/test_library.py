@@ -266,9 +266,11 @@ def bad_calls(device):
 def test_an_op_dispatches_itself_and_nothing_else(backend, device):
     """Views aside: no check reads a value back, no number is copied to the device a second time."""
 
+    views = (torch.ops.aten.detach.default, torch.ops.aten.unbind.int)
+
     class Seen(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace != "engine" and func is not torch.ops.aten.detach.default:
+            if func.namespace != "engine" and func not in views:
                 seen.append(str(func))
             return func(*args, **(kwargs or {}))
 

@@ -1,0 +1,198 @@
+"""APGD: projected gradient ascent with momentum whose step size adapts to each image.
+
+Croce & Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks" (arXiv 2003.01690), algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ...threat import ThreatModel
+from .losses import Loss
+from .oracle import Oracle, lengths, per_sample
+
+# The paper's constants: the share of steps that must raise the loss, and the momentum.
+_RISING, _MOMENTUM = 0.75, 0.75
+
+
+@dataclass
+class _State:
+    """Hold what every image carries from step to step; all tensors [B, ...].
+
+    Attributes:
+        image: position in the batch that the attack was given, int64.
+        low, high: the intersection of the ball and [0, 1] under Linf; the clean image under L2.
+        point, previous: this iterate and the one before.
+        gradient: of the loss at `point`.
+        best, best_gradient, best_loss: of the iterate with the highest loss.
+        step: step size [pixel units].
+        rises: steps since the last checkpoint that raised the loss [count].
+        last_loss: loss of the iterate before.
+        checked_best, halved: best loss at the last checkpoint; whether it halved the step.
+    """
+
+    image: Tensor
+    low: Tensor
+    high: Tensor
+    point: Tensor
+    previous: Tensor
+    gradient: Tensor
+    best: Tensor
+    best_gradient: Tensor
+    best_loss: Tensor
+    step: Tensor
+    rises: Tensor
+    last_loss: Tensor
+    checked_best: Tensor
+    halved: Tensor
+
+    def move(self, threat: ThreatModel, *, first: bool) -> None:
+        """Take the step with momentum (equation 3), and clip it to the ball and to [0, 1]."""
+        inertia = self.point - self.previous
+        self.previous = self.point
+        length = per_sample(self.step, self.point)
+        weight = 1.0 if first else _MOMENTUM
+        if threat.norm == "Linf":
+            ahead = self.point + length * self.gradient.sign()
+            ahead = ahead.clamp(self.low, self.high)
+        else:
+            norm = per_sample(lengths(self.gradient, "L2") + 1e-12, self.point)
+            ahead = self._into_l2_ball(self.point + length * self.gradient / norm, threat.eps)
+        ahead = self.point + weight * (ahead - self.point) + (1 - weight) * inertia
+        if threat.norm == "Linf":
+            self.point = ahead.clamp(self.low, self.high)
+        else:
+            self.point = self._into_l2_ball(ahead, threat.eps)
+
+    def _into_l2_ball(self, point: Tensor, eps: float) -> Tensor:
+        delta = point - self.low
+        length = lengths(delta, "L2")
+        scale = per_sample(length.clamp(max=eps) / (length + 1e-12), point)
+        return (self.low + scale * delta).clamp(0.0, 1.0)
+
+    def record(self, loss: Tensor) -> None:
+        """Note the loss [B] at `point`, and the point where it is the best so far."""
+        self.rises += loss > self.last_loss
+        self.last_loss = loss
+        better = loss > self.best_loss
+        self.best_loss = torch.where(better, loss, self.best_loss)
+        wide = per_sample(better, self.point)
+        self.best = torch.where(wide, self.point, self.best)
+        self.best_gradient = torch.where(wide, self.gradient, self.best_gradient)
+
+    def check(self, interval: int) -> None:
+        """Halve the step size where the loss stopped growing, and go back to the best point there.
+
+        Conditions 1 and 2 of section 3.1: too few of the `interval` steps raised the loss; or the best
+        loss is that of the last checkpoint, and the step was not halved there.
+        """
+        halve = self.rises <= _RISING * interval
+        halve |= ~self.halved & (self.checked_best >= self.best_loss)
+        self.halved, self.checked_best = halve, self.best_loss
+        self.step = torch.where(halve, 0.5 * self.step, self.step)
+        wide = per_sample(halve, self.point)
+        self.point = torch.where(wide, self.best, self.point)
+        self.gradient = torch.where(wide, self.best_gradient, self.gradient)
+        self.rises = torch.zeros_like(self.rises)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all images but `rows`, bool [B]."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name)[rows])
+
+
+def checkpoints(steps: int) -> Iterator[int]:
+    """Yield the numbers of steps between checkpoints (section 3.1: 22 %, then 3 % less each time)."""
+    length = max(int(0.22 * steps), 1)
+    while True:
+        yield length
+        length = max(length - max(int(0.03 * steps), 1), max(int(0.06 * steps), 1))
+
+
+def apgd(
+    oracle: Oracle,
+    x: Tensor,
+    loss: Loss,
+    threat: ThreatModel,
+    *,
+    steps: int,
+    draw: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Attack a batch once from a random start; an image leaves the batch when it falls.
+
+    Args:
+        x: float32 [B, C, H, W] in [0, 1], classified rightly.
+        loss: of all B images.
+        steps: gradient steps, >= 1.
+        draw: a CPU generator; B * C * H * W numbers are drawn.
+    Returns:
+        Positions int64 [F] of the images that fell, and an adversary of each, [F, C, H, W].
+    """
+    fallen = [(torch.empty(0, dtype=torch.int64, device=x.device), x[:0])]
+    intervals = checkpoints(steps)
+    left = interval = next(intervals)
+    state, logits = _begin(oracle, x, loss, threat, draw)
+    for number in range(steps + 1):
+        wrong = logits.argmax(1) != loss.y
+        if wrong.any():
+            fallen.append((state.image[wrong], state.point[wrong]))
+            state.keep(~wrong)
+            loss, logits = loss.take(~wrong), logits[~wrong]
+        if number == steps or len(state.image) == 0:
+            break
+        if number > 0:
+            state.record(loss.value(logits))
+            left -= 1
+            if left == 0:
+                state.check(interval)
+                left = interval = next(intervals)
+        state.move(threat, first=number == 0)
+        logits, state.gradient = oracle.gradient(state.point, loss.gradient)
+    images, adversaries = zip(*fallen, strict=True)
+    return torch.cat(images), torch.cat(adversaries)
+
+
+def _begin(
+    oracle: Oracle, x: Tensor, loss: Loss, threat: ThreatModel, draw: torch.Generator
+) -> tuple[_State, Tensor]:
+    """Return the state at the random start, and the logits [B, K] there."""
+    start = random_start(x, threat, draw)
+    logits, gradient = oracle.gradient(start, loss.gradient)
+    value = loss.value(logits)
+    low, high = x, x
+    if threat.norm == "Linf":
+        low, high = (x - threat.eps).clamp(min=0.0), (x + threat.eps).clamp(max=1.0)
+    state = _State(
+        image=torch.arange(len(x), device=x.device),
+        low=low,
+        high=high,
+        point=start,
+        previous=start,
+        gradient=gradient,
+        best=start,
+        best_gradient=gradient,
+        best_loss=value,
+        step=torch.full_like(value, 2.0 * threat.eps),
+        rises=torch.zeros_like(value),
+        # The authors' package compares the first step's loss with 0; the same here.
+        last_loss=torch.zeros_like(value),
+        checked_best=value,
+        halved=torch.ones_like(value, dtype=torch.bool),
+    )
+    return state, logits
+
+
+def random_start(x: Tensor, threat: ThreatModel, draw: torch.Generator) -> Tensor:
+    """Return points of the balls' surface, one an image, clipped to [0, 1]."""
+    if threat.norm == "Linf":
+        noise = 2 * torch.rand(x.shape, generator=draw) - 1
+    else:
+        noise = torch.randn(x.shape, generator=draw)
+    noise = noise.to(x.device)
+    scale = threat.eps / (lengths(noise, threat.norm) + 1e-12)
+    return (x + per_sample(scale, x) * noise).clamp(0.0, 1.0)
