@@ -1,4 +1,4 @@
-"""`engine data`: datasets, listed, fetched, verified, described."""
+"""`engine data`: list, fetch, verify or describe datasets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .shared import Commands, add_command
 def add(commands: Commands) -> None:
     parser = add_command(commands, "data", _data, "list, fetch, verify or describe datasets")
     parser.add_argument("action", choices=("list", "fetch", "verify", "info"))
-    parser.add_argument("name", nargs="?")
+    parser.add_argument("name", nargs="?", help="a dataset by name, or the path of your own")
 
 
 def _data(arguments: argparse.Namespace) -> int:

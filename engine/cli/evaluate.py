@@ -18,8 +18,8 @@ def add(commands: Commands) -> None:
         _eval,
         "evaluate a run's checkpoint under attack, or check it for masked gradients",
         overridable=True,
-        fields="The fields --evaluation.FIELD VALUE change how it is evaluated: examples, pgd_steps, "
-        "pgd_restarts, autoattack (standard, apgd, none), batch_size; and --threads. "
+        fields="--evaluation.FIELD VALUE sets how the run is evaluated: examples, pgd_steps, "
+        "pgd_restarts, autoattack (standard, apgd, none), batch_size; so does --threads. "
         "`engine train --help evaluation` lists their meanings.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")

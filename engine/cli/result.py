@@ -1,4 +1,4 @@
-"""The closing table of a run: accuracies with their errors, the threat, the files, the next command."""
+"""The closing table of a run: accuracies with errors, the threat, the files, the next command."""
 
 from __future__ import annotations
 

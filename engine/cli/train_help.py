@@ -60,7 +60,7 @@ def _usage(recipes: list[str], width: int) -> str:
             "usage: engine train RECIPE [--FIELD VALUE ...] [options]",
             "       engine train --resume RUN",
             "",
-            "Start with: engine train quickstart     (a minute on a laptop)",
+            "Start with the smallest recipe: engine train quickstart",
             "",
             _entry("--help SECTION", f"one section of fields: {', '.join(_SECTIONS)}", width),
             _entry("--run-dir DIR", "folder of the run; default: runs/RECIPE-DATE-TIME", width),

@@ -108,7 +108,8 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError(f"data.loader = dali: {missing}")
     if recipe.optim.batch_size > len(images):
         raise EngineError(
-            f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training images"
+            f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training "
+            "images: lower it"
         )
     World(size=processes).share(recipe.optim.batch_size)
     steps = recipe.optim.epochs * steps_per_epoch(recipe)

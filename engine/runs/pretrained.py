@@ -24,8 +24,8 @@ def start_from(model: nn.Module, path: Path) -> None:
     """Load the weights of a file into `model`.
 
     Args:
-        path: a state dict: .safetensors, or .pt and .pth, which are read with `weights_only`. It may
-            lie under "state_dict" or "model", and its names may begin with "module.".
+        path: a state dict: .safetensors, or .pt and .pth, which are read with `weights_only`. It
+            may lie under "state_dict" or "model", and its names may begin with "module.".
     Raises:
         EngineError: if the file is absent, damaged, holds no state dict, or is of another network.
     """

@@ -100,8 +100,11 @@ def _announce(far: socket.socket) -> None:
     while numbers := far.recv(64):
         if any(number in _STOPPING for number in numbers):
             if os.environ.get("RANK", "0") == "0":
-                line = "engine: stopping after this step; once more: stop at once, without a checkpoint"
-                print(f"\n{line}", file=sys.stderr, flush=True)
+                print(
+                    "\nengine: stopping after this step and a checkpoint; again: stop at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
             return
 
 
