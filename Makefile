@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu bench-gpu docs tables pictures soak rivals check bench clean help
+.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu gpu-check gpu-wheels gpu-showcase matrix bench-gpu docs tables pictures soak rivals check types bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -47,6 +47,25 @@ test-all: .venv/ready ## the slow forms too
 test-gpu: .venv/ready ## the tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu -rs
 
+gpu-check: ## prove the CUDA path on a machine with a GPU: one call, no install, under 8 minutes
+	@$(if $(wildcard .venv/ready),$(BIN)/python,$(PYTHON)) -m tests.device.gpu_check $(WORDS)
+
+# What a machine with PyTorch, pytest, NumPy, SciPy and matplotlib still lacks.
+GPU_PYTHON ?= 3.12
+GPU_WHEELS ?= pydantic pydantic-core annotated-types typing-inspection typing-extensions tomli-w pyautoattack
+gpu-wheels: ## download what `make gpu-check` needs there into .whl: make gpu-wheels GPU_PYTHON=3.12
+	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	  -c constraints.txt -d .whl $(GPU_WHEELS)
+
+gpu-showcase: .venv/ready ## CIFAR-10 on a GPU, measured beside the plan: make gpu-showcase DATA=FOLDER_OF_IMAGES
+	@$(if $(DATA),,$(BIN)/python -m engine data fetch cifar10)
+	@$(BIN)/python -m engine compare benchmarks/studies/showcase.toml --out runs/showcase $(if $(DATA),--data.name $(DATA))
+	@$(BIN)/python -m engine.benchmarks.showcase runs/showcase
+
+matrix: .venv/ready ## the fast tests with every supported PyTorch: make matrix WORDS="--torch 2.11.0 tests/training"
+	@$(BIN)/python -m tests.matrix $(WORDS)
+
 docs: .venv/docs-ready ## the site, into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict && echo build/site/index.html
 
@@ -78,7 +97,13 @@ bench-gpu: .venv/ready ## every benchmark in full on this machine's GPU, rows in
 check: .venv/ready ## lint, format, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/python -m mypy
+	@$(MAKE) -s types
+
+# mypy needs the layout of a wheel: kernels/ and benchmarks/ inside engine/.
+types: .venv/ready ## types of engine/, kernels/ and benchmarks/
+	@rm -rf build/typing/engine && mkdir -p build/typing/engine
+	@cd build/typing/engine && ln -s ../../../engine/* ../../../kernels ../../../benchmarks .
+	@cd build/typing && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml
 
 clean: ## remove what a build leaves
 	rm -rf build dist .venv .mypy_cache .ruff_cache .pytest_cache

@@ -45,7 +45,8 @@ def run(name: str, reference: str, *, quick: bool, rounds: int = 3) -> Rows:
     if Path(reference).is_file():
         stored = [_rows(Path(reference).read_text(encoding="utf-8"), reference)]
         return judge([ours()], stored)
-    ours_by_round, others = [], []
+    ours_by_round: list[Rows] = []
+    others: list[Rows] = []
     with tempfile.TemporaryDirectory() as folder:
         python = environment(_checkout(reference, Path(folder)), Path(folder))
         their_run = _command(python, name, quick)

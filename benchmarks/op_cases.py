@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -232,7 +233,7 @@ def _stem_case(
     x = torch.rand(x_shape)
     z = (x + 0.05 * torch.randn(x_shape)).clamp(0, 1)
     gy, weight = 1e-3 * torch.randn(b, out, side, side), 0.2 * torch.randn(out, c, k, k)
-    geometry = {"stride": stride, "padding": pad}
+    geometry: dict[str, Any] = {"stride": stride, "padding": pad}
 
     def check() -> None:
         # L2 compares the gradient; Linf would compare signs, which rounding may flip near 0.
@@ -257,7 +258,8 @@ def _input_case(
     b, c, h, _ = x_shape
     side = (h + 2 * pad - k) // stride + 1
     gy = torch.randn(b, out, side, side).contiguous(memory_format=torch.channels_last)
-    weight, options = torch.randn(out, c, k, k), {"size": (h, h), "stride": stride, "padding": pad}
+    weight = torch.randn(out, c, k, k)
+    options: dict[str, Any] = {"size": (h, h), "stride": stride, "padding": pad}
     x = torch.rand(x_shape)
     return Case(
         "stem_input_grad",
@@ -277,7 +279,7 @@ def _weight_case(
     side = (h + 2 * pad - k) // stride + 1
     last = torch.channels_last
     x, gy = torch.rand(x_shape), torch.randn(b, out, side, side).contiguous(memory_format=last)
-    options = {"kernel": (k, k), "stride": stride, "padding": pad}
+    options: dict[str, Any] = {"kernel": (k, k), "stride": stride, "padding": pad}
     return Case(
         "stem_weight_grad",
         f"{label} {_name(x_shape)}",
@@ -302,8 +304,9 @@ def _sgd_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         narrow = [[t.clone() for t in ts] for ts in lists]
         wide = [[t.double() for t in ts] for ts in lists]
         step(*narrow)
-        rest = (0.9, decay, False, torch.tensor(0.999))
-        reference.sgd_ema_step(*wide, lr.double(), zero.double(), *rest)
+        rest = (lr.double(), zero.double(), 0.9, decay, False, torch.tensor(0.999))
+        arguments: tuple[Any, ...] = (*wide, *rest)
+        reference.sgd_ema_step(*arguments)
         for ours, exact in zip(narrow, wide, strict=True):
             for a, e in zip(ours, exact, strict=True):
                 _close(a, e)
@@ -351,7 +354,8 @@ def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         step(*narrow)
         rest = (lr.double(), count.double(), zero.double(), 0.9, 0.999, 1e-8)
         decays = [decay] * len(shapes)
-        reference.adamw_ema_step(*wide, *rest, decays, torch.tensor(0.999))
+        arguments: tuple[Any, ...] = (*wide, *rest, decays, torch.tensor(0.999))
+        reference.adamw_ema_step(*arguments)
         for ours, exact in zip(narrow, wide, strict=True):
             for a, e in zip(ours, exact, strict=True):
                 _close(a, e)

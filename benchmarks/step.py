@@ -155,8 +155,11 @@ def built_step(
 def bare_passes(model: nn.Module, x: Tensor, passes: Passes) -> Callable[[], None]:
     """Return a call of the bare passes of one step, on `x`, by plain autograd."""
     parameters = list(model.parameters())
-    trained = passes.weight_grad
-    forwards, inputs = passes.forward - trained, passes.input_grad - trained
+    counts = (passes.weight_grad, passes.forward, passes.input_grad)
+    trained, forwards, inputs = (int(count) for count in counts)
+    if (trained, forwards, inputs) != counts:
+        raise ValueError(f"cannot run passes of a part of the batch: {passes}")
+    forwards, inputs = forwards - trained, inputs - trained
     seed = torch.randn_like(model(x))
     attacks = min(forwards, inputs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +346,38 @@ def audit(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def evaluation(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of `engine bench evaluation` rows: both judges of AutoAttack."""
+    lines = _header(
+        "network",
+        "norm, eps",
+        "images",
+        "attack",
+        "s, package",
+        "s, engine",
+        "ratio",
+        "robust %, package",
+        "robust %, engine",
+        "same verdict",
+    )
+    for row in rows:
+        agreement = row.get("agreement")
+        cells = [
+            row["network"],
+            f"{row['norm']}, {row['eps']:g}",
+            row["images"],
+            row["attack"],
+            f"{row['seconds_pyautoattack']:.1f}",
+            f"{row['seconds_engine']:.1f}",
+            f"{row['ratio']:.2f}",
+            percent(row["robust_pyautoattack"]),
+            percent(row["robust_engine"]),
+            "" if agreement is None else f"{agreement:.1%}",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def stored() -> dict[str, tuple[str, str]]:
     """Return, by name of the stored result, the document that shows it and its table."""
     tables = {}
@@ -361,6 +393,8 @@ def stored() -> dict[str, tuple[str, str]]:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         if path.stem == "audit":
             tables[path.stem] = ("docs/kernels.md", audit(rows))
+        elif path.stem == "evaluation":
+            tables[path.stem] = ("docs/autoattack.md", evaluation(rows))
         elif path.stem in makers:
             tables[path.stem] = ("docs/performance.md", makers[path.stem](rows))
         else:
@@ -401,6 +435,7 @@ def write(root: Path) -> list[str]:
             before + begin + "\n" + table + "\n\n" + end + rest.split(end, 1)[1], encoding="utf-8"
         )
         written.append(f"{document}: {name}")
+    drawn: list[tuple[Path, Callable[[Mapping[str, Any], Path], None]]]
     drawn = [(path, picture.draw) for path in sorted(results.FOLDER.glob("compare-*.json"))]
     drawn += [(path, scaling_picture.draw) for path in results.FOLDER.glob("scaling.json")]
     for path, draw in drawn:

@@ -84,8 +84,10 @@ def remove(path: Path) -> None:
         EngineError: where it cannot be removed.
     """
     try:
-        path.unlink(missing_ok=True)
+        path.unlink()
         _sync(path.parent)
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise EngineError(f"cannot remove {path}: {error.strerror}") from error
 

@@ -11,7 +11,7 @@ import numpy as np
 from markupsafe import Markup
 
 from . import pictures
-from .text import duration, percent
+from .text import duration, percent, printable
 
 
 def render(name: str, **context: Any) -> str:
@@ -30,7 +30,7 @@ def render(name: str, **context: Any) -> str:
         "dark": Markup(pictures.css_variables(dark=True)),
     }
     page = environment.get_template(f"{name}.html.j2").render(**colours, **context)
-    return page.strip() + "\n"
+    return printable(page.strip(), "\n\t") + "\n"
 
 
 def _data_uri(pixels: np.ndarray) -> str:

@@ -19,8 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from .errors import printable
-from .text import duration
+from .text import duration, printable
 
 
 class _PlainConsole(Console):

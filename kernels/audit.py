@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -29,6 +30,7 @@ from typing import NamedTuple
 import torch
 
 from . import backends, ops
+from .stand_in import Launched, standing_in
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
@@ -163,65 +165,24 @@ class Launch(NamedTuple):
     shared: int  # bytes
 
 
-class _Driver:
-    """What Triton asks of a device driver, for a device that is not there."""
-
-    def __init__(self, arch: str, launches: list[Launch]):
-        from triton.backends.compiler import GPUTarget
-
-        self._arch = arch
-        self._target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-        self.launches = launches
-        self.utils = self
-
-    def get_current_device(self) -> str:
-        return self._arch
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self):
-        return self._target
-
-    def get_device_properties(self, device: str) -> dict[str, int]:
-        return {"max_shared_mem": LIMITS[self._arch].shared - _RESERVED_SHARED}
-
-    def load_binary(self, name: str, cubin: bytes, shared: int, device: str):
-        # Module, function, registers, spills, threads allowed in a block. Triton passes the function
-        # on to every launch; registers and spills are read from the machine code below.
-        return cubin, cubin, 0, 0, 1024
-
-    def launcher_cls(self, source, metadata) -> Callable[..., None]:
-        from triton.runtime import driver
-
-        def record(grid_x, grid_y, grid_z, stream, cubin, *rest):
-            compiled = source.fn.device_caches[self._arch][0].values()
-            ttgir = next(k.asm["ttgir"] for k in compiled if k.kernel == cubin)
-            programs = grid_x * grid_y * grid_z
-            launch = Launch(cubin, ttgir, programs, metadata.num_warps, metadata.shared)
-            # A compiled kernel keeps its launcher, and outlives the driver that made it.
-            driver.active.launches.append(launch)
-
-        return record
-
-
 @contextlib.contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
     """Compile for `arch` every Triton kernel launched in the block and list the launches; nothing runs."""
-    from triton.runtime import driver
-
-    from .triton import launch
-
     launches: list[Launch] = []
-    before = driver._active
-    driver.set_active(_Driver(arch, launches))
-    launch.recording = True
-    try:
-        with backends.use("triton"):
-            yield launches
-    finally:
-        launch.recording = False
-        driver._active = before
+
+    def record(launched: Launched) -> None:
+        kernel, programs = launched.kernel, math.prod(launched.grid)
+        launches.append(
+            Launch(kernel.kernel, kernel.asm["ttgir"], programs, launched.warps, launched.shared)
+        )
+
+    with standing_in(arch, most_shared(arch), record):
+        yield launches
+
+
+def most_shared(arch: str) -> int:
+    """Bytes of shared memory that one block may have."""
+    return LIMITS[arch].shared - _RESERVED_SHARED
 
 
 # ---- reading machine code --------------------------------------------------------------------

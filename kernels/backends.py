@@ -8,12 +8,16 @@ the reference. The choice follows the device of the op's first tensor, and `use`
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from . import reference
 
@@ -55,14 +59,71 @@ def load(name: Backend) -> tuple[ModuleType | None, str]:
 
 
 @cache
+def usable(name: Backend) -> tuple[ModuleType | None, str]:
+    """Return what `load` does; where there is a device for the backend, after one launch on it.
+
+    An import shows little: at its first launch Triton compiles its driver, with a C compiler, Python's
+    headers and libcuda.
+    """
+    module, reason = load(name)
+    if name != "triton" or module is None or not torch.cuda.is_available():
+        return module, reason
+    try:
+        module.probe()
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return None, f"its first launch failed: {type(error).__name__}: {first}"
+    return module, reason
+
+
+@cache
 def implementation(op: str, device: str, forced: Backend | None) -> Callable:
     name = forced or _BY_DEVICE.get(device, "reference")
-    module, reason = load(name)
+    module, reason = usable(name)
     if module is None and forced:
         raise RuntimeError(f"backend {name!r} is not available: {reason}")
     if module is None:
         _announce(name, reason)
-    return getattr(module, op, None) or getattr(reference, op)
+    own = None if module is reference else getattr(module, op, None)
+    if own is None:
+        return _plain(op)
+    # Who asks for a backend by name wants to hear of its errors.
+    return own if forced else _or_plain(op, own, name, getattr(module, "REFUSED", ()))
+
+
+def _plain(op: str) -> Callable:
+    """Return the reference's op. Autocast would round its convolutions and products, and no other backend's."""
+    run = getattr(reference, op)
+
+    @functools.wraps(run)
+    def exactly(*args: object) -> object:
+        with contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return run(*args)
+
+    return exactly
+
+
+def _or_plain(op: str, own: Callable, name: str, refused: tuple[type[Exception], ...]) -> Callable:
+    """Return `own`; from the first launch that the device has no room for, the reference's op."""
+    if not refused:
+        return own
+    chosen = own
+
+    @functools.wraps(own)
+    def serve(*args: object) -> object:
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except refused as error:
+            # Nothing is written yet: an op's later launches want no more than its first.
+            _log.warning("%s's %s does not run here (%s); plain PyTorch serves it", name, op, error)
+            chosen = _plain(op)
+            return chosen(*args)
+
+    return serve
 
 
 @cache
@@ -93,7 +154,7 @@ def table() -> list[dict[str, str]]:
     rows = []
     for op in OPS:
         for device, wanted in _BY_DEVICE.items():
-            module, reason = load(wanted)
+            module, reason = usable(wanted)
             if module is not None and hasattr(module, op):
                 rows.append({"op": op, "device": device, "backend": wanted, "why": reason})
             else:
@@ -102,8 +163,16 @@ def table() -> list[dict[str, str]]:
     return rows
 
 
-def finish_capture() -> None:
-    """Complete what a capture of ops had to leave open; call it before the first replay."""
+@contextlib.contextmanager
+def capturing() -> Iterator[list[Tensor]]:
+    """Capture ops in the block; when it ends, what the capture had to leave open is completed.
+
+    Yields:
+        A list; after the block it holds what the captured graph reads and nobody else keeps.
+    """
     module, _ = load("triton")
-    if module is not None:
-        module.finish_capture()
+    if module is None:
+        yield []
+        return
+    with module.capturing() as kept:
+        yield kept

@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from ..errors import EngineError, printable
+from ..errors import EngineError
+from ..text import printable
 from ..training.signals import end_tidily
 from . import (
     bench,

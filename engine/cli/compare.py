@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import EngineError, printable
+from ..errors import EngineError
+from ..text import printable
 from .shared import Commands, add_command, parse_overrides
 
 Row = Mapping[str, Any]

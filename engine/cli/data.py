@@ -6,7 +6,8 @@ import argparse
 import json
 import sys
 
-from ..errors import EngineError, printable
+from ..errors import EngineError
+from ..text import printable
 from .shared import Commands, add_command
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from ..errors import EngineError
 from .shared import Commands, add_command, parse_overrides
@@ -36,23 +37,23 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     from ..device.machine import environment
     from ..progress import stdout
 
-    facts = {
+    about: dict[str, Any] = {
         "environment": {**environment(), "apex": apex.status()},
         "kernels": kernels.backends.table(),
         "models": sorted(models.MODELS),
         "recipes": recipes.names(),
     }
     if arguments.json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(about, indent=2))
         return 0
-    for key, value in facts["environment"].items():
+    for key, value in about["environment"].items():
         stdout.print(f"{key:14} {value}", highlight=False, soft_wrap=True)
     table = Table("op", "device", "backend", "why")
-    for row in facts["kernels"]:
+    for row in about["kernels"]:
         table.add_row(row["op"], row["device"], row["backend"], row["why"])
     stdout.print(table)
-    stdout.print("models:", ", ".join(facts["models"]), highlight=False, soft_wrap=True)
-    stdout.print("recipes:", ", ".join(facts["recipes"]), highlight=False, soft_wrap=True)
+    stdout.print("models:", ", ".join(about["models"]), highlight=False, soft_wrap=True)
+    stdout.print("recipes:", ", ".join(about["recipes"]), highlight=False, soft_wrap=True)
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import printable
+from ..text import printable
 from .shared import Commands, add_command
 
 

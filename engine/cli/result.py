@@ -8,8 +8,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import printable
-from ..text import duration
+from ..text import duration, printable
 from ..threat import as_written
 
 if TYPE_CHECKING:

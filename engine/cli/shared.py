@@ -8,7 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeAlias
 
-from ..errors import EngineError, printable
+from ..errors import EngineError
+from ..text import printable
 from ..training.signals import Stopped
 
 

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import EngineError, printable
+from ..errors import EngineError
+from ..text import printable
 from . import result, train_help
 from .shared import Commands, exit_status, parse_overrides
 

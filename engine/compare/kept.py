@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import files
-from ..errors import EngineError, shown
+from ..errors import EngineError
+from ..text import shown
 
 Check = Callable[[Any], bool]
 

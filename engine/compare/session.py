@@ -11,6 +11,7 @@ gone.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .. import files, recipes
 from ..device.machine import environment
@@ -232,6 +235,11 @@ def _step_times(protocol: Protocol, path: Path) -> dict[str, dict[str, float]]:
         name: {"p20_ms": t.p20, "p50_ms": t.p50, "p80_ms": t.p80} for name, t in timings.items()
     }
     files.write_json(path, {"environment": environment(), "recipes": wanted, "steps": steps})
+    # The steps' memory on the device is for the runs to come.
+    calls.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return steps
 
 

@@ -34,7 +34,6 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
 # One image, in pixels: more is a mistake, or a picture made to fill memory when it is unpacked.
 _IMAGE_LIMIT = 1 << 24
-_IMAGE_BYTES = 1 << 28
 _CLASSES_LIMIT = 100_000
 
 _ANY_FAULT = (
@@ -174,9 +173,9 @@ def _pixels(file: Path, mode: str) -> np.ndarray:
 def _opened(file: Path) -> Any:
     from PIL import Image
 
-    # A FIFO by the name of an image would be waited for.
-    with readers.open_file(file, str(file), _IMAGE_BYTES):
-        pass
+    if file.exists() and not file.is_file():
+        # Opening a FIFO waits for a writer.
+        raise EngineError(f"{file}: cannot read it: not a regular file")
     try:
         with warnings.catch_warnings():
             # Sizes are checked here, and a fault of the file is said once.

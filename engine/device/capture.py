@@ -9,11 +9,13 @@ caller restores its state; tables that a kernel wants from the host are filled i
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from .. import kernels
 
@@ -50,7 +52,8 @@ class CudaGraphs:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.graphs: list[torch.cuda.CUDAGraph] = []
+        # Each with the tensors that it reads and nobody else keeps.
+        self.graphs: list[tuple[torch.cuda.CUDAGraph, list[Tensor]]] = []
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -61,9 +64,12 @@ class CudaGraphs:
         """
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            yield
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:
+            # Where the block fails too: what it enqueued may still be writing.
+            current.wait_stream(self.stream)
 
     def warm_up(self, run: Run) -> None:
         """Run eagerly, `WARM_UP` times, on the stream that will capture."""
@@ -77,26 +83,28 @@ class CudaGraphs:
         Raises:
             RuntimeError: whatever CUDA has against an operation of `run`.
         """
+        # An earlier graph that waits for the collector would be destroyed in the middle of this capture.
+        gc.collect()
         torch.cuda.synchronize(self.device)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        try:
-            # A global capture would forbid its own calls to a loader's threads, and fail theirs.
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                run()
-        finally:
-            # Where a broken capture cannot be ended either, torch stays on the capturing stream.
-            torch.cuda.set_stream(current)
-        kernels.finish_capture()
-        self.graphs.append(graph)
+        with kernels.capturing() as kept:
+            try:
+                # A global capture would forbid its own calls to a loader's threads, and fail theirs.
+                with torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
+                    run()
+            finally:
+                # Where a broken capture cannot be ended either, torch stays on the capturing stream.
+                torch.cuda.set_stream(current)
+        self.graphs.append((graph, kept))
         return graph.replay
 
     def close(self) -> None:
         """Free the graphs and their memory. Replays made here must not run afterwards."""
         if self.graphs:
             torch.cuda.synchronize(self.device)
-        for graph in self.graphs:
+        for graph, _ in self.graphs:
             graph.reset()
         self.graphs.clear()
 

@@ -8,6 +8,7 @@ averaged every step is kept the same everywhere by what is here. Alone, every ca
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import sys
@@ -72,9 +73,12 @@ def join() -> World:
             f"process {local} on this machine has no GPU: there are {torch.cuda.device_count()}"
         )
     if size > 1 and not dist.is_initialized():
+        options: dict[str, Any] = {"timeout": _PATIENCE}
         if cuda:
             torch.cuda.set_device(local)
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+            # NCCL then connects at once, and guesses no device in a barrier.
+            options["device_id"] = torch.device("cuda", local)
+        dist.init_process_group("nccl" if cuda else "gloo", **options)
     return World(rank, size, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
@@ -121,7 +125,9 @@ def gather(t: Tensor) -> Tensor:
     if not active():
         return t
     found = t.new_empty((size() * t.shape[0], *t.shape[1:]))
-    dist.all_gather_single(found, t.contiguous())
+    # PyTorch 2.13 has renamed it, and warns of the older name.
+    together = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    together(found, t.contiguous())
     return found
 
 
@@ -147,9 +153,12 @@ def averaged(network: nn.Module, compute: Callable[..., Any]) -> Callable[..., A
         return functools.partial(compute, network)
     # Small gradients whose strides differ where nothing else does: not worth a word.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    return nn.parallel.DistributedDataParallel(
-        _Whole(network, compute), forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
+    parallel = nn.parallel.DistributedDataParallel
+    # As above: renamed.
+    known = inspect.signature(parallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {sync: False, "gradient_as_bucket_view": True}
+    return parallel(_Whole(network, compute), **options)
 
 
 def is_broken(error: BaseException) -> bool:

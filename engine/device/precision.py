@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import EngineError
 
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(name: str, device: torch.device) -> str:
@@ -43,8 +43,8 @@ def passes(precision: str, device: torch.device) -> Iterator[None]:
     a captured graph holds its casts, never one made before.
     """
     with arithmetic(precision, device):
-        if precision in _AUTOCAST:
-            with torch.autocast(device.type, _AUTOCAST[precision]):
+        if precision in AUTOCAST:
+            with torch.autocast(device.type, AUTOCAST[precision]):
                 yield
         else:
             yield
@@ -55,18 +55,54 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """float32 products in the block, those of backward passes too, are exact (fp32) or rounded (tf32).
 
     By itself PyTorch rounds in convolutions and not in matrix products. Autocast would not do for backward
-    passes, which take the types of their forward passes; these two flags hold for whatever runs.
+    passes, which take the types of their forward passes; these settings hold for whatever runs.
     """
-    if device.type != "cuda" or precision in _AUTOCAST:
+    if device.type != "cuda" or precision in AUTOCAST:
         yield
         return
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, products.allow_tf32
-    convolutions.allow_tf32 = products.allow_tf32 = precision == "tf32"
+    rounded = precision == "tf32"
+    cudnn: Any = torch.backends.cudnn  # its attributes are made at run time
+    knobs: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    before, older = [knob.fp32_precision for knob in knobs], _older_flags()
+    # The older flags first, for whoever reads them within the block: PyTorch raises where the two disagree.
+    _set_older_flags((rounded, "high" if rounded else "highest"))
+    for knob in knobs:
+        knob.fp32_precision = "tf32" if rounded else "ieee"
     try:
         yield
     finally:
-        convolutions.allow_tf32, products.allow_tf32 = before
+        if older is not None:
+            _set_older_flags(older)
+        for knob, was in zip(knobs, before, strict=True):
+            knob.fp32_precision = was
+
+
+def _older_flags() -> tuple[bool, str] | None:
+    """Return PyTorch's flags from before 2.9; None where the program has set the newer ones otherwise."""
+    try:
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _set_older_flags(flags: tuple[bool, str]) -> None:
+    torch.backends.cudnn.allow_tf32, products = flags
+    torch.set_float32_matmul_precision(products)
+
+
+@contextlib.contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """In the block cuDNN takes algorithms that give the same bits each time; not `wanted`: any."""
+    if not wanted:
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 class LossScale:

@@ -160,13 +160,15 @@ class Objective(abc.ABC):
 
 # The models whose first batch was looked at; a look at every batch would make the host wait.
 _checked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_states: dict[torch.device, Tensor] = {}
+# Each with the seed that it was made of: to read it there would make the host wait for the device.
+_states: dict[torch.device, tuple[int, Tensor]] = {}
 
 
 def _shared_state(device: torch.device) -> Tensor:
-    if device not in _states or int(_states[device][0]) != _seed():
-        _states[device] = rng_state(_seed(), device)
-    return _states[device]
+    seed = _seed()
+    if device not in _states or _states[device][0] != seed:
+        _states[device] = seed, rng_state(seed, device)
+    return _states[device][1]
 
 
 def _seed() -> int:

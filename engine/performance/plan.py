@@ -243,6 +243,12 @@ def _memory_gb(
     }
 
 
+def predicted(recipe: Recipe, gpu: str) -> float:
+    """Predict a captured step of the recipe alone [ms], for a GPU of `GPUS`."""
+    precision = "bf16" if recipe.step.precision == "auto" else recipe.step.precision
+    return 1e3 * price(*_on_meta(recipe), GPUS[gpu], precision).seconds
+
+
 def price(step: Step, batch: Batch, device: Gpu, precision: str) -> Price:
     """Predict any step on any batch.
 

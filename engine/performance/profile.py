@@ -294,15 +294,9 @@ def _is_shape(shape: Any) -> bool:
 def _copy_gb_per_s(device: torch.device) -> float:
     """Return the best rate of five copies of 64 MB, bytes read plus written [GB/s]."""
     moved = 1 << 27
-    move = timing.copier(moved, device)
-
-    def copy() -> None:
-        move()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
+    copy, times = timing.several(timing.copier(moved, device), device)
     copy()
-    return moved / min(timing.timed(copy) for _ in range(5)) / 1e9
+    return moved * times / min(timing.timed(copy) for _ in range(5)) / 1e9
 
 
 def command(tool: str, words: Sequence[str], out: Path) -> list[str]:

@@ -11,6 +11,8 @@ import torch
 
 from ..device import precision as precisions
 
+_SEVERAL = 10
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -81,6 +83,23 @@ def waiting(call: Callable[[], object], device: torch.device | str) -> Callable[
     return whole
 
 
+def several(
+    call: Callable[[], object], device: torch.device | str
+) -> tuple[Callable[[], object], int]:
+    """Return a call that makes `call` several times and waits once, and how many times: once on the CPU.
+
+    By itself the launch would be part of a short kernel's time.
+    """
+    if torch.device(device).type != "cuda":
+        return call, 1
+
+    def repeated() -> None:
+        for _ in range(_SEVERAL):
+            call()
+
+    return waiting(repeated, device), _SEVERAL
+
+
 def timed(call: Callable[[], object], repeats: int = 1) -> float:
     """Wall-clock seconds of `repeats` calls."""
     begin = time.perf_counter()
@@ -117,16 +136,17 @@ def peak_gflops(device: torch.device | str = "cpu", precision: str = "fp32") -> 
     """
     where, best = torch.device(device), 0.0
     for size in (1024, 1536) if where.type == "cpu" else (4096, 8192):
-        a, b = torch.randn(2, size, size, device=where)
+        # In the type that the products are made in: autocast would time its casts as well.
+        dtype = precisions.AUTOCAST.get(precision, torch.float32)
+        a, b = torch.randn(2, size, size, device=where).to(dtype)
 
-        def product(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
-            with precisions.passes(precision, where):
-                torch.mm(a, b)
-            if where.type == "cuda":
-                torch.cuda.synchronize()
+        def product(a: torch.Tensor = a, b: torch.Tensor = b) -> object:
+            return torch.mm(a, b)
 
-        product()
-        best = max(best, *(2e-9 * size**3 / timed(product) for _ in range(3)))
+        call, times = several(product, where)
+        with precisions.arithmetic(precision, where):
+            call()
+            best = max(best, *(2e-9 * times * size**3 / timed(call) for _ in range(3)))
     return best
 
 

@@ -132,6 +132,13 @@ class StepOptions:
         bool,
         Field(description="torch.compile the network's passes (slower on the CPUs measured)"),
     ] = False
+    deterministic: Annotated[
+        bool,
+        Field(
+            description="on a GPU: cuDNN takes algorithms that give the same bits each time, so that a "
+            "resumed run ends as an unbroken one does (slower)"
+        ),
+    ] = False
     sync_batch_norm: Annotated[
         bool,
         Field(

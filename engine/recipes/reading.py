@@ -21,16 +21,17 @@ from pydantic_core import PydanticUndefined
 from .. import files
 from ..data import own
 from ..device import apex
-from ..errors import EngineError, shown
+from ..errors import EngineError
 from ..objectives import AnyObjective, LocalBall
+from ..text import shown
 from .fields import Recipe
 
 # A recipe is a page of text; a larger one is something else.
 _RECIPE_BYTES = 1 << 20
 # tomllib takes quadratic time for a dotted key.
 _KEY_PARTS = 32
-# The largest numbers in a recipe: counts fit 32 bits, values leave room to be squared in float32.
-_LARGEST_COUNT, _LARGEST_VALUE = (1 << 31) - 1, 1e15
+# The largest numbers in a recipe: counts fit 32 bits, values fit float32.
+_LARGEST_COUNT, _LARGEST_VALUE = (1 << 31) - 1, 1e37
 _LONGEST_WORD = 100
 _ADAPTER = TypeAdapter(Recipe)
 _DEFAULT_OBJECTIVE = LocalBall().name
@@ -291,7 +292,8 @@ def _check_sizes(fields: Mapping[str, Any], prefix: str = "") -> None:
             _check_sizes(value, f"{prefix}{name}.")
         most = _LARGEST_VALUE if isinstance(value, float) else _LARGEST_COUNT
         if isinstance(value, int | float) and value > most:
-            raise EngineError(f"{prefix}{name} = {shown(value)} is too large: at most {most:,}")
+            bound = f"{most:g}" if isinstance(most, float) else f"{most:,}"
+            raise EngineError(f"{prefix}{name} = {shown(value)} is too large: at most {bound}")
 
 
 def _without_none(value: Any) -> Any:

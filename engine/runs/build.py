@@ -207,6 +207,7 @@ def build_step(
         rank=rank,
         device=where,
         compile=recipe.step.compile,
+        deterministic=recipe.step.deterministic,
         recorder=recorder,
     )
 

@@ -12,6 +12,7 @@ import torch
 
 from .. import files
 from ..errors import EngineError
+from ..text import printable
 from ..threat import as_written
 from ..training.checkpoint import save_tensors
 from . import evaluate, images
@@ -61,7 +62,7 @@ def export(run: Run, out: Path | None = None) -> list[Path]:
     with files.summed(pickled) as temporary:
         torch.save(tensors, temporary)
     files.write_json(claim, claim_of(run, found))
-    files.write_text(card, _card(run, found, tensors))
+    files.write_text(card, printable(_card(run, found, tensors), "\n\t"))
     sums = [files.sum_path(path) for path in (weights, pickled)]
     return [weights, pickled, *sums, claim, card]
 

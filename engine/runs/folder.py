@@ -14,17 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from .. import files, recipes
 from ..device.machine import environment
 from ..errors import EngineError
 from ..recipes import Recipe
-from ..training.checkpoint import most_bytes, save_tensors
+from ..training.checkpoint import load_tensors, most_bytes, save_tensors
 
 log = logging.getLogger(__name__)
 
+# What a run writes: a stranger's folder may have links by these names that lead elsewhere.
+_NAMES = (
+    *("recipe.toml", "environment.json", "metrics.jsonl", "checkpoints", "lock", "summary.json"),
+    *("best.safetensors", "last.safetensors", "evaluation.json", "masking.json", "report.html"),
+    *("pictures", "export"),
+)
 # Characters of a recipe's name in the name of a folder, which may have 255 bytes.
 _LONGEST_NAME = 60
 
@@ -76,10 +81,13 @@ class Run:
         """Return the run in an existing folder.
 
         Raises:
-            EngineError: if the folder holds no run, or the run's recipe is damaged.
+            EngineError: if the folder holds no run, or the run's recipe is damaged, or one of the run's
+                files is a symbolic link (`place`).
         """
         if not (path / "recipe.toml").is_file():
             raise EngineError(f"{path} is not a run folder: it has no recipe.toml")
+        for name in _NAMES:
+            files.within(path, name)
         return cls(path, recipes.load(str(path / "recipe.toml")))
 
     def place(self, name: str) -> Path:
@@ -231,9 +239,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         if not files.check_sum(path, limit):
             log.warning("%s has no SHA-256 beside it: damage to it would not be seen", path)
-            with files.opened(path, limit):
-                pass
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(load_tensors(path, limit))
     except (SafetensorError, OSError) as error:
         raise EngineError(f"{path} is damaged: {error}") from None
     except RuntimeError as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..data.loaders import Loader
 from ..device import distributed, phases
 from ..device.distributed import World
+from ..device.precision import repeatable
 from ..errors import EngineError
 from ..progress import TrainingBar, bar
 from ..recipes import Recipe
@@ -84,6 +85,8 @@ def _train(run: Run, world: World) -> Result:
         contextlib.closing(loader),
         contextlib.closing(step),
         phases.nvtx(),
+        # Validation too: it chooses the best epoch, and what to go back to.
+        repeatable(recipe.step.deterministic),
         Watch() as watch,
         bar() as progress,
     ):

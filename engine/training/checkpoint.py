@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from .. import files
@@ -103,7 +104,7 @@ class Checkpoints:
                 raise EngineError(
                     f"checkpoint {path} is damaged: its SHA-256 is not the manifest's"
                 )
-            return load_file(path), manifest["about"]
+            return load_tensors(path, limit), manifest["about"]
         except (OSError, SafetensorError) as error:
             raise EngineError(f"checkpoint {path} is damaged: {error}") from None
 
@@ -122,6 +123,22 @@ def most_bytes(tensors: Iterable[Tensor]) -> int:
     A larger file is not read: hashing a sparse one of 100 GB takes minutes.
     """
     return 2 * sum(t.numel() * t.element_size() for t in tensors) + (1 << 28)
+
+
+def load_tensors(path: Path, limit: int) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file of at most `limit` bytes.
+
+    Raises:
+        EngineError: as `files.opened` does.
+        SafetensorError: for a damaged file.
+    """
+    with files.opened(path, limit) as file:
+        try:
+            os.fsencode(path).decode("utf-8")
+        except UnicodeDecodeError:
+            # safetensors opens no such path.
+            return load(file.read())
+        return load_file(path)
 
 
 def save_tensors(

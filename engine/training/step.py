@@ -23,7 +23,7 @@ from ..data.loaders import Batch
 from ..device import apex, distributed
 from ..device.capture import WARM_UP, Recorder
 from ..device.phases import BOOKKEEPING, DATA, OPTIMISER, TRAIN_BACKWARD, phase
-from ..device.precision import LossScale, arithmetic, passes, resolve
+from ..device.precision import LossScale, arithmetic, passes, repeatable, resolve
 from ..errors import EngineError
 from ..models import dropout
 from ..models.compiled import compiled
@@ -51,6 +51,7 @@ class Step:
         precision: of the network's passes, see `engine.device.precision`.
         seed, rank: of everything random; each process of a run draws its own.
         compile: the network's passes go through torch.compile.
+        deterministic: cuDNN takes algorithms that give the same bits each time.
         recorder: captures the step at its first call; None: run it eagerly.
     Attributes:
         state: int64 [2] (seed, step) on the device; `done`: the same number of steps, on the host.
@@ -76,6 +77,7 @@ class Step:
         rank: int = 0,
         device: torch.device | str = "cpu",
         compile: bool = False,
+        deterministic: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
         objective.check(attack)
@@ -93,6 +95,7 @@ class Step:
         self.optimiser, self.memory, self.take = optimiser, memory, take
         self.device = torch.device(device)
         self.precision = resolve(precision, self.device)
+        self.deterministic = deterministic
         apex.check_precision(optimiser.name, self.precision)
         self.scale = LossScale(self.device, dynamic=self.precision == "fp16")
         self.state = rng.state(rng.of_rank(seed, rank), device)
@@ -119,7 +122,7 @@ class Step:
 
     def run(self, batch: Batch) -> None:
         """The whole step, on the device."""
-        with arithmetic(self.precision, self.device):
+        with arithmetic(self.precision, self.device), repeatable(self.deterministic):
             self._run(batch)
 
     def _run(self, batch: Batch) -> None:
@@ -280,9 +283,11 @@ class Step:
     def capture(self, batch: Batch | None = None) -> None:
         """Record the step now, on a batch of the shapes to come, where it is to be recorded at all.
 
-        The first call does it otherwise; but a capture wants no loader's threads about.
+        The first call does it otherwise; but a capture wants no loader's threads about. After the last
+        step of the schedule nothing is recorded: warming up would read past the schedule's end.
         """
-        if self._recorder is not None and self._replay is None:
+        waits = self._recorder is not None and self._replay is None
+        if waits and self.done < len(self.optimiser.rates):
             self._record(batch)
 
     def _record(self, batch: Batch | None) -> None:

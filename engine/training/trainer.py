@@ -117,8 +117,7 @@ class Trainer:
                 memory needs.
         """
         step, result = self.step, self.result
-        if step.take is None and (example := self.loader.example()) is not None:
-            step.capture(example)
+        self._capture()
         for epoch in range(step.done // len(self.loader), self.epochs):
             row = self._train_epoch(epoch)
             if self.validation and (
@@ -187,6 +186,17 @@ class Trainer:
             raise EngineError(f"the checkpoint is not a whole one: {error!r}") from None
         result.best = parts["best"]
         result.train_seconds, result.steps = seconds, done
+
+    def _capture(self) -> None:
+        """Record the step before the first epoch: no thread of a loader runs yet, and no clock."""
+        step = self.step
+        step.train()
+        if step.take is not None:
+            # The step takes its batches from the epoch's order.
+            self.loader.begin(step.done // len(self.loader))
+            step.capture()
+        elif (example := self.loader.example()) is not None:
+            step.capture(example)
 
     # ---- an epoch --------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..layout import same_order
 from .binding import DTYPES, address, is_channels_last, native
 
 
@@ -102,20 +103,20 @@ def _parameters(
     Also returns gradients brought into another layout, which must live until the kernel has run.
     """
     float32 = torch.float32
-    rows, kept = [], []
+    rows: list[tuple] = []
+    kept: list[Tensor] = []
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-        stride = p.stride()
         state = [m[i] for m in moments]
         e = averages[i] if averages else None
         if (
             not (p.is_contiguous() or is_channels_last(p))
             or p.dtype is not float32
             or g.dtype not in DTYPES
-            or any(m.dtype is not float32 or m.stride() != stride for m in state)
-            or (e is not None and (e.dtype is not float32 or e.stride() != stride))
+            or any(m.dtype is not float32 or not same_order(m, p) for m in state)
+            or (e is not None and (e.dtype is not float32 or not same_order(e, p)))
         ):
             return None, kept
-        if g.stride() != stride:
+        if not same_order(g, p):
             g = torch.empty_like(p, dtype=g.dtype).copy_(g)
             kept.append(g)
         first, second = state[0].data_ptr(), state[1].data_ptr() if len(state) > 1 else 0

@@ -83,7 +83,8 @@ def constant(value: float, device: torch.device) -> Tensor:
     been asked for once before a capture begins.
     """
     if torch.compiler.is_compiling() or isinstance(_get_current_dispatch_mode(), FakeTensorMode):
-        return torch.tensor(value, dtype=torch.float32, device=device)
+        # Filled by the device: torch.tensor would put a copy from the host into the compiled graph.
+        return torch.full((), value, dtype=torch.float32, device=device)
     found = _cached(value, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         _pinned[id(found)] = found

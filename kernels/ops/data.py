@@ -171,8 +171,8 @@ def remember(
 ) -> None:
     """Write the perturbation z - x back into `memory`, in place, through the inverse crop and mirror.
 
-    Pixels that the crop cut away keep what they had. Arguments as for `recall`; an index that occurs
-    twice keeps one of the two perturbations.
+    Pixels that the crop cut away keep what they had. Arguments as for `recall`. Of an index that occurs
+    twice every pixel keeps one of its two values; which one is open, and on CUDA pixels may differ in it.
     """
     x = check_images("x", x)
     z = check_like("z", z, x, "x")

@@ -120,9 +120,10 @@ def _check_lists(
         raise ValueError("params is empty")
     if averages:
         tensors["averages"] = averages
-    for name, values in (*tensors.items(), ("weight_decay", weight_decay)):
-        if len(values) != len(params):
-            raise ValueError(f"{name} has {len(values)} for {len(params)} params")
+    lengths = {name: len(values) for name, values in tensors.items()}
+    for name, length in (*lengths.items(), ("weight_decay", len(weight_decay))):
+        if length != len(params):
+            raise ValueError(f"{name} has {length} for {len(params)} params")
     for name, values in tensors.items():
         for p, t in zip(params, values, strict=True):
             if t.shape != p.shape:

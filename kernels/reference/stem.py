@@ -19,7 +19,7 @@ def input_grad_step(
     alpha: Tensor,
     norm: str,
 ) -> Tensor:
-    grad = stem_input_grad(stem_grad, weight, *x.shape[2:], stride, padding)
+    grad = stem_input_grad(stem_grad, weight, x.shape[2], x.shape[3], stride, padding)
     if not x.is_contiguous():
         grad = grad.contiguous(memory_format=torch.channels_last)
     return attack_step(x, z, grad, eps, alpha, norm)

@@ -9,27 +9,42 @@ try:
 except ImportError as error:
     raise ImportError(f"Triton is not installed ({error})") from error
 
+import torch
+from triton.runtime.errors import OutOfResources
+
 from .attack import attack_step, attack_step_, uniform_start
 from .data import augment, recall, remember
 from .launch import INTERPRETING
 from .logits import cross_entropy_grad, kl_grad, local_ball_loss, local_ball_loss_backward
-from .optimisers import adamw_ema_step, finish_capture, sgd_ema_step
+from .optimisers import adamw_ema_step, capturing, sgd_ema_step
 from .stem import input_grad_step
 
 ORIGIN = f"Triton {triton.__version__}" + (", interpreted" if INTERPRETING else "")
+# What a launch raises that wants more registers or shared memory than the device has.
+REFUSED = (OutOfResources,)
+
+
+def probe() -> None:
+    """Launch one small kernel on the current device and wait for it; raises whatever that raises."""
+    x, eps = torch.zeros((1, 4), device="cuda"), torch.zeros((), device="cuda")
+    attack_step(x, x, x, eps, eps, "Linf")
+    torch.cuda.synchronize()
+
 
 __all__ = [
     "ORIGIN",
+    "REFUSED",
     "adamw_ema_step",
     "attack_step",
     "attack_step_",
     "augment",
+    "capturing",
     "cross_entropy_grad",
-    "finish_capture",
     "input_grad_step",
     "kl_grad",
     "local_ball_loss",
     "local_ball_loss_backward",
+    "probe",
     "recall",
     "remember",
     "sgd_ema_step",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from ..layout import same_order
 from .launch import flat_tile, on_device
 from .maths import number
 
@@ -48,10 +50,21 @@ class _Member(NamedTuple):
 # tables serve a whole run.
 _tables: OrderedDict[tuple, _Table] = OrderedDict()
 _MOST_TABLES = 32
-# A captured graph reads its table at every replay, long after the cache has forgotten it.
-_captured: dict[tuple, _Table] = {}
-# Tables first met in a capture, and what is to be written into them when it has ended.
-_unfilled: list[tuple[_Table, _Table]] = []
+
+
+class _Capture(NamedTuple):
+    """What the launches of a capture read at every replay.
+
+    Attributes:
+        tables: by what they are made of.
+        unfilled: tables first met in the capture, and what is to be written into them when it has ended.
+    """
+
+    tables: dict[tuple, _Table]
+    unfilled: list[tuple[_Table, _Table]]
+
+
+_capture: _Capture | None = None
 
 
 def sgd_ema_step(
@@ -115,12 +128,29 @@ def adamw_ema_step(
     _run(members, alone, launch)
 
 
-def finish_capture() -> None:
-    """Fill the tables that a capture could only make room for."""
-    for empty, full in _unfilled:
+@contextlib.contextmanager
+def capturing() -> Iterator[list[Tensor]]:
+    """Make room in the block for the tables that captured launches read; write them when the block ends.
+
+    A capture allows no copy from the host, and a graph reads its tables when it is replayed. Where the
+    block raises, nothing is written.
+
+    Yields:
+        A list; after the block it holds the tables. It has to live as long as the graph.
+    """
+    global _capture
+    before, capture = _capture, _Capture({}, [])
+    _capture = capture
+    kept: list[Tensor] = []
+    try:
+        yield kept
+    finally:
+        _capture = before
+    for empty, full in capture.unfilled:
         for into, values in zip(empty, full, strict=True):
             into.copy_(values)
-    _unfilled.clear()
+    for table in capture.tables.values():
+        kept += table
 
 
 def _members(
@@ -156,7 +186,7 @@ def _run(
         if not _fits(member) or g.dtype not in _TL:
             alone(member)
             continue
-        if g.stride() != p.stride():
+        if not same_order(g, p):
             member = member._replace(g=torch.empty_like(p, dtype=g.dtype).copy_(g))
         row = _row(member)
         aligned = all(address % 16 == 0 for address in row[:-1])
@@ -174,13 +204,8 @@ def _run(
 def _fits(member: _Member) -> bool:
     """Whether a parameter and its state are dense, of one type and in one memory order."""
     p = member.p
-    same = all(
-        t.dtype == p.dtype and t.stride() == p.stride() for t in (*member.moments, *_list(member.e))
-    )
-    dense = p.is_contiguous() or (
-        p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
-    )
-    return same and dense and p.dtype in (torch.float32, torch.float64)
+    same = all(t.dtype == p.dtype and same_order(t, p) for t in (*member.moments, *_list(member.e)))
+    return same and same_order(p, p) and p.dtype in (torch.float32, torch.float64)
 
 
 def _row(member: _Member) -> tuple[int, ...]:
@@ -191,21 +216,24 @@ def _row(member: _Member) -> tuple[int, ...]:
 
 
 def _table(members: tuple[_Member, ...], rows: tuple[tuple[int, ...], ...], block: int) -> _Table:
-    """The table for these tensors.
+    """Return the table for these tensors; in a capture, room for one where it is not there yet.
 
-    Building one copies from the host, which a graph capture does not allow. There the kernel gets room
-    for a table, and `finish_capture` writes it: a graph reads its table when it is replayed.
+    Raises:
+        RuntimeError: in a capture outside `capturing`: nothing would keep the table for its replays.
     """
     decay = tuple(m.decay for m in members)
     device = members[0].p.device
     key = (device, rows, decay)
     table = _tables.get(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _capture is None:
+            raise RuntimeError("optimiser ops are captured within `kernels.capturing()` alone")
+        table = table or _capture.tables.get(key)
         if table is None:
             full = _build(rows, decay, block, torch.device("cpu"))
             table = _Table(*(torch.empty_like(t, device=device) for t in full))
-            _unfilled.append((table, full))
-        _captured[key] = table
+            _capture.unfilled.append((table, full))
+        _capture.tables[key] = table
         return table
     if table is None:
         table = _tables[key] = _build(rows, decay, block, device)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import cli, recipes
 from engine.benchmarks import end_to_end, tables
@@ -103,6 +104,30 @@ def test_the_peak_is_the_best_of_several(monkeypatch):
     taken = iter([1.0, 0.5, 1.0, 4.0, 4.0, 4.0])
     monkeypatch.setattr(timing, "timed", lambda call: next(taken))
     assert timing.peak_gflops() == pytest.approx(2e-9 * 1024**3 / 0.5)
+
+
+def test_a_peak_holds_no_casts_and_few_launches(monkeypatch):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            ops.append(str(func))
+            return func(*args, **kwargs or {})
+
+    ops = []
+
+    def timed(call):
+        with Seen():
+            call()
+        return 0.5
+
+    monkeypatch.setattr(timing, "timed", timed)
+    assert timing.peak_gflops(precision="bf16") == pytest.approx(2e-9 * 1536**3 / 0.5)
+    assert set(ops) == {"aten.mm.default"}
+    told = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("wait"))
+    call, times = timing.several(lambda: told.append("launch"), "cuda")
+    call()
+    assert told == ["launch"] * times + ["wait"]
+    assert times >= 10
 
 
 def test_command_line_and_table(monkeypatch, capsys):

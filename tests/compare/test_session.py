@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine import cli, files, recipes
 from engine.compare import scores, session
@@ -144,6 +146,33 @@ def test_finished_runs_are_not_run_again_and_unfinished_ones_are(made, monkeypat
     again = json.loads(capsys.readouterr().out)
     # Same seed, same numbers.
     assert [row["pgd_mean"] for row in again] == [row["pgd_mean"] for row in first]
+
+
+def test_the_timed_steps_are_gone_before_runs_start(tmp_path, monkeypatch):
+    """Their weights, graphs and buffers would lie beside those of the runs."""
+    steps, told = [], []
+
+    class Step:
+        def __init__(self):
+            self.itself = self  # a cycle, as a captured step's
+
+        def __call__(self):
+            pass
+
+    def step_of(recipe):
+        made = Step()
+        steps.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(session.build, "step_of", step_of)
+    monkeypatch.setattr(session, "_STEPS_SECONDS", 0.01)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: told.append([ref() is None for ref in steps])
+    )
+    monkeypatch.setattr(session, "environment", dict)
+    assert set(session._step_times(written(tmp_path), tmp_path / "steps.json")) == {"weak", "ball"}
+    assert told == [[True, True]]
 
 
 def test_results_of_an_earlier_sitting_stand_for_their_runs(made, tmp_path, monkeypatch, capsys):

@@ -244,3 +244,40 @@ def test_sampling_is_a_function_of_seed_and_step():
     assert drawn[:, :2].max() == 3
     assert set(drawn[:, 2].tolist()) == {0, 1}
     assert set(drawn[:, 3].tolist()) == set(range(9))
+
+
+def test_the_resident_loader_leaves_the_images_where_they_are():
+    images = torch.empty((8, 1, 6, 6), dtype=torch.uint8, device="meta")
+    loader = loaders.ResidentLoader(images, torch.zeros(8, dtype=torch.int64), 4)
+    assert {t.device.type for t in loader.tensors()} == {"meta"}
+    assert loader.take(torch.zeros(2, dtype=torch.int64, device="meta")).x.is_meta
+
+
+class OnHost:
+    """Tells how it is brought to a device."""
+
+    def __init__(self, told, device="cpu"):
+        self.told, self.device = told, torch.device(device)
+
+    def pin_memory(self):
+        self.told.append("pinned")
+        return self
+
+    def to(self, device, non_blocking=False):
+        self.told.append((str(device), non_blocking))
+        return self
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "wanted"),
+    [
+        ("cpu", "cuda", ["pinned", ("cuda", True)]),
+        ("cuda", "cuda", [("cuda", True)]),
+        ("cpu", "cpu", [("cpu", True)]),
+    ],
+)
+def test_the_host_waits_for_no_copy(here, there, wanted):
+    told = []
+    loader = loaders.TensorLoader([(OnHost(told, here), OnHost(told, here))], there)
+    next(loader.epoch(0))
+    assert told == 2 * wanted

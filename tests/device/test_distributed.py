@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from engine import EngineError, cli
-from engine.device.distributed import World
+from engine.device import distributed
+from engine.device.distributed import World, join
 from engine.rng import of_rank
 
 from ..runs.soak import differing, rows
@@ -133,3 +134,57 @@ def test_shares_and_seeds():
     assert of_rank(5, 0) == 5
     assert len({of_rank(5, rank) for rank in range(100)}) == 100
     assert all(0 <= of_rank((1 << 31) - 1, rank) < 1 << 63 for rank in range(100))
+
+
+def test_nccl_is_told_its_device(monkeypatch):
+    told = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda local: told.update(current=local))
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, **options: told.update(backend=backend, **options),
+    )
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert join() == World(rank=5, size=8)
+    assert (told["backend"], told["current"]) == ("nccl", 1)
+    assert told["device_id"] == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_either_name_of_pytorchs_serves(monkeypatch, newer):
+    """2.13 renamed the gathering call and an option of DistributedDataParallel, and warns of the older names."""
+    told = []
+
+    class Parallel:
+        def __init__(self, module, **options):
+            told.append(options)
+
+    class Older(Parallel):
+        def __init__(self, module, broadcast_buffers=True, **options):
+            super().__init__(module, broadcast_buffers=broadcast_buffers, **options)
+
+    class Newer(Parallel):
+        def __init__(self, module, broadcast_buffers=None, forward_sync_buffers=None, **options):
+            assert broadcast_buffers is None
+            super().__init__(module, forward_sync_buffers=forward_sync_buffers, **options)
+
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", Newer if newer else Older)
+    distributed.averaged(torch.nn.Linear(2, 2), lambda *_: None)
+    name = "forward_sync_buffers" if newer else "broadcast_buffers"
+    assert told == [{name: False, "gradient_as_bucket_view": True}]
+
+    def both(into, t):
+        into.copy_(torch.cat([t, t + 1]))
+
+    names = ("all_gather_single", "all_gather_into_tensor")
+    for present, name in zip((newer, True), names, strict=True):
+        if present:
+            serves = both if name == names[0] or not newer else None
+            monkeypatch.setattr(torch.distributed, name, serves, raising=False)
+        else:
+            monkeypatch.delattr(torch.distributed, name, raising=False)
+    assert distributed.gather(torch.tensor([1, 5])).tolist() == [1, 5, 2, 6]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -127,20 +128,15 @@ def test_a_batch_of_another_size_runs_eagerly_and_the_graph_goes_on(graphs):
     assert_close(captured, eager)
 
 
-def test_a_capture_that_fails_says_what_went_wrong_first_and_training_goes_on(graphs, caplog):
-    class Reads(LocalBall):
-        def compute(self, *args, **options):
-            outcome = super().compute(*args, **options)
-            float(outcome.loss)
-            return outcome
-
-    before = torch.cuda.current_stream(DEVICE)
-    with caplog.at_level(logging.WARNING):
-        broken = train(make(network(), recorder=graphs, objective=Reads(global_weight=0.5)))
-    assert "the capture failed" in str(broken.why_eager)
-    assert "previous error" not in str(broken.why_eager)
-    assert torch.cuda.current_stream(DEVICE) == before
-    assert_close(broken, train(make(network())))
+def test_a_capture_that_fails_says_what_went_wrong_first_and_training_goes_on(request):
+    """In a process of its own: up to PyTorch 2.12 a failed capture spoils every later one of its process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.device.failed_capture"],
+        cwd=request.config.rootpath,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.skipif(dali.unavailable() is not None, reason=str(dali.unavailable()))

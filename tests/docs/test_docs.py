@@ -102,11 +102,17 @@ def test_baselines_in_the_docs_are_the_recipes():
 
 
 def test_docs_name_real_commands_and_recipes():
-    text = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z-]+)", text)):
+    targets = set(re.findall(r"(?:`|^    |, )make ([a-z0-9-]+)", text, flags=re.MULTILINE))
+    assert {"train", "test"} <= targets
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for name in set(re.findall(r"engine (?:train|compare) ([a-z][a-z0-9-]+)", text)):
+    command = r"(?:`|^    |/)engine (?:train|compare|plan|profile) ([a-z][a-z0-9-]+)(?![\w./-])"
+    named = set(re.findall(command, text, flags=re.MULTILINE))
+    assert {"quickstart", "fashion-mnist"} <= named
+    for name in named:
         assert name in recipes.names(), name
 
 
@@ -127,6 +133,12 @@ def test_architecture_names_every_module():
         if (path / "__init__.py").exists():
             assert f"{path.name}/" in text, path.name
     assert engine.__doc__
+
+
+def test_every_page_is_in_the_sites_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in navigation, page.name
 
 
 def test_files_named_in_the_docs_exist():

@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     # Read when triton is imported: without a GPU its kernels run in the interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from engine.device import precision
 from engine.kernels import backends
 
 
@@ -48,6 +49,13 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", _poisoned(_EMPTY))
     monkeypatch.setattr(torch, "empty_like", _poisoned(_EMPTY_LIKE))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(_NEW_EMPTY))
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """By itself PyTorch rounds in a GPU's convolutions; ops are held against sums in float64."""
+    with precision.arithmetic("fp32", torch.device("cuda")):
+        yield
 
 
 @pytest.fixture(params=["reference", "native", "triton"])

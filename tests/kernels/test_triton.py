@@ -307,7 +307,6 @@ def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch)
     state = optimiser_state(SHAPES)
     wanted = run_sgd(on_reference, state, steps=1)
     monkeypatch.setattr(sgd, "_tables", type(sgd._tables)())
-    monkeypatch.setattr(sgd, "_captured", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     launches = []
 
@@ -318,17 +317,23 @@ def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch)
     kernel, table = sgd.sgd_ema_kernel, sgd._table
 
     class Cuda:
-        """A device that says it is CUDA; its memory is the host's."""
+        """A device that says it is CUDA; its memory is that of `DEVICE`."""
 
         type = "cuda"
 
+    cuda = Cuda()
+
     def pretending(members, rows, block):
         real = torch.empty_like
-        monkeypatch.setattr(torch, "empty_like", lambda t, device=None, **k: real(t, **k).fill_(-1))
+
+        def room(t, device=None, **options):
+            return real(t, device=DEVICE, **options).fill_(-1)
+
+        monkeypatch.setattr(torch, "empty_like", room)
         first = members[0]
 
         class P:
-            device = Cuda()
+            device = cuda
             data_ptr, numel = first.p.data_ptr, first.p.numel
 
         found = table([first._replace(p=P()), *members[1:]], rows, block)
@@ -338,16 +343,50 @@ def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch)
     monkeypatch.setattr(sgd, "_table", pretending)
     monkeypatch.setattr(sgd, "sgd_ema_kernel", Recorded())
     p, g, m, e = ([t.clone() for t in tensors] for tensors in state)
-    on_triton(
-        "sgd_ema_step", p, g, m, e, lr=0.1, found_inf=torch.zeros((), **SCALAR),
-        weight_decay=[0.1 * i for i in range(len(p))], ema_decay=0.9, nesterov=True,
-    )  # fmt: skip
-    ((grid, args, options),) = launches
-    assert (args[0] == -1).all()
-    kernels.finish_capture()
-    assert not sgd._unfilled
+
+    def step():
+        on_triton(
+            "sgd_ema_step", p, g, m, e, lr=0.1, found_inf=torch.zeros((), **SCALAR),
+            weight_decay=[0.1 * i for i in range(len(p))], ema_decay=0.9, nesterov=True,
+        )  # fmt: skip
+
+    with kernels.capturing() as kept:
+        step()
+        ((grid, args, options),) = launches
+        assert (args[0] == -1).all()
+        # The same launch again reads the same table.
+        step()
+        assert launches[1][1][0] is args[0]
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in args[:3]}
     kernel[grid](*args, **options)
     torch.testing.assert_close(p + m + e, wanted, atol=1e-6, rtol=1e-6)
+    # Nothing but the list keeps the tables.
+    assert sgd._capture is None
+    assert not sgd._tables
+    with pytest.raises(RuntimeError, match=r"within `kernels.capturing"):
+        step()
+    try:
+        with kernels.capturing() as kept:
+            step()
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert kept == []
+    assert sgd._capture is None
+
+
+def test_a_gradient_in_the_same_order_is_not_copied(monkeypatch):
+    """A stem of one channel: contiguous and channels_last are one order under two sets of strides."""
+    state = optimiser_state([(4, 1, 3, 3)])
+    wanted = run_sgd(on_reference, state, steps=1)
+    state[0][0] = state[0][0].as_strided((4, 1, 3, 3), (9, 1, 3, 1))
+    assert state[0][0].stride() != state[1][0].stride()
+    tables, build = [], sgd._build
+    monkeypatch.setattr(sgd, "_tables", type(sgd._tables)())
+    monkeypatch.setattr(
+        sgd, "_build", lambda rows, *rest: tables.append(rows) or build(rows, *rest)
+    )
+    torch.testing.assert_close(run_sgd(on_triton, state, steps=1), wanted, atol=1e-6, rtol=1e-6)
+    assert tables[0][0][1] == state[1][0].data_ptr()
 
 
 def test_layouts_of_their_own(monkeypatch):
@@ -567,8 +606,10 @@ def test_a_captured_step_draws_fresh_numbers_and_equals_eager():
     for t, value in zip((rng, p[0], m[0], e[0]), begin, strict=True):
         t.copy_(value)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The tables live as long as this list.
+    with kernels.capturing() as kept, torch.cuda.graph(graph):
         out = step()
+    assert kept
     replayed = []
     for _ in range(3):
         graph.replay()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import (
     FGSMPGI,
@@ -27,6 +28,7 @@ from engine import (
     LocalBall,
 )
 from engine import rng as engine_rng
+from engine.kernels import backends
 from engine.models import Network
 from engine.objectives import Passes, grad_align
 
@@ -648,3 +650,29 @@ def test_options_out_of_range_name_the_field(make, field):
 def test_radius_as_people_write_it():
     assert Linf("8/255").eps == pytest.approx(8 / 255)
     assert L2("128/255").norm == "L2"
+
+
+class Reads(TorchDispatchMode):
+    """Counts what waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+def test_a_call_without_a_state_does_not_wait_for_the_device(batch):
+    x, y = batch
+    torch.manual_seed(3)
+    objective, model = PGD(), Foreign()
+    first = objective(model, x, y, Linf(0.1), Attack(steps=1))
+    # Ours and the native kernels read on the CPU; with the reference nothing does.
+    with backends.use("reference"), Reads() as reads:
+        second = objective(model, x, y, Linf(0.1), Attack(steps=1))
+    assert reads.count == 0
+    # Its numbers go on from call to call, and begin anew with another seed.
+    assert not torch.equal(first.adversary, second.adversary)
+    torch.manual_seed(4)
+    other = objective(model, x, y, Linf(0.1), Attack(steps=1))
+    assert not torch.equal(other.adversary, first.adversary)

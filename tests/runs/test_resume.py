@@ -18,6 +18,7 @@ from engine import PGD, Attack, EngineError, Linf, LocalBall, Schedule, cli, rec
 from engine.adversary.memory import AdversaryMemory
 from engine.data import loaders
 from engine.data.loaders import dali
+from engine.device.capture import WARM_UP
 from engine.performance.capture_audit import Tape
 from engine.runs.folder import Run
 from engine.training.checkpoint import Checkpoints
@@ -197,6 +198,53 @@ def test_a_captured_step_resumes_bit_for_bit(tmp_path):
     again.run()
     for name, t in whole.step.tensors().items():
         assert torch.equal(t, again.step.tensors()[name]), name
+
+
+class Warm(Tape):
+    """Warms up as often as CUDA graphs do, and tells when it records."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.told = told
+
+    def warm_up(self, run):
+        self.told.append("warm-up")
+        for _ in range(WARM_UP):
+            run()
+
+    def record(self, run):
+        self.told.append("capture")
+        return super().record(run)
+
+
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+def test_a_finished_run_resumes_without_a_capture(tmp_path, loader):
+    """All that was left is evaluation; warming up would read past the table of radii."""
+    options = {"loader": loader, "eps_warmup": 0.5}
+    whole = build(PGD(), **options)
+    whole.run()
+    kept = Checkpoints(tmp_path)
+    kept.save(whole.step.done, *whole.state())
+    told = []
+    again = build(PGD(), recorder=Warm(told), **options)
+    again.load(*kept.latest())
+    again.run()
+    assert told == []
+    assert again.step.why_eager is None
+
+
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+def test_the_first_epoch_is_timed_without_the_capture(monkeypatch, loader):
+    told = []
+    trainer = build(PGD(), loader=loader, recorder=Warm(told))
+    epoch = trainer._train_epoch
+    monkeypatch.setattr(trainer, "_train_epoch", lambda n: told.append(f"epoch {n}") or epoch(n))
+    trainer.run()
+    assert told == ["warm-up", "capture", *(f"epoch {n}" for n in range(EPOCHS))]
+    plain = build(PGD(), loader=loader)
+    plain.run()
+    for name, t in plain.step.tensors().items():
+        assert torch.equal(t, trainer.step.tensors()[name]), name
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path):

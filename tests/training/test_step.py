@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import logging
 import types
 
@@ -18,7 +19,7 @@ from engine import L2, PGD, AdversaryMemory, Attack, EngineError, Linf, LocalBal
 from engine.data.loaders import Batch, ResidentLoader
 from engine.device import distributed
 from engine.device.capture import WARM_UP, CudaGraphs, unavailable
-from engine.device.precision import LossScale, resolve
+from engine.device.precision import LossScale, arithmetic, resolve
 from engine.evaluation import robust_accuracy
 from engine.models import compiled
 from engine.models.dropout import Dropout
@@ -445,6 +446,7 @@ def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(gc, "collect", lambda: told.append("collect"))
     with CudaGraphs(torch.device("cuda")) as graphs:
         graphs.warm_up(lambda: told.append("run"))
         replay = graphs.record(lambda: told.append("run"))
@@ -453,6 +455,7 @@ def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
             "side waits for current",
             *("into side", *["run"] * WARM_UP, "out of side"),
             "current waits for side",
+            "collect",
             "synchronize",
             # A global capture would fail a loader's threads.
             *("into thread_local capture on side", "run", "out of thread_local capture on side"),
@@ -464,6 +467,16 @@ def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
             graphs.record(lambda: 1 / 0)
         # torch.cuda.graph may leave the process on the capturing stream then.
         assert told[-1] == "back on current"
+        told.clear()
+        with pytest.raises(ZeroDivisionError):
+            graphs.warm_up(lambda: 1 / 0)
+        # What the caller then restores, the side stream may still be writing.
+        assert told == [
+            "side waits for current",
+            "into side",
+            "out of side",
+            "current waits for side",
+        ]
         told.clear()
     assert told == ["synchronize", "reset"]
 
@@ -674,7 +687,9 @@ def test_float32_products_are_rounded_in_all_of_a_step_or_nowhere(monkeypatch, p
             return super().body(Spy.apply(h))
 
     def flags():
-        return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        backends = torch.backends
+        newer = [k.fp32_precision for k in (backends.cudnn.conv, backends.cuda.matmul)]
+        return backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32, *newer
 
     torch.manual_seed(0)
     before, step = flags(), make(Watched())
@@ -683,11 +698,56 @@ def test_float32_products_are_rounded_in_all_of_a_step_or_nowhere(monkeypatch, p
     monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
     train(step, steps=1)
     rounded = precision == "tf32"
-    wanted = before if precision == "bf16" else (rounded, rounded)
+    newer = "tf32" if rounded else "ieee"
+    wanted = before if precision == "bf16" else (rounded, rounded, newer, newer)
     assert set(seen) == {wanted}
     # Two steps of the attack and the training pass, forwards and backwards.
     assert len(seen) >= 4
     assert flags() == before
+
+
+def test_a_program_may_have_set_its_arithmetic_the_newer_way():
+    """PyTorch then raises where the older flags are read."""
+    knobs = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul)
+    before = [knob.fp32_precision for knob in knobs]
+    theirs = ["ieee", "tf32", "tf32"]
+    try:
+        for knob, value in zip(knobs, theirs, strict=True):
+            knob.fp32_precision = value
+        with pytest.raises(RuntimeError):
+            _ = torch.backends.cudnn.allow_tf32
+        for precision, inside in (("fp32", "ieee"), ("tf32", "tf32")):
+            with arithmetic(precision, torch.device("cuda")):
+                assert {knob.fp32_precision for knob in knobs} == {inside}
+                assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+            assert [knob.fp32_precision for knob in knobs] == theirs
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
+        for knob, value in zip(knobs, before, strict=True):
+            knob.fp32_precision = value
+    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_recipe_may_ask_for_the_same_bits(wanted):
+    cudnn, seen = torch.backends.cudnn, []
+
+    class Watched(PGD):
+        def compute(self, *arguments):
+            seen.append((cudnn.deterministic, cudnn.benchmark))
+            return super().compute(*arguments)
+
+    step = make(Tiny(), objective=Watched(), deterministic=wanted)
+    cudnn.benchmark = True
+    try:
+        train(step, steps=1)
+        assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
+    finally:
+        cudnn.benchmark = False
+    assert seen == [(wanted, not wanted)]
+    recipe = recipes.load("quickstart", {"step.deterministic": str(wanted).lower()})
+    assert recipe.step.deterministic == wanted
 
 
 # ---- batch normalisation and dropout ---------------------------------------------------------

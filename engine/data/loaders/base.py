@@ -78,6 +78,16 @@ class Loader(abc.ABC):
         """Stop threads and processes; the loader gives no batch after this."""
 
 
+def to_device(t: Tensor, device: torch.device | str) -> Tensor:
+    """`t` on `device`; from the host to a GPU by a copy that the host does not wait for.
+
+    Out of memory that is not pinned the host would wait for it, whatever it asked for.
+    """
+    if torch.device(device).type == "cuda" and t.device.type == "cpu":
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
+
+
 def blank(sampling: Sampling, device: torch.device) -> Batch:
     """A batch of zeros with the shapes of all the others."""
     b = sampling.batch_size

@@ -20,6 +20,7 @@ class ResidentLoader(Loader):
     Args:
         images: uint8 [N, C, H, W], or float32 [N, ...] in [0, 1] where nothing is to be augmented.
         labels: int64 [N].
+        device: where batches are made; left out: where the images are.
         sampling: options as `Sampling` has them.
         memory: the trainer's adversary memory; batches of uint8 images then bring the attack's start,
             formed in the pass that makes them.
@@ -33,7 +34,7 @@ class ResidentLoader(Loader):
         labels: Tensor,
         batch_size: int,
         *,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         memory: AdversaryMemory | None = None,
         **sampling: Any,
     ) -> None:
@@ -41,6 +42,7 @@ class ResidentLoader(Loader):
         self.sampling = Sampling(len(images), shape, batch_size, **sampling)  # type: ignore[arg-type]
         augments = self.sampling.pad or self.sampling.flip or self.sampling.cutout
         check_images(images, labels, plain=not augments)
+        device = images.device if device is None else torch.device(device)
         self.images = images.to(device).contiguous()
         self.labels = labels.to(device)
         self.memory = memory

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .base import Batch, Loader, Sampling, blank, check_images
+from .base import Batch, Loader, Sampling, blank, check_images, to_device
 
 
 class _Samples(Dataset):
@@ -99,7 +99,7 @@ class WorkerLoader(Loader):
         for position, (x, y) in enumerate(self._loader, start=first):
             samples = order[position // self.sampling.replays]
             crops = self.sampling.crops(epoch * len(self) + position)[:, :3].contiguous()
-            yield Batch(*(t.to(self.device, non_blocking=True) for t in (x, y, samples, crops)))
+            yield Batch(*(to_device(t, self.device) for t in (x, y, samples, crops)))
 
     def close(self) -> None:
         self._loader = ()
@@ -125,4 +125,4 @@ class TensorLoader(Loader):
             set_epoch(epoch)
         for position, (x, y) in enumerate(self.source):
             if position >= first:
-                yield Batch(x.to(self.device), y.to(self.device))
+                yield Batch(to_device(x, self.device), to_device(y, self.device))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import kernels
@@ -319,3 +320,21 @@ def test_bad_input_names_the_argument(backend, device, case):
     error, name, call = bad_calls(device)[case]
     with pytest.raises(error, match=rf"\b{name}\b"):
         call()
+
+
+def test_a_compiled_graph_copies_no_number_from_the_host():
+    """As a dropout's does in a captured step: a capture allows no such copy."""
+    seen = []
+
+    def look(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    def start(x, rng):
+        return kernels.uniform_start(x, 0.5, rng)
+
+    compiled = torch.compile(start, backend=aot_autograd(fw_compiler=look), fullgraph=True)
+    x, rng = images((2, 3, 6, 6), "cpu"), rng_state("cpu")
+    assert torch.equal(compiled(x, rng), start(x, rng))
+    assert any("uniform_start" in name for name in seen)
+    assert not [name for name in seen if "lift_fresh" in name or "constant" in name], seen

@@ -177,3 +177,9 @@ def test_the_stems_gradients_have_gradients(stem):
     for function, inputs in ((on_input, (gy, weight)), (on_weight, (x, gy))):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_products_are_exact_here():
+    """Their tolerances are float32's: tf32 keeps 10 bits, and PyTorch takes it for convolutions by itself."""
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"

@@ -1,0 +1,93 @@
+"""Run the suite, or a part of it, with every supported PyTorch: `make matrix`.
+
+    python -m tests.matrix [--torch 2.11.0,2.14.1] [--triton 3.6.0] [PYTEST WORD ...]
+
+Each version gets a virtual environment of its own under build/matrix, made once. A wheel of PyTorch for
+CUDA takes some 5 GB there; with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu pip takes the
+small ones for CPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# PyTorch's releases, each with the Triton that its CUDA wheel asks for. The oldest and the newest are the ends
+# of the ranges in pyproject.toml.
+PAIRS = {"2.11.0": "3.6.0", "2.12.1": "3.7.1", "2.13.0": "3.7.1", "2.14.1": "3.8.0"}
+# What constraints.txt pins beside PyTorch and goes with one version of it alone.
+_OF_TORCH = re.compile(r"(torch|triton|sympy|nvidia-(?!dali|libnvcomp|nvimgcodec|nvjpeg|nvtiff))")
+
+
+def constraints(torch: str, triton: str) -> str:
+    """Return the text of constraints.txt with another PyTorch and another Triton."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    kept = [line for line in lines if not _OF_TORCH.match(line)]
+    return "\n".join([*kept, f"torch=={torch}", f"triton=={triton}", ""])
+
+
+def environment(torch: str, triton: str) -> Path:
+    """Make the virtual environment of one pair, or bring it up to date; return its Python.
+
+    An editable install knows the packages that were there when it was made, so it is made each time.
+
+    Raises:
+        subprocess.CalledProcessError: where pip finds no such release.
+    """
+    folder = ROOT / "build" / "matrix" / f"torch-{torch}-triton-{triton}"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    pinned = folder / "constraints.txt"
+    pinned.write_text(constraints(torch, triton))
+    words = [python, "-m", "pip", "install", "-q", "-c", pinned, "-e", f"{ROOT}[gpu,test]"]
+    # Two builds in one folder break each other.
+    subprocess.run([*words, "-C", f"build-dir={folder / 'native'}"], check=True)
+    return python
+
+
+def run(torch: str, triton: str, words: list[str]) -> int:
+    """Run pytest with one pair, print a line, and return pytest's exit status."""
+    try:
+        python = environment(torch, triton)
+    except subprocess.CalledProcessError as error:
+        print(f"torch {torch}, triton {triton}: not installed", flush=True)
+        return error.returncode
+    log = python.parents[1] / "pytest.log"
+    with log.open("w") as out:
+        done = subprocess.run(
+            [python, "-m", "pytest", *words],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )
+    last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
+    print(f"torch {torch}, triton {triton}: {last} ({log.relative_to(ROOT)})", flush=True)
+    return done.returncode
+
+
+def main() -> int:
+    """Run every version that was asked for; 1 where one failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--torch", default=",".join(PAIRS), metavar="VERSION,...")
+    parser.add_argument("--triton", metavar="VERSION", help="in place of the pair's own")
+    options, words = parser.parse_known_args()
+    words = words or ["-m", "not slow", "-n", "2", "--dist", "loadfile"]
+    failed = 0
+    for torch in options.torch.split(","):
+        triton = options.triton or PAIRS.get(torch)
+        if triton is None:
+            parser.error(f"which Triton goes with torch {torch}? Say --triton VERSION")
+        failed += run(torch, triton, words) != 0
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

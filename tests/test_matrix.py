@@ -1,0 +1,48 @@
+"""The versions that `make matrix` runs are the versions that pyproject.toml allows."""
+
+from __future__ import annotations
+
+import tomllib
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from .matrix import PAIRS, ROOT, constraints
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def allowed(name: str) -> SpecifierSet:
+    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["gpu"]]
+    return next(r.specifier for r in map(Requirement, wanted) if r.name == name)
+
+
+def test_every_pair_may_be_installed():
+    for torch, triton in PAIRS.items():
+        assert allowed("torch").contains(torch)
+        assert allowed("triton").contains(triton)
+
+
+def test_both_ends_of_the_range_are_run():
+    minors = sorted({Version(torch).minor for torch in PAIRS})
+    assert minors == list(range(minors[0], minors[-1] + 1))
+    assert not allowed("torch").contains(f"2.{minors[0] - 1}.9")
+    assert not allowed("torch").contains(f"2.{minors[-1] + 1}.0")
+
+
+def test_the_pinned_set_is_one_of_them():
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    assert PAIRS[pinned["torch"]] == pinned["triton"]
+
+
+def test_a_pair_replaces_what_goes_with_pytorch_and_nothing_else():
+    lines = constraints("2.11.0", "3.6.0").splitlines()
+    assert {"torch==2.11.0", "triton==3.6.0"} <= set(lines)
+    assert sum(line.startswith(("torch==", "triton==")) for line in lines) == 2
+    assert any(line.startswith("nvidia-dali") for line in lines)
+    assert any(line.startswith("numpy==") for line in lines)
