@@ -181,8 +181,8 @@ def attack(
     Raises:
         EngineError: for images that are not in [0, 1] or not finite.
     """
-    check_pixels(x)
     x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
+    check_pixels(x)
     with evaluation_mode(model):
         found, _ = Attack(steps=steps, alpha=alpha)(
             model, x, y, threat, state=rng.state(seed, x.device)

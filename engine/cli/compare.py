@@ -140,7 +140,7 @@ def _lines(rows: Sequence[Row], target: float | None) -> list[str]:
         lines += [f"{title}robust % is {_attacks(group)}", *_table(group, target), ""]
     return [
         *lines,
-        "* no method here is more robust in less training time; ± is the spread over seeds",
+        "* no method is more robust in less training time; ±: spread over seeds",
     ]
 
 
@@ -162,13 +162,12 @@ def _table(rows: Sequence[Row], target: float | None) -> list[str]:
     from ..text import percent
 
     reached = {} if target is None else time_to(rows, target)
-    table = [["method", "k", "passes", "epochs", "seeds", "clean %", "robust %", "train s"]]
+    table = [["method", "passes", "epochs", "seeds", "clean %", "robust %", "train s"]]
     table[0] += [] if target is None else [f"s to {target:.0%}"]
     for row in sorted(rows, key=lambda row: (row["epochs"], -(robust(row) or 0))):
         clean = row["val_clean_mean"] if row["clean_mean"] is None else row["clean_mean"]
         cells = [
             row["method"] + "*" * row["pareto"],
-            str(row["k"]),
             str(row["passes_per_step"]),
             str(row["epochs"]),
             str(row["seeds"]),

@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..text import duration, printable
@@ -35,7 +36,7 @@ def _lines(row: Mapping[str, Any], recipe: Recipe) -> list[str]:
         "rolled back": ", ".join(f"epoch {n}" for n in row.get("rolled_back") or ()),
         "memory": f"{row['peak_memory_mb']:,} MB at most" if row.get("peak_memory_mb") else "",
         "run folder": row["run_dir"],
-        "report": row.get("report", ""),
+        "report": row.get("report") or _report_of(row["run_dir"]),
         "next": _next(row),
     }
     # Paths and commands are for copying: a terminal wraps a long line, and the copy stays whole.
@@ -47,11 +48,12 @@ def _accuracies(row: Mapping[str, Any], recipe: Recipe) -> list[str]:
     if row.get("clean") is None:
         return []
     evaluation, n = recipe.evaluation, row["examples"]
+    attacks = row.get("autoattack_attacks") or ()
     restarts = f"{evaluation.pgd_restarts} restart{'s' * (evaluation.pgd_restarts != 1)}"
     names = {
         "clean": "no attack (clean)",
         "pgd": f"PGD, {evaluation.pgd_steps} steps, {restarts}",
-        "autoattack": f"AutoAttack: {', '.join(row.get('autoattack_attacks') or ('all',))}",
+        "autoattack": f"AutoAttack ({len(attacks)} attacks)" if attacks else "AutoAttack",
         "worst_case": "worst case of all attacks",
     }
     lines = [f"{'accuracy of ' + recipe.name + ' under':50}  correct   std. error"]
@@ -64,8 +66,9 @@ def _accuracies(row: Mapping[str, Any], recipe: Recipe) -> list[str]:
     moves = "each pixel" if recipe.threat.norm == "Linf" else "the image"
     return [
         *lines,
-        f"An attack may move {moves} by {as_written(recipe.threat.eps)} ({recipe.threat.norm}); "
-        f"pixels are in [0, 1]; {n:,} test images.",
+        f"{n:,} test images, pixels in [0, 1]. An attack may move {moves} by "
+        f"{as_written(recipe.threat.eps)} ({recipe.threat.norm}).",
+        *([f"AutoAttack: {', '.join(attacks)}."] if attacks else []),
         "",
     ]
 
@@ -79,7 +82,10 @@ def _training(row: Mapping[str, Any]) -> str:
 
 def _next(row: Mapping[str, Any]) -> str:
     """The command to run next."""
-    folder = shlex.quote(row["run_dir"])
-    if row.get("clean") is None:
-        return f"engine eval {folder}     (measures accuracy under attack)"
-    return f"engine export {folder}     (weights, model card, code to load them)"
+    command = "eval" if row.get("clean") is None else "export"
+    return f"engine {command} {shlex.quote(row['run_dir'])}"
+
+
+def _report_of(run: str) -> str:
+    path = Path(run) / "report.html"
+    return str(path) if path.exists() else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,10 @@ def _of_weights(run: Run, checkpoint: str) -> tuple[torch.Size, int] | None:
         return None  # `load_into` names the fault
     try:
         with safe_open(str(path), framework="pt") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {})["about"])
         shape = [int(n) for n in about["shape"].split("x")]
         count = int(about["classes"])
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError):
         return None
     if len(shape) != 3 or not all(0 < n <= 1 << 16 for n in (*shape, count)):
         raise EngineError(f"{path} is damaged: its shape is {about['shape'][:40]}")

@@ -129,7 +129,8 @@ def test_the_model_cards_code_builds_and_loads_the_network(two, monkeypatch):
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     x = torch.rand(3, 1, 8, 8)
-    assert torch.equal(names["model"](x), engine.load(run)(x))
+    # The layouts of the weights differ, so the last bits may.
+    torch.testing.assert_close(names["model"](x), engine.load(run)(x))
 
 
 @pytest.mark.parametrize(("text", "count"), [("0.1", 24), ("30", 30), ("240", 48), ("1000", 48)])
@@ -192,7 +193,7 @@ def test_help_is_grouped_lists_choices_and_fits_its_columns(capsys, monkeypatch)
     assert cli.run(["train", "--help"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 100
-    titles = [line.split(":")[0] for line in out.splitlines() if re.match(r"[a-z]+: ", line)]
+    titles = re.findall(r"^\n?([a-z]+): ", out.partition("Fields of")[2], re.MULTILINE)
     assert titles == list(train_help._SECTIONS)
     for choice in ("local-ball", "one-cycle", "apex-lamb", "wide-resnet34-10", "standard, apgd"):
         assert choice in out
@@ -237,7 +238,7 @@ def test_stored_results_fit_80_columns_in_order_with_whole_names(capsys):
     names = {line.split()[0].rstrip("*") for line in lines if line}
     assert {row["method"] for row in rows} <= names
     for block in out.split("\n\n"):
-        budgets = [int(line.split()[3]) for line in block.splitlines()[2:] if line[:1] != "*"]
+        budgets = [int(line.split()[2]) for line in block.splitlines()[2:] if line[:1] != "*"]
         assert budgets == sorted(budgets)
 
 
@@ -341,7 +342,7 @@ def steps_shown(monkeypatch, capsys, seconds: float, count: int) -> list[str]:
             shown.step(number + 1, 2000, means)
             if seconds >= 1:
                 assert progress.tasks[0].completed == number + 1
-    return capsys.readouterr().err.splitlines()
+    return [line for line in capsys.readouterr().err.splitlines() if line]
 
 
 def test_a_long_run_is_announced_after_its_first_step(monkeypatch, capsys):
