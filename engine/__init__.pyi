@@ -19,6 +19,7 @@ from .objectives import LocalBall as LocalBall
 from .objectives import NuAT as NuAT
 from .objectives import Objective as Objective
 from .objectives import Outcome as Outcome
+from .runs.evaluate import load as load
 from .threat import L2 as L2
 from .threat import Linf as Linf
 from .threat import ThreatModel as ThreatModel
