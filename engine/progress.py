@@ -38,7 +38,7 @@ _REFRESH_STEPS = 10
 
 @contextmanager
 def bar() -> Iterator[Progress]:
-    """Show a live progress bar; where stderr is no terminal, only the lines printed beside it show."""
+    """Show a live progress bar; without a terminal, only the lines printed beside it show."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),

@@ -20,7 +20,7 @@ _MASKING_EXAMPLES = 500
 
 
 def load_model(run: Run, checkpoint: str = "best") -> Any:
-    """The run's network with a checkpoint's weights, in evaluation mode."""
+    """Return the run's network with a checkpoint's weights, in evaluation mode."""
     data = _load(run.recipe.data.name, "test")
     model = build_model(run.recipe, None, len(data.classes), data.images.shape[1:])
     run.load_into(model, checkpoint)
@@ -92,7 +92,7 @@ def check_masking(
 
 
 def summary(run: Run, result: Result, report: robust_accuracy.Report | None) -> dict[str, Any]:
-    """The closing table of a run, as written to summary.json."""
+    """Write summary.json, the closing table of a run, and return it."""
     recipe = run.recipe
     row: dict[str, Any] = {"recipe": recipe.name}
     if report is not None:
