@@ -1,4 +1,4 @@
-"""The Python face: train, attack and evaluate any module on any images."""
+"""The Python interface: train, attack and evaluate any module on any images."""
 
 from __future__ import annotations
 
@@ -55,33 +55,37 @@ def train(
     Args:
         model: any module from images in [0, 1] to logits [B, K], normalisation inside.
         data: (images, labels), images uint8 [N, C, H, W] or float32 [N, ...] in [0, 1], labels
-            int64 [N]; or anything with a length that yields such (x, y) batches, a DataLoader for one
-            (`batch_size`, `pad` and `flip` are then its own business).
-        threat: the ball to train against.
-        attack: default two steps from a random start. From memory it needs (images, labels).
+            int64 [N]; or an iterable with a length that yields such (x, y) batches, such as a
+            DataLoader. An iterable ignores `batch_size`, `pad` and `flip`.
+        threat: the threat to train against.
+        attack: default two steps from a random start. A start from memory needs (images, labels).
         objective: default `LocalBall()`.
-        epochs: passes over the data, >= 1; batch_size: images a step, >= 1.
-        lr: peak learning rate, > 0; schedule: its course and eps's over the run, default one cycle at
-            constant eps.
-        optimiser: "sgd", "adamw" (fused with the average), "torch-sgd", "torch-adamw", or apex's where it
-            is built; momentum: of SGD, [0, 1); weight_decay: >= 0.
-        ema: decay of the weights' moving average, [0, 1); 0: none.
+        epochs: passes over the data, >= 1.
+        batch_size: images a step, >= 1.
+        lr: peak learning rate, > 0.
+        optimiser: "sgd", "adamw" (fused with the average), "torch-sgd", "torch-adamw", or apex's
+            if apex is built.
+        momentum: of SGD, in [0, 1).
+        weight_decay: >= 0.
+        ema: decay of the weights' moving average, in [0, 1); 0: no average.
+        schedule: course of the learning rate and of eps over the run, default one cycle at constant
+            eps.
         validation: held-out (x, y), floats in [0, 1], to choose `Result.best`.
         pad, flip: random crop and mirroring of uint8 images.
         precision: of the network's passes: "fp32", "tf32", "bf16", "fp16", or "auto" (bf16 on GPUs
             that have it).
         seed: of batches, crops, attacks and dropout.
-        hooks: what to call while it runs.
+        hooks: functions to call during the run.
     Returns:
         The trained network (its moving average with `ema` > 0) and the best epoch's state dict.
     Raises:
-        EngineError: for data that does not fit, images that are not in [0, 1] or not finite (a loader's
-            first batch), or a loss that is no longer finite.
+        EngineError: for data that does not fit, images that are not in [0, 1] or not finite (a
+            loader's first batch), or a loss that is no longer finite.
     """
     attack, objective = attack or Attack(), objective or LocalBall()
     if validation is not None:
         check_pixels(validation[0])
-    where = next(model.parameters()).device
+    device = next(model.parameters()).device
     torch.manual_seed(seed)
     memory, loader = None, None
     if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
@@ -89,7 +93,9 @@ def train(
         if attack.start == "memory":
             if images.dim() != 4:
                 raise EngineError("the adversary memory holds images [N, C, H, W] only")
-            memory = AdversaryMemory(len(images), images.shape[1:], threat, seed=seed, device=where)
+            memory = AdversaryMemory(
+                len(images), images.shape[1:], threat, seed=seed, device=device
+            )
         loader = ResidentLoader(
             images,
             labels,
@@ -97,12 +103,12 @@ def train(
             seed=seed,
             pad=pad,
             flip=flip,
-            device=where,
+            device=device,
             memory=memory,
         )
     elif attack.start == "memory":
         raise EngineError("attack.start = memory needs (images, labels) tensors, not a loader")
-    feed = loader or TensorLoader(data, where)
+    feed = loader or TensorLoader(data, device)
     schedule, steps = schedule or Schedule(), epochs * len(feed)
     step = Step(
         model,
@@ -122,8 +128,8 @@ def train(
         take=None if loader is None else loader.take,
         precision=precision,
         seed=seed,
-        device=where,
-        recorder=None if unavailable(where) else CudaGraphs(where),
+        device=device,
+        recorder=None if unavailable(device) else CudaGraphs(device),
     )
     try:
         return Trainer(
@@ -143,25 +149,26 @@ def attack(
     alpha: float | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Adversaries of `x` by projected gradient ascent on the cross-entropy.
+    """Attack `x` by projected gradient ascent on the cross-entropy.
 
     Args:
         model: [0, 1] images to logits; attacked in evaluation mode, restored afterwards.
         x: float32 [B, ...] in [0, 1]; y: int64 [B].
-        threat: the ball to stay in.
-        steps: gradient steps, >= 0; seed: of the random start.
+        threat: the ball of the adversaries.
+        steps: gradient steps, >= 0.
         alpha: step size in pixel units, > 0; default as for `Attack`.
+        seed: of the random start.
     Returns:
-        Like `x`, inside the threat ball and [0, 1].
+        The adversaries, like `x`, inside the threat ball and [0, 1].
     Raises:
         EngineError: for images that are not in [0, 1] or not finite.
     """
     check_pixels(x)
     with evaluation_mode(model):
-        found, _ = Attack(steps=steps, alpha=alpha)(
+        adversary, _ = Attack(steps=steps, alpha=alpha)(
             model, x, y, threat, state=rng.state(seed, x.device)
         )
-    return found
+    return adversary
 
 
 def autoattack(
@@ -177,10 +184,12 @@ def autoattack(
     """Run AutoAttack (Croce & Hein, arXiv 2003.01690) in the engine's own, faster form.
 
     Args:
-        model: [0, 1] images to logits [N, K], K >= 2; attacked in evaluation mode, restored afterwards.
+        model: [0, 1] images to logits [N, K], K >= 2; attacked in evaluation mode, restored
+            afterwards.
         x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; on the model's device.
         threat: the ball to attack in.
-        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" (the first two).
+        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" (the first
+            two).
         seed: of the random starts and windows; batch_size: images in memory at once.
     Returns:
         Which images withstood all attacks, and an adversary of each other image.
