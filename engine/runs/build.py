@@ -1,10 +1,11 @@
-"""From a recipe to a trained, evaluated, reported run."""
+"""Build the parts of a training run from a recipe: network, step, loader."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +20,17 @@ from ..device.capture import Recorder
 from ..device.distributed import World
 from ..device.machine import device
 from ..errors import EngineError
+from ..evaluation.robust_accuracy import attack_names
 from ..recipes import Recipe
 from ..training.optimiser import Optimiser, OptimiserName
 from ..training.step import Step
-from .images import split, test_set
+from .images import classes, split, test_set, test_size
+from .pretrained import start_from
 
 ALONE = World()
 # The schedule is a list of every step's learning rate.
 _MOST_STEPS = 10_000_000
-# By the name of an optimiser that is not ours the one of ours with as many moments.
+# For each external optimiser, ours with the same number of moments.
 _OURS: dict[OptimiserName, OptimiserName] = {
     "torch-sgd": "sgd",
     "torch-adamw": "adamw",
@@ -37,8 +40,25 @@ _OURS: dict[OptimiserName, OptimiserName] = {
 }
 
 
-def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torch.Size) -> Any:
-    """The recipe's network for images [C, H, W] = `shape`; `images` give the statistics to normalise by."""
+def build_model(
+    recipe: Recipe,
+    images: Tensor | None,
+    classes: int,
+    shape: torch.Size,
+    *,
+    init: bool = False,
+) -> Any:
+    """Build the recipe's network.
+
+    Args:
+        images: uint8 [N, C, H, W], which give the statistics to normalise by; None: a checkpoint
+            will.
+        classes: number of logits.
+        shape: of an image, [C, H, W].
+        init: load the weights of `model.init`, where the recipe has one.
+    Raises:
+        EngineError: for a network that does not fit the images or the weights.
+    """
     if shape[1] != shape[2]:
         raise EngineError(
             f"images of {shape[1]}x{shape[2]} pixels: the networks here take square ones"
@@ -46,7 +66,7 @@ def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torc
     mean = std = None
     if recipe.model.normalise:
         if images is None:
-            # Overwritten by the checkpoint's own.
+            # The checkpoint overwrites these.
             mean, std = (0.0,) * shape[0], (1.0,) * shape[0]
         else:
             scaled = images[:10_000].float() / 255.0
@@ -60,23 +80,25 @@ def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torc
         mean=mean,
         std=std,
     )
-    # Convolutions run faster on it, on CPUs (docs/performance.md) and on tensor cores alike.
+    if init and recipe.model.init is not None:
+        start_from(model, Path(recipe.model.init))
+    # Convolutions run faster in this format, on CPUs (docs/performance.md) and on tensor cores.
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None:
-    """Meet every mistake in a recipe before a run folder exists.
+    """Refuse every mistake in a recipe before a run folder exists.
 
     Args:
-        processes: that will share each batch.
+        processes: the number of processes that will share each batch.
     Raises:
         EngineError: for data that is absent or damaged, a network that does not fit it, a batch
-            larger than the training set, more test images than there are, and as `build_step` does.
+            larger than the training set, and as `build_step` does.
     """
     _check_device(recipe, device())
     parts = split(recipe)
     images, _ = parts.train
-    build_model(recipe, images, len(parts.classes), images.shape[1:])
+    build_model(recipe, images, len(parts.classes), images.shape[1:], init=True)
     side = min(images.shape[2:])
     if recipe.data.pad >= side:
         raise EngineError(f"data.pad = {recipe.data.pad} is as large as the images")
@@ -86,7 +108,8 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError(f"data.loader = dali: {missing}")
     if recipe.optim.batch_size > len(images):
         raise EngineError(
-            f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training images"
+            f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training "
+            "images: lower it"
         )
     World(size=processes).share(recipe.optim.batch_size)
     steps = recipe.optim.epochs * steps_per_epoch(recipe)
@@ -98,6 +121,37 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
         test_set(recipe)
+
+
+def notes(recipe: Recipe, *, evaluated: bool = True) -> list[str]:
+    """Return a line for everything that a run does otherwise than its recipe says."""
+    parts = split(recipe)
+    lines = []
+    held_out, total = len(parts.validation[0]), parts.total
+    if recipe.data.validation >= total:
+        lines.append(
+            f"data.validation = {recipe.data.validation}, but {recipe.data.name} has {total} "
+            f"training images: {held_out} of them, a fifth, are held out"
+        )
+    return lines + (evaluation_notes(recipe) if evaluated else [])
+
+
+def evaluation_notes(recipe: Recipe) -> list[str]:
+    """Return a line for everything that an evaluation does otherwise than the recipe says."""
+    lines = []
+    asked, total = recipe.evaluation.examples, test_size(recipe)
+    if asked is not None and asked > total:
+        lines.append(
+            f"evaluation.examples = {asked}, but {recipe.data.name} has {total} test images: "
+            "all of them are used"
+        )
+    attacks = attack_names(recipe.evaluation.autoattack, len(classes(recipe)))
+    if "apgd-difference" in attacks:
+        lines.append(
+            f"{recipe.data.name} has {len(classes(recipe))} classes and AutoAttack's targeted APGD "
+            f"needs 4: AutoAttack here is {', '.join(attacks)}"
+        )
+    return lines
 
 
 def _check_device(recipe: Recipe, where: torch.device) -> None:
@@ -118,13 +172,13 @@ def build_step(
     recorder: Recorder | None = None,
     rank: int = 0,
 ) -> Step:
-    """The recipe's step for `model`, on the model's device.
+    """Return the recipe's step for `model`, on the model's device.
 
     Args:
-        steps: of the whole run: the schedule's length.
+        steps: the number of steps in the whole run, the schedule's length.
         take: makes the batches on the device, see `Step`.
         recorder: captures the step; left out: CUDA graphs where the recipe wants them.
-        rank: this process's among those that share the run.
+        rank: this process's rank among those that share the run.
     Raises:
         EngineError: for a precision, an optimiser or a capture that this device does not have.
     """
@@ -159,10 +213,11 @@ def build_step(
 
 
 def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
-    """The recipe with stand-ins for what `where`, the CPU or the meta device, lacks.
+    """Return the recipe with stand-ins for the parts that the CPU or the meta device lacks.
 
-    On the CPU: no CUDA graph, fp32 for tf32, ours for apex's optimisers. The meta device has shapes and no
-    numbers: there ours for torch's, which read some, and float32 throughout, as every operator has it there.
+    On the CPU: no CUDA graph, fp32 for tf32, and our optimisers for apex's. The meta device has
+    shapes and no numbers: there also our optimisers for torch's, which read numbers, and float32
+    throughout, which every operator supports.
     """
     step, name = recipe.step, recipe.optim.name
     meta = where.type == "meta"
@@ -179,7 +234,7 @@ def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
 def memory_for(
     recipe: Recipe, images: Tensor, where: torch.device | str = "cpu"
 ) -> AdversaryMemory | None:
-    """The adversary memory of training images [N, C, H, W], if the recipe's attack starts from one."""
+    """Return the adversary memory of images [N, C, H, W], if the attack starts from one."""
     if recipe.attack.start != "memory":
         return None
     return AdversaryMemory(
@@ -188,12 +243,12 @@ def memory_for(
 
 
 def steps_per_epoch(recipe: Recipe) -> int:
-    """Training steps in one pass over the recipe's training set."""
+    """Return the number of steps in one pass over the recipe's training set."""
     return len(split(recipe).train[0]) // recipe.optim.batch_size * recipe.optim.replays
 
 
 def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Loader]:
-    """The recipe's training step and its batches, on the device, for a schedule of `epochs`.
+    """Return the recipe's training step and its loader, on the device, for a schedule of `epochs`.
 
     Several processes each take their share of every batch.
     """
@@ -201,7 +256,7 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
     where = device()
     parts = split(recipe)
     images, labels = parts.train
-    model = build_model(recipe, images, len(parts.classes), images.shape[1:]).to(where)
+    model = build_model(recipe, images, len(parts.classes), images.shape[1:], init=True).to(where)
     if recipe.step.sync_batch_norm:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     memory = memory_for(recipe, images, where)
@@ -229,7 +284,7 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
 
 
 def sampling_of(recipe: Recipe) -> dict[str, Any]:
-    """How the recipe draws its batches, as a loader's options."""
+    """Return a loader's options for the recipe's draws."""
     data = recipe.data
     return {
         "seed": recipe.seed,
@@ -241,7 +296,7 @@ def sampling_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def step_of(recipe: Recipe) -> Callable[[], None]:
-    """One training step of the recipe on its own data, as often as it is called: for timing."""
+    """Return a function that does one training step of the recipe on its data, for timing."""
     step, loader = prepare(recipe, epochs=1 + 10_000 // steps_per_epoch(recipe))
     step.train()
 

@@ -19,55 +19,57 @@ _load = lru_cache(maxsize=4)(datasets.load)
 
 @dataclass(frozen=True)
 class Split:
-    """Training and validation images of a recipe: uint8 [N, C, H, W], int64 [N]."""
+    """Hold the training and validation images of a recipe: uint8 [N, C, H, W], int64 [N]."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     classes: tuple[str, ...]
+    total: int
 
 
 def split(recipe: Recipe) -> Split:
-    """The training set cut in two by a permutation that depends on the dataset alone.
+    """Cut the training set in two by a permutation that depends on the dataset alone.
 
-    So every seed and every recipe on a dataset validates on the same images.
+    So every seed and every recipe validates on the same images of a dataset.
     """
     data = _load(recipe.data.name, "train")
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-    held_out, rest = order[: recipe.data.validation], order[recipe.data.validation :]
+    count = recipe.data.held_out(len(order))
+    held_out, rest = order[:count], order[count:]
     if recipe.data.train_examples is not None:
         rest = rest[: recipe.data.train_examples]
     if len(rest) == 0:
-        raise EngineError(
-            f"data.validation = {recipe.data.validation} leaves none of the {len(order)} images to train on"
-        )
+        raise EngineError(f"{recipe.data.name} has one training image: at least two are needed")
     return Split(
         (data.images[rest], data.labels[rest]),
         (data.images[held_out], data.labels[held_out]),
         data.classes,
+        len(order),
     )
 
 
 def test_size(recipe: Recipe) -> int:
-    """How many test images the recipe's dataset has."""
+    """Return the number of test images in the recipe's dataset."""
     return len(_load(recipe.data.name, "test").images)
 
 
+def shape_of(recipe: Recipe) -> torch.Size:
+    """Return the shape [C, H, W] of the dataset's images."""
+    return _load(recipe.data.name, "test").images.shape[1:]
+
+
 def classes(recipe: Recipe) -> tuple[str, ...]:
-    """The names of the dataset's classes."""
+    """Return the names of the dataset's classes."""
     return _load(recipe.data.name, "test").classes
 
 
 def test_set(recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The first `evaluation.examples` test images as floats in [0, 1], on the device."""
+    """Return the first `evaluation.examples` test images as floats in [0, 1], on the device."""
     data = _load(recipe.data.name, "test")
     n = recipe.evaluation.examples
-    if n is not None and n > len(data.images):
-        raise EngineError(
-            f"evaluation.examples = {n}, but {recipe.data.name} has {len(data.images)} test images"
-        )
     return as_floats(data.images[:n], data.labels[:n], device())
 
 
 def as_floats(images: Tensor, labels: Tensor, where: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 images as float32 in [0, 1], both on the device."""
+    """Return uint8 images as float32 in [0, 1], and their labels, on the device."""
     return images.to(where).float() / 255.0, labels.to(where)
