@@ -228,7 +228,7 @@ class LocalBall(Objective):
     def _kl_loss(
         self, centre: _Centre, anchor: Tensor | None, y: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return CE + lambda KL(p(a) || p(b)) + mu KL(p(anchor) || p(a)), terms and correct count."""
+        """Return CE + lambda KL(p(a) || p(b)) + mu KL(p(anchor) || p(a)), terms, correct count."""
         ball, share = _whole_batch(centre)
         loss, stats = kernels.local_ball_loss(
             centre.logits,
