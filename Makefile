@@ -1,6 +1,6 @@
 # `make train` and `make test` need Python 3.11 or newer and a package registry; a C++ compiler if
 # the CPU kernels are to be built. Everything lands in .venv, runs/ and the dataset folder.
-.PHONY: all train reproduce-cifar10 test coverage test-all test-gpu gpu-check gpu-wheels gpu-showcase matrix bench-gpu docs tables pictures soak rivals check types bench clean help
+.PHONY: all locked train reproduce-cifar10 test coverage test-all test-gpu gpu-check gpu-wheels gpu-showcase matrix bench-gpu docs tables pictures soak rivals check types bench clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,6 +10,8 @@ PACKAGES := $(wildcard engine/__init__.py engine/*/__init__.py engine/*/*/__init
 # Where there is a GPU-less machine and a choice, PyTorch's CPU wheels are far smaller:
 #   make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
+# What builds the C++ kernels; pinned like everything else, so not in pip's isolated environment.
+BUILD := scikit-build-core nanobind cmake ninja
 # The loader's extra: `make DALI=dali-cuda120` for a CUDA 12 driver.
 DALI ?= dali
 
@@ -22,8 +24,17 @@ all: .venv/ready ## set up .venv with the engine and everything it needs
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'engine: Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[gpu,$(DALI),tensorboard,test,check]'
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt $(BUILD)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[gpu,$(DALI),tensorboard,test,check]'
 	@touch .venv/ready
+
+# pip holds every download against its SHA-256, or refuses to hold any: an editable install has none,
+# and requirements.lock has those of the default index alone. Hence a target of its own.
+locked: ## the same as `all`, every download checked by requirements.lock (Linux, x86-64)
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch .venv/ready .venv/docs-ready
 
 train: .venv/ready ## get Fashion-MNIST, train with the local-ball method, evaluate, report
 	@$(BIN)/python -m engine data fetch fashion-mnist
@@ -70,7 +81,7 @@ docs: .venv/docs-ready ## the site, into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict && echo build/site/index.html
 
 .venv/docs-ready: .venv/ready
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[docs]'
 	@touch .venv/docs-ready
 
 tables: .venv/ready ## every table of the docs, from benchmarks/results and `engine plan`
@@ -79,8 +90,8 @@ tables: .venv/ready ## every table of the docs, from benchmarks/results and `eng
 pictures: .venv/docs-ready ## the picture of a live run, from a live run; one or two minutes
 	@$(BIN)/python -m benchmarks.pictures
 
-soak: .venv/ready ## kill and resume real runs: make soak KILLS=50
-	@$(BIN)/python -m tests.runs.soak --kills $(or $(KILLS),50)
+soak: .venv/ready ## break and resume real runs: make soak KILLS=50, or make soak POWER_CUTS=20
+	@$(BIN)/python -m tests.runs.soak $(if $(POWER_CUTS),--power-cuts $(POWER_CUTS),--kills $(or $(KILLS),50))
 
 rivals: .venv/ready ## packages that `engine bench step` compares with; they pin what they do not need
 	@$(BIN)/pip install -q --no-deps torchattacks==3.5.1 adversarial-robustness-toolbox==1.20.1 robustbench==1.1.1 six tqdm \

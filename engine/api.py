@@ -57,16 +57,16 @@ def train(
     Args:
         model: any module from images in [0, 1] to logits [B, K], normalisation inside.
         data: (images, labels), tensors or NumPy arrays: images uint8 [N, C, H, W] or float32 [N, ...]
-            in [0, 1], labels int64 [N]; or anything with a length that yields such (x, y) batches, a DataLoader for one
-            (`batch_size`, `pad` and `flip` are then its own business).
+            in [0, 1], labels int64 [N]; or anything with a length that yields such (x, y) batches, a
+            DataLoader for one (then the loader sets batch size, crops and mirroring).
         threat: the ball to train against.
         attack: default two steps from a random start. From memory it needs (images, labels).
         objective: default `LocalBall()`.
         epochs: passes over the data, >= 1; batch_size: images a step, >= 1.
-        lr: peak learning rate, > 0; schedule: its course and eps's over the run, default one cycle at
-            constant eps.
-        optimiser: "sgd", "adamw" (fused with the average), "torch-sgd", "torch-adamw", or apex's where it
-            is built; momentum: of SGD, [0, 1); weight_decay: >= 0.
+        lr: peak learning rate, > 0; schedule: its course and eps's over the run, default one cycle
+            at constant eps.
+        optimiser: "sgd", "adamw" (fused with the average), "torch-sgd", "torch-adamw", or apex's
+            where it is built; momentum: of SGD, [0, 1); weight_decay: >= 0.
         ema: decay of the weights' moving average, [0, 1); 0: none.
         validation: held-out (x, y), floats in [0, 1], to choose `Result.best`.
         pad, flip: random crop and mirroring of uint8 images.
@@ -77,8 +77,8 @@ def train(
     Returns:
         The trained network (its moving average with `ema` > 0) and the best epoch's state dict.
     Raises:
-        EngineError: for data that does not fit, images that are not in [0, 1] or not finite (a loader's
-            first batch), or a loss that is no longer finite.
+        EngineError: for data that does not fit, images that are not in [0, 1] or not finite (a
+            loader's first batch), or a loss that is no longer finite.
     """
     device = _device_of(model)
     if not isinstance(optimiser, str):
@@ -203,10 +203,12 @@ def autoattack(
     """Run AutoAttack (Croce & Hein, arXiv 2003.01690) in the engine's own, faster form.
 
     Args:
-        model: [0, 1] images to logits [N, K], K >= 2; attacked in evaluation mode, restored afterwards.
+        model: [0, 1] images to logits [N, K], K >= 2; attacked in evaluation mode, restored
+            afterwards.
         x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; on the model's device.
         threat: the ball to attack in.
-        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" (the first two).
+        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" (the first
+            two).
         seed: of the random starts and windows; batch_size: images in memory at once.
     Returns:
         Which images withstood all attacks, and an adversary of each other image.

@@ -2,4 +2,4 @@
 
 
 class EngineError(Exception):
-    """Report a mistake of the user or a fault outside; the CLI prints it in one line and exits 2."""
+    """Report a user's mistake or a fault outside; the CLI prints it in one line and exits 2."""

@@ -162,7 +162,8 @@ def opened(path: Path, limit: int, title: str = "") -> Iterator[BufferedReader]:
     Args:
         title: names the kind of the file in a message, with a space at its end.
     Raises:
-        EngineError: for a FIFO, a device or a folder; for a larger file; where the file cannot be read.
+        EngineError: for a FIFO, a device or a folder; for a larger file; where the file cannot be
+            read.
     """
     try:
         # Without O_NONBLOCK opening a FIFO waits for a writer.
@@ -224,7 +225,7 @@ def digest(path: Path, limit: int, title: str = "") -> str:
 
 
 def sum_path(path: Path) -> Path:
-    """Return the path of the sum that stands beside a file: PATH.sha256, as `sha256sum` writes it."""
+    """Return the path of the sum beside a file: PATH.sha256, as `sha256sum` writes it."""
     return path.with_name(path.name + ".sha256")
 
 
@@ -232,7 +233,8 @@ def sum_path(path: Path) -> Path:
 def summed(path: Path) -> Iterator[Path]:
     """Do as `atomic` does, and write the file's SHA-256 beside it.
 
-    The old sum goes first: a crash in between leaves a file without a sum, never one with another's.
+    The old sum goes first: a crash in between leaves a file without a sum, never one with
+    another's.
     """
     remove(sum_path(path))
     with atomic(path) as temporary:

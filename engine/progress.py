@@ -43,7 +43,7 @@ _LONG_SECONDS, _SURE_SECONDS = 3600.0, 10.0
 
 @contextmanager
 def bar() -> Iterator[Progress]:
-    """Show a live progress bar; without a terminal only the lines beside it show."""
+    """Show a live progress bar; without a terminal, only the lines printed beside it show."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),

@@ -33,7 +33,7 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """Return `repr(value)` for an error line: cut where it is long, however deep or large the value."""
+    """Return `repr(value)` for an error line, cut short for a long, deep or large value."""
     return _Short().repr(value)
 
 

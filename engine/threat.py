@@ -33,7 +33,7 @@ def parse_number(value: object) -> object:
 
 
 def as_written(eps: float) -> str:
-    """Write a radius or step size as people do: 8/255 for whole grey levels, else a decimal number."""
+    """Write a radius or step size: 8/255 for whole grey levels, else a decimal number."""
     levels = eps * 255
     # Multiples of 51 grey levels are multiples of 0.2: write 0.2, not 51/255.
     if eps > 0 and abs(levels - round(levels)) < 1e-6 and round(levels) % 51:

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors: where they come from, how they are checked, how they are read."""
+"""Data sets as uint8 tensors: fetched, checked, read."""
 
 from .datasets import FileCheck, ImageSet, Info, info, load, names, verify
 from .fetch import fetch

@@ -1,10 +1,10 @@
-"""Data sets parsed once: a memory-mapped file of pixels and labels for each split.
+"""The cache of parsed data sets: a memory-mapped file of pixels and labels for each split.
 
-ROOT/cache/NAME-SPLIT-KEY.safetensors, where KEY stands for the version of this format and for the names,
-sizes and times of the files it was parsed from: where one of them changes, another file is made and the old
-one removed. The file is written beside its place and renamed, so two processes may do it at once, and its
-content is held against its SHA-256 whenever it is read; a damaged one is announced and made again. A disk
-that is full, or a folder that cannot be written, costs the cache and nothing else.
+A file is ROOT/cache/NAME-SPLIT-KEY.safetensors. KEY stands for the version of this format and for
+the names, sizes and times of the source files: where one of them changes, another file is made and
+the old one is removed. The file is written beside its place and renamed, so two processes may write
+it at once. Every read checks the content's SHA-256; a damaged file is announced and made again. A
+full disk, or a folder that cannot be written, costs the cache and nothing else.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Parsed = tuple[Tensor, Tensor, tuple[str, ...]]  # uint8 [N, C, H, W], int64 [N]
 
 
 def cached(folder: Path, name: str, sources: Iterable[Path], parse: Callable[[], Parsed]) -> Parsed:
-    """What `parse` gives, from the cache in `folder` if the `sources` are those it was parsed from.
+    """Return the result of `parse`, from the cache in `folder` if its `sources` have not changed.
 
-    EngineError: whatever `parse` raises.
+    EngineError: as `parse` raises it.
     """
     path = folder / f"{name}-{_key(sources)}.safetensors"
     if path.exists():
@@ -66,7 +66,7 @@ def _write(path: Path, parsed: Parsed) -> None:
     try:
         with atomic(path) as draft:
             save_file({"images": images.contiguous(), "labels": labels.contiguous()}, draft, about)
-    except SafetensorError as e:  # what it makes of a full disk
+    except SafetensorError as e:  # a full disk, for one
         raise EngineError(f"cannot write {path}: {_line(e)}") from None
 
 
@@ -75,7 +75,7 @@ def _read(path: Path) -> Parsed:
         raise ValueError("not a regular file")
     with safe_open(str(path), framework="pt") as file:
         about = file.metadata() or {}
-        # Mapped, not read: pages come in when they are touched, and are shared between processes.
+        # The file is mapped: its pages are read when they are touched, and shared by all processes.
         images, labels = file.get_tensor("images"), file.get_tensor("labels")
     if images.dtype != torch.uint8 or images.dim() != 4 or labels.dtype != torch.int64:
         raise ValueError("it holds something else")

@@ -1,7 +1,7 @@
-"""The published data sets: what each is, the files it comes in, their checksums.
+"""The published data sets: their facts, files and checksums.
 
-Every SHA-256 is of the decompressed bytes, so the publisher's file, Debian's repacking of it and an
-unpacked copy are held to one and the same sum.
+Every SHA-256 is of the decompressed bytes, so one sum serves the publisher's file, Debian's
+repacking and an unpacked copy.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ..errors import EngineError
 
 @dataclass(frozen=True)
 class Part:
-    """One file of records under its publisher's name, `.gz` left off."""
+    """Hold the facts of one file of records, under its publisher's name without `.gz`."""
 
     name: str
-    sha256: str  # or MD5: what its publisher or others have published, told apart by its length
-    size: int  # bytes, decompressed; of a pickle at most
+    sha256: str  # or MD5, as the publisher or others give it; the length tells which
+    size: int  # bytes, decompressed; for a pickle the most
 
     def differs(self, data: bytes) -> str | None:
-        """How the sum of `data` differs from the known one, None where it does not."""
+        """Return the difference between the sum of `data` and the known one, or None."""
         kind = "SHA-256" if len(self.sha256) == 64 else "MD5"
         got = hashlib.new(kind.replace("-", ""), data, usedforsecurity=False).hexdigest()
         return None if got == self.sha256 else f"{kind} {got[:16]}..., not {self.sha256[:16]}..."
@@ -31,7 +31,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a data set beforehand."""
+    """Hold the known facts of a data set."""
 
     name: str
     shape: tuple[int, int, int]  # C, H, W
@@ -39,13 +39,13 @@ class Spec:
     classes: tuple[str, ...]
     parts: Mapping[str, tuple[Part, ...]]  # by split; IDX: images, labels; CIFAR: the batches
     homepage: str
-    url: str = ""  # the folder that its files are downloaded from
+    url: str = ""  # the folder of the downloads
     archive: str | None = None  # the tar.gz that holds all parts, in `folder`
     folder: str = ""
     label_ranges: tuple[int, ...] = ()  # CIFAR: the number of classes of each label byte
     debian: str | None = None  # a Debian package that holds the files
     pickles: tuple[tuple[str, int], ...] = ()  # a Python edition: name and range of its label lists
-    python: Spec | None = None  # the publisher's other edition, read where this one is absent
+    python: Spec | None = None  # the publisher's Python edition, read where this one is absent
 
     @property
     def all_parts(self) -> tuple[Part, ...]:
@@ -53,7 +53,7 @@ class Spec:
 
     @property
     def files(self) -> dict[str, tuple[Part, ...]]:
-        """The files as they are downloaded, and the parts that each holds."""
+        """Return the files as they are downloaded, with the parts in each."""
         if self.archive:
             return {self.archive: self.all_parts}
         return {f"{part.name}.gz": (part,) for part in self.all_parts}
@@ -109,8 +109,8 @@ _FASHION_MNIST = Spec(
     debian="dataset-fashion-mnist",
 )
 
-# The sums of MNIST and CIFAR are as others have published them; they have not been held against a
-# download of our own yet. MNIST's and CIFAR-10's agree between independent projects.
+# The sums of MNIST and CIFAR are those that others have published; no own download has confirmed
+# them yet. MNIST's and CIFAR-10's agree between independent projects.
 _MNIST = Spec(
     name="mnist",
     shape=(1, 28, 28),
@@ -253,7 +253,7 @@ SPECS = {s.name: s for s in (DIGITS, _FASHION_MNIST, _MNIST, _CIFAR10, _CIFAR100
 
 
 def find_spec(name: str) -> Spec:
-    """EngineError, with the nearest name, where there is no such data set."""
+    """Return the data set called `name`; EngineError, with the nearest name, for an unknown one."""
     if name in SPECS:
         return SPECS[name]
     near = difflib.get_close_matches(str(name).lower(), SPECS, n=1, cutoff=0.5)

@@ -2,10 +2,10 @@
 
 A data set lies in the folder ROOT/NAME, where ROOT is `$ENGINE_DATA`, else `robust-engine` in the
 user's cache folder. Its files may be compressed as published or not: every SHA-256 here is of the
-decompressed bytes, so the publisher's file, Debian's repacking of it and an unpacked copy are held to
-one and the same sum. A folder with a `SHA256SUMS` of its own (as `sha256sum * > SHA256SUMS` writes it)
-holds the user's data in the same format: it is checked against that list instead, and may have fewer
-samples.
+decompressed bytes, so the publisher's file, Debian's repacking of it and an unpacked copy are held
+to one and the same sum. A folder with a `SHA256SUMS` of its own (as `sha256sum * > SHA256SUMS`
+writes it) holds the user's data in the same format: it is checked against that list instead, and
+may have fewer samples.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SUMS = "SHA256SUMS"
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """One split of a data set, in memory."""
+    """Hold one split of a data set in memory."""
 
     name: str
     split: str
@@ -45,22 +45,22 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Info:
-    """What `engine data info` shows of a data set."""
+    """Hold the facts that `engine data info` shows of a data set."""
 
     name: str
     shape: tuple[int, int, int]  # C, H, W
     train: int  # samples
     test: int
     classes: tuple[str, ...]
-    files: tuple[str, ...]  # as published; none where it needs no file
+    files: tuple[str, ...]  # as published; empty for a data set without files
     homepage: str
-    folder: Path | None  # where `load` would read it; None where it is absent
-    own_sums: bool  # that folder has a SHA256SUMS of its own: not the published data
+    folder: Path | None  # the folder that `load` reads; None: the files are absent
+    own_sums: bool  # the folder has its own SHA256SUMS: not the published data
 
 
 @dataclass(frozen=True)
 class FileCheck:
-    """What `verify` says of one file."""
+    """Hold the outcome of `verify` for one file."""
 
     file: str
     ok: bool
@@ -71,12 +71,12 @@ class FileCheck:
 
 
 def names() -> tuple[str, ...]:
-    """The names of the known data sets."""
+    """Return the names of the known data sets."""
     return tuple(SPECS)
 
 
 def info(name: str, root: Path | str | None = None) -> Info:
-    """The facts of a data set, and where it lies on this machine. EngineError: unknown name."""
+    """Return the facts of a data set and its folder on this machine. EngineError: unknown name."""
     if own.is_path(name):
         train, test = (load(name, split, root) for split in get_args(Split))
         return Info(
@@ -108,11 +108,11 @@ def info(name: str, root: Path | str | None = None) -> Info:
 
 
 def load(name: str, split: Split, root: Path | str | None = None) -> ImageSet:
-    """One split of a data set: a known one by its name, a user's own by its path (see `own`).
+    """Return one split of a data set: a known one by name, a user's own by path (see `own`).
 
-    Read from its files once, their checksums verified, and from the `cache` after that. Uses no network.
-    EngineError: unknown name or split; a file that is absent, unreadable, damaged or not what it
-    should be, named in one line.
+    The files are read once, with their checksums verified; later calls read the `cache`. No network
+    is used. EngineError: unknown name or split; a file that is absent, unreadable, damaged or of
+    another kind, named in one line.
     """
     if split not in get_args(Split):
         raise EngineError(f"split {split!r} is not known: it is train or test")
@@ -138,7 +138,7 @@ def load(name: str, split: Split, root: Path | str | None = None) -> ImageSet:
 
 def _tensors(spec: Spec, images: np.ndarray, labels: np.ndarray) -> Parsed:
     return (
-        # the readers' arrays are views of read-only bytes
+        # The readers' arrays are views of read-only bytes.
         torch.from_numpy(images.reshape(-1, *spec.shape).copy()),
         torch.from_numpy(labels.astype(np.int64)),
         spec.classes,
@@ -151,17 +151,17 @@ def _own(path: Path, split: str) -> Parsed:
 
 
 def _sources(spec: Spec, split: str, root: Path | str | None) -> list[Path]:
-    """The files that a split is read from, and the list that vouches for them."""
+    """Return the files of a split, and the list of their sums."""
     folder = home_of(spec, root)
     if folder is None:
-        return []  # reading it says what is missing
+        return []  # reading the split names the missing file
     held = present(edition_in(spec, folder), folder, edition_in(spec, folder).parts[split])
     sums = folder / SUMS
     return [*filter(Path.is_file, held), *([sums] if sums.is_file() else [])]
 
 
 def verify(name: str, root: Path | str | None = None) -> list[FileCheck]:
-    """Read and check every file of a data set, the damaged and the missing ones reported too.
+    """Read and check every file of a data set; report damaged and missing ones too.
 
     EngineError: unknown name only.
     """
@@ -200,14 +200,14 @@ def _outcome(read: Callable[[], object]) -> tuple[bool, str]:
 
 
 def data_root(root: Path | str | None = None) -> Path:
-    """`root`, else `$ENGINE_DATA`, else `robust-engine` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Return `root`, `$ENGINE_DATA`, or `robust-engine` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if root is None:
         root = os.environ.get("ENGINE_DATA") or None
     try:
         if root is not None:
             return Path(root).expanduser().absolute()
         cache = os.environ.get("XDG_CACHE_HOME", "")
-        # a relative path in it is void, says the XDG Base Directory Specification
+        # The XDG Base Directory Specification declares a relative path void.
         base = Path(cache) if Path(cache).is_absolute() else Path.home() / ".cache"
     except RuntimeError:
         raise EngineError("no home folder is known: set ENGINE_DATA to a folder for data") from None
@@ -215,7 +215,7 @@ def data_root(root: Path | str | None = None) -> Path:
 
 
 def system_folders(spec: Spec) -> list[Path]:
-    """Where a package of the system would have put the files, whether it did or not."""
+    """Return the folders in which a package of the system puts the files, present or not."""
     if not spec.debian:
         return []
     shares = [str(Path(sys.prefix) / "share")]
@@ -224,7 +224,7 @@ def system_folders(spec: Spec) -> list[Path]:
 
 
 def home_of(spec: Spec, root: Path | str | None = None) -> Path | None:
-    """The folder that is read: the first one with any file of the data set, unread."""
+    """Return the folder to read: the first one that has any file of the data set."""
     if spec is DIGITS:
         import sklearn
 
@@ -237,7 +237,7 @@ def home_of(spec: Spec, root: Path | str | None = None) -> Path | None:
 
 
 def edition_in(spec: Spec, folder: Path) -> Spec:
-    """`spec` as `folder` holds it: the publisher's Python edition if that one alone is there."""
+    """Return the edition of `spec` in `folder`: the Python edition if only that is there."""
     other = spec.python
     if other is None or present(spec, folder, spec.all_parts):
         return spec
@@ -245,7 +245,7 @@ def edition_in(spec: Spec, folder: Path) -> Spec:
 
 
 def present(spec: Spec, folder: Path, parts: Iterable[Part]) -> dict[Path, tuple[Part, ...]]:
-    """Which files of `folder` hold which of `parts`; parts without a file are left out."""
+    """Return the files of `folder` that hold `parts`, with their parts."""
     found: dict[Path, tuple[Part, ...]] = {}
     for part in parts:
         candidates: tuple[str, ...]
@@ -277,14 +277,14 @@ def _missing(spec: Spec, folder: Path, parts: Iterable[Part]) -> list[str]:
 def read_parts(
     spec: Spec, path: Path, parts: tuple[Part, ...], where: str | None = None
 ) -> dict[str, tuple[np.ndarray, ...]]:
-    """The arrays of each of `parts`, by name, from the one file that holds them; all is verified.
+    """Return the arrays of `parts`, by name, from the one file that holds them; verify all of them.
 
-    IDX: one uint8 array, [N, 28, 28] or [N]. CIFAR: images uint8 [N, 3, 32, 32] and labels uint8 [N].
-    `where` is the name to show, if not `path`. EngineError: whatever is wrong with the file.
+    IDX: one uint8 array, [N, 28, 28] or [N]. CIFAR: images uint8 [N, 3, 32, 32] and labels uint8
+    [N]. `where` is the name to show, if not `path`. EngineError: for any fault of the file.
     """
     where = where or str(path)
     own = _check_own_sum(spec, path)
-    if spec.archive and spec.archive in path.name:  # a draft of it has more to its name
+    if spec.archive and spec.archive in path.name:  # a draft has a longer name
         members = {f"{spec.folder}/{part.name}": part.size for part in parts}
         contents = readers.read_tar_gz(path, where, members, size_limit(spec.all_parts))
         data = {part.name: contents[f"{spec.folder}/{part.name}"] for part in parts}
@@ -302,7 +302,7 @@ def read_parts(
 
 
 def size_limit(parts: Iterable[Part]) -> int:
-    """Bytes that a file of `parts` may decompress to: archives hold a page and lists besides."""
+    """Return the most bytes that a file of `parts` may decompress to, with an archive's page."""
     return sum(part.size for part in parts) + (1 << 20)
 
 
@@ -349,7 +349,7 @@ def _read_split(spec: Spec, split: str, root: Path | str | None) -> tuple[np.nda
 
 
 def _check_own_sum(spec: Spec, path: Path) -> bool:
-    """Whether a SHA256SUMS of the data set's folder covers `path`; EngineError if the sums differ."""
+    """Return whether the folder's own SHA256SUMS covers `path`; EngineError if the sums differ."""
     folder = path.parent.parent if path.parent.name == (spec.folder or None) else path.parent
     sums = folder / SUMS
     if not os.path.lexists(sums):
@@ -368,7 +368,7 @@ def _check_own_sum(spec: Spec, path: Path) -> bool:
 
 
 def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 8x8 digits, 0..16 scaled to 0..255; split by a permutation fixed for ever."""
+    """Return scikit-learn's 8x8 digits, 0..16 scaled to 0..255, split by a fixed permutation."""
     try:
         from sklearn.datasets import load_digits
 
@@ -376,7 +376,7 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
     except (ImportError, OSError, ValueError) as e:
         raise EngineError(f"digits: scikit-learn cannot give them: {e}") from None
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    # NumPy promises never to change the stream of RandomState, which it does not of Generator
+    # NumPy promises a fixed stream for RandomState, and not for Generator.
     order = np.random.RandomState(0).permutation(len(images))
     train = DIGITS.counts["train"]
     chosen = order[:train] if split == "train" else order[train:]

@@ -23,9 +23,9 @@ _CHUNK = 1 << 14
 
 
 def await_answer(url: str) -> None:
-    """EngineError unless the server answers, with whatever, in time.
+    """Refuse a server that gives no answer in time; any answer will do.
 
-    A connection's own timeout counts anew for each address and not at all for the name's look-up.
+    A connection's own timeout starts again for each address, and does not cover the name's look-up.
     """
     import requests
 
@@ -43,7 +43,7 @@ def await_answer(url: str) -> None:
         error = outcome.get(timeout=_ANSWER_SECONDS)
     except queue.Empty:
         error = requests.Timeout()
-    if isinstance(error, requests.Timeout):  # whichever of the two clocks ran out first
+    if isinstance(error, requests.Timeout):  # of either clock
         raise EngineError(f"{url}: no answer within {_ANSWER_SECONDS} s")
     if error is not None:
         raise EngineError(f"{url}: {_reason(error)}")
@@ -51,32 +51,32 @@ def await_answer(url: str) -> None:
 
 @contextmanager
 def locked(part: Path) -> Iterator[BinaryIO]:
-    """`part`, open for appending, when no other process has it open so."""
+    """Open `part` for appending, once no other process holds it."""
     while True:
         with part.open("a+b") as out:
             fcntl.flock(out, fcntl.LOCK_EX)
-            # Renamed or removed while we waited: that was another file.
+            # The file may have been renamed or removed during the wait: then open the new one.
             if part.exists() and os.path.samestat(part.stat(), os.fstat(out.fileno())):
                 yield out
                 return
 
 
 class ConnectionCut(EngineError):
-    """The connection broke; what has come is kept."""
+    """Report a broken connection; the bytes so far are kept."""
 
 
 def append(url: str, out: BinaryIO, file: str, limit: int, progress: bool) -> None:
-    """Append what `out` still lacks of the file at `url`."""
+    """Append to `out` the bytes of the file at `url` that it lacks."""
     import requests
 
     begun = out.seek(0, os.SEEK_END)
-    # Else some servers unpack .gz files on the way.
+    # Without it some servers unpack .gz files on the way.
     headers = {"Accept-Encoding": "identity"}
     if begun:
         headers["Range"] = f"bytes={begun}-"
     try:
         with requests.get(url, headers=headers, stream=True, timeout=_STALL_SECONDS) as answer:
-            if answer.status_code == 416:  # it has no more bytes than we have
+            if answer.status_code == 416:  # the server has no further bytes
                 return
             answer.raise_for_status()
             if answer.status_code != 206:
@@ -118,9 +118,9 @@ def _reason(error: Exception) -> str:
 
 
 class Sink:
-    """Where a download goes: shows its progress and ends it beyond `limit` bytes.
+    """Write a download: show its progress and end it beyond `limit` bytes.
 
-    `done`: bytes there so far, those of an earlier download included.
+    `done`: bytes so far, with those of an earlier download.
     """
 
     def __init__(self, file: BinaryIO, name: str, limit: int, show: bool, begun: int = 0) -> None:
@@ -138,7 +138,7 @@ class Sink:
             self._bar.stop()
 
     def expect(self, size: int | None) -> None:
-        """Show `size` bytes as the whole."""
+        """Show `size` bytes as the total."""
         if self._bar:
             self._bar.update(self._task, total=size, completed=self.done)
 
@@ -150,7 +150,7 @@ class Sink:
             self._bar.update(self._task, completed=self.done)
         try:
             return self._file.write(chunk)
-        except OSError as e:  # here, where it cannot be taken for a fault of the source
+        except OSError as e:  # caught here, or it would look like a fault of the source
             raise EngineError(f"cannot write {self._name}: {e.strerror}") from None
 
 

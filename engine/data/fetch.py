@@ -1,12 +1,11 @@
-"""Getting a data set onto this machine: from where it lies already, from Debian, from its publisher.
+"""Get a data set onto this machine: from an installed copy, from Debian, from its publisher.
 
-Whatever the source, a file is written under a temporary name beside its place, read and checked there
-(see `datasets`: the SHA-256 is of its content), and only then renamed. A download that is cut short leaves
-its beginning as .FILE.part, locked by the process that writes it, and the next one goes on from there; any
-other interrupt or fault leaves nothing behind.
-
-`$ENGINE_MIRROR` (http://, https:// or file://) stands in for apt and the publisher; a file is looked
-for at MIRROR/NAME/FILE.
+A file from any source is written under a temporary name beside its place, read and checked there
+(see `datasets`: the SHA-256 is of its content), and only then renamed. A download that is cut short
+leaves its beginning as .FILE.part, locked by the process that writes it, and the next download goes
+on from there. Any other interrupt or fault leaves nothing behind.
+`$ENGINE_MIRROR` (http://, https:// or file://) stands in for apt and the publisher; a file is
+looked for at MIRROR/NAME/FILE.
 """
 
 from __future__ import annotations
@@ -43,17 +42,17 @@ from .datasets import (
 from .download import ConnectionCut, Sink, append, await_answer, locked
 
 _APT_SECONDS = 60
-# what a network that swallows packets costs: apt counts its time twice
+# The cost of a network that swallows packets: apt counts its time twice.
 _APT_CONNECT_SECONDS = 2
 
 
 def fetch(name: str, root: Path | str | None = None, progress: bool = True) -> Path:
     """Get the files of a data set, unless they are there, and return the folder that holds them.
 
-    In this order: what lies whole in ROOT/NAME already; what a package of the system has installed
-    (used where it lies); Debian's package through apt, which needs no root; the publisher's site.
-    `progress` shows bars on stderr. EngineError: unknown name; no source works, in which case the line
-    says which files to place where.
+    Sources, in this order: whole files in ROOT/NAME; files that a package of the system has
+    installed (used in place); Debian's package through apt, which needs no root; the publisher's
+    site. `progress` shows bars on stderr. EngineError: unknown name; no source works, and the line
+    then says which files to place in which folder.
     """
     spec = find_spec(name)
     if not spec.files:
@@ -179,7 +178,7 @@ def _packed_limit(spec: Spec, file: str) -> int:
 
 
 def _apt_download(package: str, scratch: Path) -> Path:
-    """The .deb of a package, which apt checks against the archive's signed lists."""
+    """Download the .deb of a package; apt checks it against the archive's signed lists."""
     timeout = f"Timeout={_APT_CONNECT_SECONDS}"
     command = ["apt-get", "-q", "-o", "Acquire::Retries=0", "-o", f"Acquire::http::{timeout}"]
     command += ["-o", f"Acquire::https::{timeout}", "download", package]
@@ -203,9 +202,9 @@ def _apt_download(package: str, scratch: Path) -> Path:
 
 
 def _read_deb(package: Path, members: dict[str, int]) -> dict[str, bytes]:
-    """Named files out of a .deb, in memory."""
+    """Return the named files of a .deb, in memory."""
     with tempfile.TemporaryFile() as tar:
-        if shutil.which("dpkg-deb"):  # which knows every compression that a .deb may have
+        if shutil.which("dpkg-deb"):  # dpkg-deb reads every compression of a .deb
             command = ["dpkg-deb", "--fsys-tarfile", str(package)]
             done = subprocess.run(command, stdout=tar, stderr=subprocess.DEVNULL)
             if done.returncode:
@@ -230,7 +229,7 @@ def _unpack_deb(package: Path, tar: BinaryIO) -> None:
             file.seek(int(size) + int(size) % 2, os.SEEK_CUR)
         else:
             raise EngineError(f"{package.name}: no data in it")
-        if name != b"data.tar.xz":  # which Debian's own packages have
+        if name != b"data.tar.xz":  # the one that Debian's own packages have
             raise EngineError(f"{package.name}: its data need dpkg-deb, which is missing")
         try:
             with lzma.open(io.BytesIO(file.read(int(size)))) as data:
@@ -254,7 +253,7 @@ def _download(url: str, spec: Spec, folder: Path, file: str, progress: bool) -> 
             except ConnectionCut:
                 raise
             except EngineError:
-                # What is there is no beginning of the file; of an earlier one perhaps.
+                # The bytes are not the beginning of this file; perhaps of an earlier release.
                 out.truncate(0)
                 if not resumed:
                     part.unlink(missing_ok=True)
@@ -298,7 +297,7 @@ def _need_writable(folder: Path) -> None:
 
 @contextmanager
 def _landing(spec: Spec, folder: Path, file: str, origin: str) -> Iterator[BinaryIO]:
-    """A file that becomes FOLDER/FILE if the block ends well and its content is right, or vanishes."""
+    """Give a file that becomes FOLDER/FILE if the block ends well and the content is right."""
     with atomic(folder / file) as draft:
         with draft.open("wb") as out:
             yield out

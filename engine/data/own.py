@@ -1,12 +1,13 @@
 """A user's own data set: a folder of images, or one .npz or .safetensors file of arrays.
 
-A folder has train/CLASS/*.png and test/CLASS/*.png, or val in place of test (or .jpg, .bmp, .ppm, .webp), all of one size; classes
-are numbered in the order of their names. A file has the arrays `train_images`, `train_labels`,
-`test_images` and `test_labels` (or `x_train`, `y_train`, `x_test`, `y_test`, as Keras names them): images
-uint8 [N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1] as labels.
+A folder has train/CLASS/*.png and test/CLASS/*.png, or val in place of test (or .jpg, .bmp, .ppm,
+.webp), all of one size; classes are numbered in the order of their names. A file has the arrays
+`train_images`, `train_labels`, `test_images` and `test_labels` (or `x_train`, `y_train`, `x_test`,
+`y_test`, as Keras names them): images uint8 [N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1]
+as labels.
 
-The files may be anything: nothing is unpickled, no name leaves its folder, and no more than `LIMIT` bytes
-are ever decompressed. Every fault is an `EngineError` that begins with the file's name.
+The files may be anything: nothing is unpickled, no name leaves its folder, and no more than `LIMIT`
+bytes are ever decompressed. Every fault is an `EngineError` that begins with the file's name.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ _ANY_FAULT = (
     *(NotImplementedError, RuntimeError, MemoryError, SyntaxError),
 )
 
-Names = list[tuple[str, str]]  # an array's possible names, each
+Names = list[tuple[str, str]]  # the possible names of each array
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, C, H, W], labels int64 [N]
 
 
 def is_path(name: str) -> bool:
-    """Whether a data set's name is a path to a user's own."""
+    """Return whether a data set's name is a path."""
     path = Path(name)
     return (
         len(path.parts) > 1
@@ -56,12 +57,12 @@ def is_path(name: str) -> bool:
 
 
 def absolute(name: str) -> str:
-    """The name of a data set, a path made absolute: a run can then be evaluated from any folder."""
+    """Return a data set's name with a path made absolute: a run is evaluated from any folder."""
     return str(Path(name).expanduser().absolute()) if is_path(name) else name
 
 
 def files(path: Path) -> list[Path]:
-    """What the data set is made of, for telling whether it has changed. EngineError where it is absent."""
+    """Return the files of the data set, to notice a change. EngineError where there are none."""
     if path.is_dir():
         return [file for split in SPLITS for file, _ in _images(path, split)[0]]
     if not path.exists():
@@ -70,7 +71,7 @@ def files(path: Path) -> list[Path]:
 
 
 def read(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
-    """One split's images uint8 [N, C, H, W] and labels int64 [N], and the names of all classes."""
+    """Return one split's images uint8 [N, C, H, W] and labels int64 [N], and all class names."""
     if path.is_dir():
         return _read_folder(path, split)
     readers_of: dict[str, Callable[[Path, Names], dict[str, np.ndarray]]] = {
@@ -83,7 +84,7 @@ def read(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
     arrays = readers_of[path.suffix](path, [*names, *_names("train")])
     images, labels = (_pick(arrays, options, path) for options in names)
     every = _pick(arrays, _names("train")[1], path)
-    # Numbered as in the training set; a label that only the test set has is beyond them.
+    # The training set numbers the classes; a label that only the test set has is refused.
     classes = _class_count(every, path)
     return _checked(images, labels, classes, path), tuple(map(str, range(classes)))
 
@@ -92,7 +93,7 @@ def read(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
 
 
 def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Every image of a split with its label, and the names of the classes (the training split's)."""
+    """Return every image of a split with its label, and the training split's class names."""
     try:
         names = _folders(path / "train")
         folder = path / "train" if split == "train" else _test_folder(path)
@@ -132,7 +133,7 @@ def _folders(path: Path) -> list[str]:
 def _read_folder(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
     found, names = _images(path, split)
     grey = all(_head(file)[1] in ("1", "L") for file, _ in found)
-    # The training split says what the test split has to look like.
+    # The test split must look like the training split.
     first = _images(path, "train")[0][0][0]
     if split != "train":
         grey = grey and all(_head(file)[1] in ("1", "L") for file, _ in _images(path, "train")[0])
@@ -151,7 +152,7 @@ def _read_folder(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
 
 
 def _head(file: Path) -> tuple[tuple[int, int], str]:
-    """(width, height) and mode of an image, its pixels unread."""
+    """Return an image's (width, height) and mode, without its pixels."""
     with _opened(file) as image:
         if prod(image.size) > _IMAGE_LIMIT:
             raise EngineError(f"{file}: {image.size[0]}x{image.size[1]} pixels: too large")
@@ -159,7 +160,7 @@ def _head(file: Path) -> tuple[tuple[int, int], str]:
 
 
 def _pixels(file: Path, mode: str) -> np.ndarray:
-    """uint8 [C, H, W]."""
+    """Return an image's pixels, uint8 [C, H, W]."""
     with _opened(file) as image:
         try:
             with warnings.catch_warnings():
@@ -178,7 +179,7 @@ def _opened(file: Path) -> Any:
         raise EngineError(f"{file}: cannot read it: not a regular file")
     try:
         with warnings.catch_warnings():
-            # Sizes are checked here, and a fault of the file is said once.
+            # Sizes are checked here, and a fault is reported once.
             warnings.simplefilter("ignore")
             return Image.open(file, formats=_FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
@@ -190,7 +191,7 @@ def _opened(file: Path) -> Any:
 
 
 def _names(split: str) -> Names:
-    """What the images and what the labels of a split may be called."""
+    """Return the possible names of a split's images and of its labels."""
     return [(f"{split}_images", f"x_{split}"), (f"{split}_labels", f"y_{split}")]
 
 
@@ -217,14 +218,14 @@ def _npz(path: Path, wanted: Names) -> dict[str, np.ndarray]:
                     found[entry.filename.removesuffix(".npy")] = _npy(
                         member, f"{path}: {entry.filename}"
                     )
-    # BadZipFile, and whatever else a hostile header makes the two libraries say.
+    # A hostile header makes the two libraries raise BadZipFile and many others.
     except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, *_ANY_FAULT) as e:
         raise EngineError(f"{path}: damaged .npz ({_line(e)})") from None
     return found
 
 
 def _npy(member: Any, where: str) -> np.ndarray:
-    """An array of whole numbers, read by its header and not one byte further."""
+    """Return an array of whole numbers; read the bytes that its header announces and no more."""
     version = np.lib.format.read_magic(member)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -291,8 +292,8 @@ def _checked(images: np.ndarray, labels: np.ndarray, classes: int, path: Path) -
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if bad.size:
         raise EngineError(
-            f"{path}: label {labels[bad[0]]} of sample {bad[0]:,} is not in 0..{classes - 1}, the training "
-            "set's"
+            f"{path}: label {labels[bad[0]]} of sample {bad[0]:,} is not in 0..{classes - 1}, the "
+            "training set's"
         )
     return np.array(images.transpose(0, 3, 1, 2), order="C"), labels.astype(np.int64)
 

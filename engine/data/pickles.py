@@ -1,9 +1,9 @@
 """CIFAR's Python edition: pickles, read without unpickling.
 
-A pickle is a program. `pickletools` takes it apart into instructions and runs none of them; what follows
-interprets the few that the published files are made of, on plain values only. Nothing is imported and
-nothing is called: the two callables that such a file names, an array's and a dtype's constructor, are
-recognised by name and stand for a uint8 array, whatever else it says.
+A pickle is a program. `pickletools` takes it apart into instructions and runs none of them. This
+module interprets the few instructions that the published files use, on plain values only. It
+imports nothing and calls nothing: such a file names two callables, the constructors of an array and
+of a dtype, and both are recognised by name and stand for a uint8 array.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, 
 
 
 class _Array:
-    """An array being built: first empty, then with its shape and bytes."""
+    """Hold an array that is being built: first empty, then with its shape and bytes."""
 
     def __init__(self) -> None:
         self.value: np.ndarray | None = None
@@ -50,19 +50,19 @@ class _Array:
 
 
 class _Dtype:
-    """The only dtype there is: uint8."""
+    """Stand for uint8, the only dtype here."""
 
     def fill(self, state: Any) -> None:
-        """Byte order and alignment: a byte has neither."""
+        """Ignore byte order and alignment: a byte has neither."""
 
 
 def parse(
     data: bytes, where: str, labels: tuple[tuple[str, int], ...], most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, 3, 32, 32] and labels uint8 [N] of one batch file, 1 <= N <= `most`.
+    """Return images uint8 [N, 3, 32, 32] and labels uint8 [N] of one batch file, 1 <= N <= `most`.
 
-    `labels` has the name and the number of classes of each list of labels; the last one's are returned.
-    EngineError, which begins with `where`: whatever is wrong with the file.
+    `labels` has the name and the number of classes of each list of labels; the last list is
+    returned. EngineError, which begins with `where`: for any fault of the file.
     """
     try:
         with warnings.catch_warnings():
@@ -96,7 +96,7 @@ def parse(
 
 
 def _plain(data: bytes) -> Any:
-    """Return the value of a pickle of dictionaries, lists, tuples, numbers, strings and uint8 arrays.
+    """Return the value of a pickle of dictionaries, lists, tuples, numbers, strings, uint8 arrays.
 
     Raises:
         ValueError, IndexError, TypeError, KeyError, OverflowError: for any other pickle.
@@ -116,7 +116,8 @@ class _Machine:
     """Interpret a pickle's instructions on plain values.
 
     Attributes:
-        stack: the values so far, the top one last; memo: values that later instructions fetch again.
+        stack: the values so far, the top one last; memo: values that later instructions fetch
+            again.
     """
 
     def __init__(self) -> None:
@@ -170,7 +171,7 @@ class _Machine:
     def _set_items(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict) or len(items) % 2:
             raise ValueError("items for what is no dictionary")
-        # Other keys have no use, and hashing deeply nested ones is no safe thing to do.
+        # Other keys have no use, and hashing deeply nested ones is not safe.
         if not all(isinstance(key, bytes | str) for key in items[::2]):
             raise ValueError("a key that is no string")
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
@@ -216,7 +217,7 @@ def _construct(function: Any, arguments: Any) -> Any:
 
 
 def _finished(value: Any) -> Any:
-    """The top dictionary with its arrays in place; keys as bytes, as Python 2 wrote them."""
+    """Return the top dictionary with its arrays in place; keys as bytes, as Python 2 wrote them."""
     if not isinstance(value, dict):
         return None
     return {

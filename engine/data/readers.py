@@ -1,12 +1,12 @@
 """Strict readers of the IDX and CIFAR binary formats, from files that may be anything.
 
 Formats: IDX as on the MNIST page (big-endian magic 00 00 08 rank, one uint32 a dimension, then the
-bytes), plain or as one gzip member; CIFAR records as on the CIFAR page (one label byte, or coarse and
-fine label, then 3 x 32 x 32 bytes, channels first), plain or as members of a tar.gz.
+bytes), plain or as one gzip member; CIFAR records as on the CIFAR page (one label byte, or coarse
+and fine label, then 3 x 32 x 32 bytes, channels first), plain or as members of a tar.gz.
 
 Nothing is written to disk, nothing is unpickled, and no more is ever decompressed than the caller's
 `limit`. `where` is the file's name as the user should read it; every fault is an `EngineError` that
-begins with it.
+begins with that name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CIFAR_PIXELS = 3 * 32 * 32
 
 @contextmanager
 def open_file(path: Path, where: str, limit: int) -> Iterator[BufferedReader]:
-    """A non-empty regular file of at most `limit` bytes, open for reading."""
+    """Open a non-empty regular file of at most `limit` bytes for reading."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -50,7 +50,7 @@ def open_file(path: Path, where: str, limit: int) -> Iterator[BufferedReader]:
 
 
 class _Gunzip:
-    """The bytes of a gzip file of one member, at most `limit`; its CRC, length and end are checked."""
+    """Decompress a gzip file of one member, at most `limit` bytes; check CRC, length and end."""
 
     def __init__(self, file: BinaryIO, where: str, limit: int) -> None:
         self._file, self._where, self._limit, self._left = file, where, limit, limit
@@ -58,7 +58,7 @@ class _Gunzip:
         self._pending = b""
 
     def read(self, size: int) -> bytes:
-        """Between 1 and `size` bytes, or none at the end."""
+        """Return between 1 and `size` bytes, or none at the end."""
         out = b""
         while not out and not self._zlib.eof:
             self._pending = self._pending or self._file.read(_CHUNK)
@@ -85,12 +85,12 @@ class _Gunzip:
 
 
 def packed_limit(limit: int) -> int:
-    """The largest sensible gzip file of `limit` bytes: incompressible data grow by under 0.1 %."""
+    """Return the most bytes of a gzip file of `limit` bytes: compression adds under 0.1 %."""
     return limit + limit // 1000 + (1 << 16)
 
 
 def read_file(path: Path, where: str, limit: int) -> bytes:
-    """All bytes of a plain or gzip file (told apart by its first two bytes), at most `limit`."""
+    """Return all bytes, at most `limit`, of a plain or gzip file (the first two bytes tell)."""
     with open_file(path, where, packed_limit(limit)) as file:
         packed = file.read(2) == b"\x1f\x8b"
         file.seek(0)
@@ -103,7 +103,10 @@ def read_file(path: Path, where: str, limit: int) -> bytes:
 
 
 def read_tar_gz(path: Path, where: str, members: Mapping[str, int], limit: int) -> dict[str, bytes]:
-    """The named members of a tar.gz, each of at most the given size; `limit` bounds the whole tar."""
+    """Return the named members of a tar.gz, each of at most the given size.
+
+    `limit` bounds the whole tar [bytes].
+    """
     with open_file(path, where, packed_limit(limit)) as file:
         return read_tar(_Gunzip(file, where, limit), where, members)
 
@@ -111,7 +114,7 @@ def read_tar_gz(path: Path, where: str, members: Mapping[str, int], limit: int) 
 def read_tar(
     stream: _Gunzip | BinaryIO, where: str, members: Mapping[str, int]
 ) -> dict[str, bytes]:
-    """The named members of a tar stream, which the caller has bounded."""
+    """Return the named members of a tar stream that the caller has bounded."""
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(
@@ -134,9 +137,9 @@ def read_tar(
                     )
                 source = tar.extractfile(entry)
                 found[name] = b"" if source is None else source.read()
-        while stream.read(_CHUNK):  # the rest is read for the checksum at its end
+        while stream.read(_CHUNK):  # the checksum stands at the end
             pass
-    # tarfile lets ValueError and its like out where a header is nonsense
+    # A nonsensical header makes tarfile raise ValueError and others.
     except (tarfile.TarError, EOFError, ValueError, OverflowError, IndexError, KeyError) as e:
         raise EngineError(f"{where}: damaged tar data ({' '.join(str(e).split())})") from None
     if missing := [name for name in members if name not in found]:
@@ -145,7 +148,7 @@ def read_tar(
 
 
 def parse_idx(data: bytes, where: str, item: tuple[int, ...], most: int) -> np.ndarray:
-    """uint8 [N, *item], read-only, from the bytes of an IDX file with 1 <= N <= `most`."""
+    """Return the uint8 [N, *item], read-only, of an IDX file with 1 <= N <= `most`."""
     header = 4 * (2 + len(item))
     magic = bytes((0, 0, 8, 1 + len(item)))
     if data[:4] != magic:
@@ -169,9 +172,10 @@ def parse_idx(data: bytes, where: str, item: tuple[int, ...], most: int) -> np.n
 def parse_cifar(
     data: bytes, where: str, label_ranges: tuple[int, ...], most: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, 3, 32, 32] and labels uint8 [N] (the last label of a record), 1 <= N <= `most`.
+    """Return images uint8 [N, 3, 32, 32] and labels uint8 [N], 1 <= N <= `most`, of CIFAR records.
 
-    `label_ranges` has the number of classes for each label byte of a record.
+    `label_ranges` has the number of classes for each label byte of a record; the last label is
+    returned.
     """
     record = len(label_ranges) + CIFAR_PIXELS
     count = max(1, -(-len(data) // record))

@@ -1,4 +1,4 @@
-"""NVIDIA apex, where the real one is installed. It is no dependency: PyPI's `apex` is another project."""
+"""NVIDIA apex, where it is installed. It is not a dependency: PyPI's `apex` is another project."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUILD = (
 
 
 def load() -> Any:
-    """apex's module of optimisers.
+    """Return apex's module of optimisers.
 
     Raises:
         EngineError: when apex is missing, is PyPI's unrelated package, or lacks its CUDA extension.
@@ -27,7 +27,7 @@ def load() -> Any:
         importlib.import_module("apex")
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == "apex"
-        # PyPI's package is Python 2: importing it fails in whatever way.
+        # PyPI's package is Python 2: its import may raise anything.
         raise EngineError(f"NVIDIA apex is not installed; {BUILD}" if missing else _OTHER) from None
     try:
         optimisers = importlib.import_module("apex.optimizers")
@@ -42,7 +42,7 @@ def load() -> Any:
 
 
 def check(name: str, device: torch.device) -> None:
-    """That the optimiser `name` can be had on `device`.
+    """Refuse an apex optimiser that cannot run on `device`.
 
     Raises:
         EngineError: without a CUDA device, or as `load` does.
@@ -53,10 +53,10 @@ def check(name: str, device: torch.device) -> None:
 
 
 def check_precision(optimiser: str, precision: str) -> None:
-    """apex's cannot skip a step, which float16's loss scale asks for.
+    """Refuse fp16 for apex's optimisers: its loss scale skips steps, and they cannot.
 
     Raises:
-        EngineError: for one of apex's with "fp16".
+        EngineError: for an apex optimiser with "fp16".
     """
     if optimiser.startswith("apex") and precision == "fp16":
         raise EngineError(
@@ -66,12 +66,13 @@ def check_precision(optimiser: str, precision: str) -> None:
 
 
 def build(name: str, params: Sequence[Tensor], lr: Tensor, **options: Any) -> torch.optim.Optimizer:
-    """An optimiser of apex's with its state made beforehand: a checkpoint and a graph need it from the start.
+    """Return an apex optimiser with its state made now: checkpoints and graphs need it early.
 
     Args:
         name: "apex-sgd", "apex-adam" or "apex-lamb".
-        lr: 0-d on the device; Adam reads it at every step. The others take theirs, and LAMB the number of
-            steps before this one, from `param_groups`: put them there before each step.
+        lr: 0-d on the device; Adam reads it at every step. The other two read their rate from
+            `param_groups`, and LAMB the number of earlier steps too: put both there before each
+            step.
         options: the constructor's.
     """
     optimisers = load()
@@ -92,7 +93,7 @@ def build(name: str, params: Sequence[Tensor], lr: Tensor, **options: Any) -> to
 
 
 def status() -> str:
-    """One line for `engine doctor`."""
+    """Return one line for `engine doctor`."""
     try:
         load()
     except EngineError as error:

@@ -18,9 +18,9 @@ from ..kernels import backends
 
 
 def keep_freed_memory() -> None:
-    """Spare every step the page faults of memory that the C library would have given back.
+    """Keep freed memory in the process: every step would otherwise pay page faults for it again.
 
-    It concerns the whole process, so the command line asks for it and the library does not.
+    This changes the whole process, so the command line calls it and the library does not.
     """
     native, _ = backends.load("native")
     if native is not None:
@@ -28,14 +28,14 @@ def keep_freed_memory() -> None:
 
 
 def device() -> torch.device:
-    """What this process computes on: its current GPU, or the CPU."""
+    """Return the device of this process: its current GPU, or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def peak_memory_mb() -> int | None:
-    """The device's peak where it is a GPU, the process's own on the CPU; None where the system does not say."""
+    """Return the peak memory [MB]: the GPU's, or the process's on the CPU; None where unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() >> 20
     try:
@@ -47,7 +47,7 @@ def peak_memory_mb() -> int | None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and commit: what a number in a report was measured on."""
+    """Return versions, machine and commit, for the numbers in a report."""
     return {
         "engine": _version("robust-engine"),
         "python": platform.python_version(),
@@ -67,7 +67,7 @@ def environment() -> dict[str, Any]:
 
 
 def _command() -> str:
-    """As people type it: where the program lies on this machine is nobody else's business."""
+    """Return the command line as people type it, without the program's place on this machine."""
     name = Path(sys.argv[0]).name
     return shlex.join(["engine" if name == "__main__.py" else name, *sys.argv[1:]])
 
@@ -90,8 +90,8 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The source tree's commit, with `+` where files have changed since; None outside a checkout."""
-    here = Path(__file__).resolve().parents[1]
+    """Return the source tree's commit, with `+` after changes; None outside a checkout."""
+    here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
     try:

@@ -1,7 +1,7 @@
-"""Named phases of a training step, for whoever listens: a profiler's ranges, the audit's counts.
+"""Named phases of a training step, for listeners: a profiler's ranges, the audit's counts.
 
-With nobody listening a phase costs a method call. Inside a captured CUDA graph Python runs once only,
-so listeners hear a capture and no replay.
+Without a listener a phase costs one method call. Python does not run when a CUDA graph is replayed,
+so listeners hear the capture and no replay.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ TRAIN_FORWARD, TRAIN_BACKWARD = "train forward", "train backward"
 LOSS, OPTIMISER, BOOKKEEPING = "loss", "optimiser", "bookkeeping"
 DATA = "data"
 
-# What `engine profile`, nsys and ncu leave in the environment of the process that they watch.
+# Environment variables that `engine profile`, nsys and ncu set for the process that they watch.
 WATCHED = "ENGINE_PROFILER"
 _ATTACHED = (WATCHED, "NSYS_PROFILING_SESSION_ID", "NV_NSIGHT_INJECTION_PORT_BASE")
 
 
 class Listener(Protocol):
-    """Told of every phase's beginning and end; phases nest."""
+    """Hear the beginning and the end of every phase; phases nest."""
 
     def enter(self, name: str) -> None: ...
     def exit(self, name: str) -> None: ...
@@ -35,7 +35,7 @@ _listeners: list[Listener] = []
 
 
 class phase:
-    """`with phase(LOSS): ...`"""
+    """Name a part of a step: `with phase(LOSS): ...`."""
 
     __slots__ = ("name",)
 
@@ -52,7 +52,7 @@ class phase:
 
 
 class _Nvtx:
-    """A range in NVIDIA's profilers for each phase."""
+    """Make each phase a range in NVIDIA's profilers."""
 
     def enter(self, name: str) -> None:
         torch.cuda.nvtx.range_push(name)
@@ -63,7 +63,7 @@ class _Nvtx:
 
 @contextlib.contextmanager
 def nvtx() -> Iterator[None]:
-    """Within the block phases are NVTX ranges where a profiler of NVIDIA's is attached; else nothing changes."""
+    """Make phases in the block NVTX ranges, where a profiler of NVIDIA's is attached."""
     attached = any(name in os.environ for name in _ATTACHED)
     if not (attached and torch.cuda.is_available()):
         yield
@@ -74,7 +74,7 @@ def nvtx() -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """`listener` hears every phase of this process within the block."""
+    """Let `listener` hear every phase of this process within the block."""
     _listeners.append(listener)
     try:
         yield

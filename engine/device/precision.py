@@ -92,7 +92,7 @@ def _set_older_flags(flags: tuple[bool, str]) -> None:
 
 @contextlib.contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
-    """In the block cuDNN takes algorithms that give the same bits each time; not `wanted`: any."""
+    """Make cuDNN take algorithms in the block that give the same bits each time, if `wanted`."""
     if not wanted:
         yield
         return

@@ -1,4 +1,4 @@
-"""Recipes: readable TOML files, validated into typed values, any field open to the command line."""
+"""Recipes: TOML files, validated into typed values; the command line can change any field."""
 
 from .fields import Recipe
 from .reading import (

@@ -88,8 +88,8 @@ class Optim:
     name: Annotated[
         OptimiserName,
         Field(
-            description="optimiser: ours (sgd, adamw), torch's fused ones, or NVIDIA apex's where it "
-            "is built"
+            description="optimiser: ours (sgd, adamw), torch's fused ones, or NVIDIA apex's where "
+            "it is built"
         ),
     ] = "adamw"
     lr: Annotated[Number, Field(gt=0, description="peak learning rate")] = 3e-3
@@ -101,8 +101,8 @@ class Optim:
         int,
         Field(
             ge=1,
-            description="steps in a row on every batch (Free-AT's m); an epoch has as many times more "
-            "steps [count]",
+            description="steps in a row on every batch (Free-AT's m); an epoch has as many times "
+            "more steps [count]",
         ),
     ] = 1
     ema: Annotated[
@@ -120,8 +120,8 @@ class StepOptions:
     precision: Annotated[
         Precision,
         Field(
-            description="arithmetic of the network's passes: auto is bf16 on GPUs that have it, fp32 "
-            "elsewhere"
+            description="arithmetic of the network's passes: auto is bf16 on GPUs that have it, "
+            "fp32 elsewhere"
         ),
     ] = "auto"
     capture: Annotated[
@@ -177,8 +177,8 @@ class Evaluation:
     judge: Annotated[
         Literal["pyautoattack", "engine"],
         Field(
-            description="AutoAttack by its authors' package, or by the engine's own form of the same "
-            "attacks (docs/autoattack.md); networks of two or three classes: always the engine's"
+            description="AutoAttack by its authors' package, or by the engine's own form of the "
+            "same attacks (docs/autoattack.md); networks of two or three classes: always the engine's"
         ),
     ] = "pyautoattack"
     batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500
@@ -186,7 +186,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All there is to know about a run."""
+    """Hold all settings of a run."""
 
     name: str = "unnamed"
     seed: Annotated[int, Field(ge=0, lt=1 << 31, description="seed of everything random")] = 0

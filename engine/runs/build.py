@@ -1,4 +1,4 @@
-"""From a recipe to a trained, evaluated, reported run."""
+"""Build the parts of a training run from a recipe: network, step, loader."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .pretrained import start_from
 ALONE = World()
 # The schedule is a list of every step's learning rate.
 _MOST_STEPS = 10_000_000
-# By the name of an optimiser that is not ours the one of ours with as many moments.
+# For each external optimiser, ours with the same number of moments.
 _OURS: dict[OptimiserName, OptimiserName] = {
     "torch-sgd": "sgd",
     "torch-adamw": "adamw",
@@ -66,7 +66,7 @@ def build_model(
     mean = std = None
     if recipe.model.normalise:
         if images is None:
-            # Overwritten by the checkpoint's own.
+            # The checkpoint overwrites these.
             mean, std = (0.0,) * shape[0], (1.0,) * shape[0]
         else:
             scaled = images[:10_000].float() / 255.0
@@ -82,15 +82,15 @@ def build_model(
     )
     if init and recipe.model.init is not None:
         start_from(model, Path(recipe.model.init))
-    # Convolutions run faster on it, on CPUs (docs/performance.md) and on tensor cores alike.
+    # Convolutions run faster in this format, on CPUs (docs/performance.md) and on tensor cores.
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None:
-    """Meet every mistake in a recipe before a run folder exists.
+    """Refuse every mistake in a recipe before a run folder exists.
 
     Args:
-        processes: that will share each batch.
+        processes: the number of processes that will share each batch.
     Raises:
         EngineError: for data that is absent or damaged, a network that does not fit it, a batch
             larger than the training set, and as `build_step` does.
@@ -172,13 +172,13 @@ def build_step(
     recorder: Recorder | None = None,
     rank: int = 0,
 ) -> Step:
-    """The recipe's step for `model`, on the model's device.
+    """Return the recipe's step for `model`, on the model's device.
 
     Args:
-        steps: of the whole run: the schedule's length.
+        steps: the number of steps in the whole run, the schedule's length.
         take: makes the batches on the device, see `Step`.
         recorder: captures the step; left out: CUDA graphs where the recipe wants them.
-        rank: this process's among those that share the run.
+        rank: this process's rank among those that share the run.
     Raises:
         EngineError: for a precision, an optimiser or a capture that this device does not have.
     """
@@ -213,10 +213,11 @@ def build_step(
 
 
 def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
-    """The recipe with stand-ins for what `where`, the CPU or the meta device, lacks.
+    """Return the recipe with stand-ins for the parts that the CPU or the meta device lacks.
 
-    On the CPU: no CUDA graph, fp32 for tf32, ours for apex's optimisers. The meta device has shapes and no
-    numbers: there ours for torch's, which read some, and float32 throughout, as every operator has it there.
+    On the CPU: no CUDA graph, fp32 for tf32, and our optimisers for apex's. The meta device has
+    shapes and no numbers: there also our optimisers for torch's, which read numbers, and float32
+    throughout, which every operator supports.
     """
     step, name = recipe.step, recipe.optim.name
     meta = where.type == "meta"
@@ -233,7 +234,7 @@ def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
 def memory_for(
     recipe: Recipe, images: Tensor, where: torch.device | str = "cpu"
 ) -> AdversaryMemory | None:
-    """The adversary memory of training images [N, C, H, W], if the recipe's attack starts from one."""
+    """Return the adversary memory of images [N, C, H, W], if the attack starts from one."""
     if recipe.attack.start != "memory":
         return None
     return AdversaryMemory(
@@ -242,12 +243,12 @@ def memory_for(
 
 
 def steps_per_epoch(recipe: Recipe) -> int:
-    """Training steps in one pass over the recipe's training set."""
+    """Return the number of steps in one pass over the recipe's training set."""
     return len(split(recipe).train[0]) // recipe.optim.batch_size * recipe.optim.replays
 
 
 def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Loader]:
-    """The recipe's training step and its batches, on the device, for a schedule of `epochs`.
+    """Return the recipe's training step and its loader, on the device, for a schedule of `epochs`.
 
     Several processes each take their share of every batch.
     """
@@ -283,7 +284,7 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
 
 
 def sampling_of(recipe: Recipe) -> dict[str, Any]:
-    """How the recipe draws its batches, as a loader's options."""
+    """Return a loader's options for the recipe's draws."""
     data = recipe.data
     return {
         "seed": recipe.seed,
@@ -295,7 +296,7 @@ def sampling_of(recipe: Recipe) -> dict[str, Any]:
 
 
 def step_of(recipe: Recipe) -> Callable[[], None]:
-    """One training step of the recipe on its own data, as often as it is called: for timing."""
+    """Return a function that does one training step of the recipe on its data, for timing."""
     step, loader = prepare(recipe, epochs=1 + 10_000 // steps_per_epoch(recipe))
     step.train()
 

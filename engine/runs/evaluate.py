@@ -143,7 +143,7 @@ def accuracies(report: robust_accuracy.Report) -> dict[str, Any]:
 
 
 def summary(run: Run, result: Result, report: robust_accuracy.Report | None) -> dict[str, Any]:
-    """The closing table of a run, as written to summary.json."""
+    """Write summary.json, the closing table of a run, and return it."""
     recipe = run.recipe
     row: dict[str, Any] = {"recipe": recipe.name, **(accuracies(report) if report else {})}
     row |= {

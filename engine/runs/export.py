@@ -1,4 +1,4 @@
-"""A finished run as others want it: plain weights, RobustBench's claim, a model card."""
+"""Export a finished run: plain weights, RobustBench's claim, a model card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..training.checkpoint import save_tensors
 from . import evaluate, images
 from .folder import Run
 
-# Where RobustBench defines the network, and what builds it; its short names all have ten classes.
+# RobustBench's file that defines the network, and the call that builds it; RobustBench's short
+# names all have ten classes.
 _ARCHITECTURES = {
     "resnet18": ("architectures/resnet.py", "ResNet(BasicBlock, [2, 2, 2, 2], num_classes={})"),
     "preact-resnet18": (
@@ -35,17 +36,18 @@ _ARCHITECTURES = {
 def export(run: Run, out: Path | None = None) -> list[Path]:
     """Write the evaluated checkpoint of `run` for others.
 
-    `model.safetensors` and `model.pt` hold the state dict, tensors only, under RobustBench's names (and
-    `mu`, `sigma` where the network normalises: its Wong2020Fast has buffers of these names), each with
-    its SHA-256 beside it for `sha256sum -c`; `claim.json` holds the fields of a RobustBench model-info
-    file; `README.md` is the model card.
+    `model.safetensors` and `model.pt` hold the state dict, tensors only, under RobustBench's names
+    (and `mu`, `sigma` where the network normalises: its Wong2020Fast has buffers of these names),
+    each with its SHA-256 beside it for `sha256sum -c`; `claim.json` holds the fields of a
+    RobustBench model-info file; `README.md` is the model card.
 
     Args:
         out: default RUN/export.
     Returns:
-        The files written.
+        The files written; the sums beside the weights are not among them.
     Raises:
-        EngineError: for a run without an evaluation or a checkpoint, or a folder that cannot be written.
+        EngineError: for a run without an evaluation or a checkpoint, or a folder that cannot be
+            written.
     """
     found = run.read_json("evaluation.json")
     if not found:
@@ -63,12 +65,11 @@ def export(run: Run, out: Path | None = None) -> list[Path]:
         torch.save(tensors, temporary)
     files.write_json(claim, claim_of(run, found))
     files.write_text(card, printable(_card(run, found, tensors), "\n\t"))
-    sums = [files.sum_path(path) for path in (weights, pickled)]
-    return [weights, pickled, *sums, claim, card]
+    return [weights, pickled, claim, card]
 
 
 def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
-    """RobustBench's model-info fields; what a run cannot know (link, authors, venue) is empty."""
+    """Return RobustBench's model-info fields; a run does not know link and authors: empty."""
     claim = {
         "link": "",
         "name": run.recipe.name,
@@ -97,7 +98,7 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def architecture_of(network: str, classes: int) -> tuple[str, str] | None:
-    """RobustBench's file and the call in it that builds `network`; None: it has none of that kind."""
+    """Return RobustBench's file and the call in it that builds `network`, or None."""
     if network not in _ARCHITECTURES:
         return None
     file, call = _ARCHITECTURES[network]

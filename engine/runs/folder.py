@@ -51,8 +51,8 @@ class Run:
     def create(cls, recipe: Recipe, path: Path | None = None) -> Run:
         """Make a new run in `path`, or in runs/NAME-DATE-TIME.
 
-        The folder is locked before its first file is written, and stays locked until `locked` ends or
-        the object goes: a second process that creates the same run is refused.
+        The folder is locked before its first file is written, and stays locked until `locked` ends
+        or the object goes: a second process that creates the same run is refused.
 
         Raises:
             EngineError: if the folder holds a run already, is in use, or cannot be written.
@@ -81,8 +81,8 @@ class Run:
         """Return the run in an existing folder.
 
         Raises:
-            EngineError: if the folder holds no run, or the run's recipe is damaged, or one of the run's
-                files is a symbolic link (`place`).
+            EngineError: if the folder holds no run, or the run's recipe is damaged, or one of the
+                run's files is a symbolic link (`place`).
         """
         if not (path / "recipe.toml").is_file():
             raise EngineError(f"{path} is not a run folder: it has no recipe.toml")
@@ -228,7 +228,7 @@ class Run:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a safetensors state dict into `model`; its SHA-256 is checked where one stands beside it.
+    """Load a safetensors state dict into `model`; check the SHA-256 beside it, if there is one.
 
     Raises:
         EngineError: where there is none, or it is damaged or of another network.

@@ -19,7 +19,7 @@ _load = lru_cache(maxsize=4)(datasets.load)
 
 @dataclass(frozen=True)
 class Split:
-    """Training and validation images of a recipe: uint8 [N, C, H, W], int64 [N]."""
+    """Hold the training and validation images of a recipe: uint8 [N, C, H, W], int64 [N]."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
@@ -28,9 +28,9 @@ class Split:
 
 
 def split(recipe: Recipe) -> Split:
-    """The training set cut in two by a permutation that depends on the dataset alone.
+    """Cut the training set in two by a permutation that depends on the dataset alone.
 
-    So every seed and every recipe on a dataset validates on the same images.
+    So every seed and every recipe validates on the same images of a dataset.
     """
     data = _load(recipe.data.name, "train")
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
@@ -49,7 +49,7 @@ def split(recipe: Recipe) -> Split:
 
 
 def test_size(recipe: Recipe) -> int:
-    """How many test images the recipe's dataset has."""
+    """Return the number of test images in the recipe's dataset."""
     return len(_load(recipe.data.name, "test").images)
 
 
@@ -59,17 +59,17 @@ def shape_of(recipe: Recipe) -> torch.Size:
 
 
 def classes(recipe: Recipe) -> tuple[str, ...]:
-    """The names of the dataset's classes."""
+    """Return the names of the dataset's classes."""
     return _load(recipe.data.name, "test").classes
 
 
 def test_set(recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """The first `evaluation.examples` test images as floats in [0, 1], on the device."""
+    """Return the first `evaluation.examples` test images as floats in [0, 1], on the device."""
     data = _load(recipe.data.name, "test")
     n = recipe.evaluation.examples
     return as_floats(data.images[:n], data.labels[:n], device())
 
 
 def as_floats(images: Tensor, labels: Tensor, where: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 images as float32 in [0, 1], both on the device."""
+    """Return uint8 images as float32 in [0, 1], and their labels, on the device."""
     return images.to(where).float() / 255.0, labels.to(where)

@@ -39,7 +39,7 @@ def build_trainer(
     hooks: Hooks | None = None,
     world: World = ALONE,
 ) -> Trainer:
-    """Return the trainer of what `prepare` gave: the recipe's epochs, validated on held-out images."""
+    """Return the recipe's trainer for the outcome of `prepare`, validated on held-out images."""
     return Trainer(
         step,
         loader,
@@ -53,13 +53,13 @@ def build_trainer(
 
 
 def train(run: Run, world: World = ALONE) -> Result:
-    """Train as the run's recipe says, from its newest checkpoint where it has one, logging and saving into its folder.
+    """Train by the run's recipe, from the newest checkpoint if there is one, into the run's folder.
 
     Args:
         world: the processes that train together; the first alone writes.
     Raises:
-        EngineError: for whatever fails; the folder keeps what it had.
-        Stopped: on SIGINT or SIGTERM, after a checkpoint.
+        EngineError: for any fault; the folder keeps its files.
+        Stopped: on SIGINT, SIGTERM or SIGHUP, after a checkpoint.
     """
     recipe = run.recipe
     if recipe.threads is not None:
@@ -70,11 +70,12 @@ def train(run: Run, world: World = ALONE) -> Result:
     except (MemoryError, RuntimeError) as error:
         if distributed.is_broken(error):
             raise EngineError(
-                f"process {world.rank} has lost another process of this run: {str(error).splitlines()[0]}"
+                f"process {world.rank} has lost another process of this run: "
+                f"{str(error).splitlines()[0]}"
             ) from None
         if not _is_out_of_memory(error) or world.size > 1:
             raise
-    # Outside the handler: the exception holds every tensor of the step that did not fit.
+    # Outside the handler: there the exception keeps every tensor of the step alive.
     raise EngineError(_what_fits(recipe))
 
 
@@ -84,6 +85,8 @@ def _train(run: Run, world: World) -> Result:
     with (
         contextlib.closing(loader),
         contextlib.closing(step),
+        # Validation too: it chooses the best epoch, to which training may go back.
+        repeatable(recipe.step.deterministic),
         phases.nvtx(),
         # Validation too: it chooses the best epoch, and what to go back to.
         repeatable(recipe.step.deterministic),
@@ -127,13 +130,13 @@ class _Session:
     def hooks(self) -> Hooks:
         """Return the trainer's hooks; processes other than the first have none."""
         if not self.world.first:
-            # The first process stops on a signal; the others find it gone. Were each to stop at a step
-            # of its own, one would wait for ever for the gradients of another.
+            # The first process stops on a signal, and the others then lose it. If each stopped at a
+            # step of its own, one would wait for ever for the gradients of another.
             return Hooks()
         return Hooks(self.shown.step, self.log, self.keep, self.safe_point)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one; drop the rows that will be logged again."""
+        """Resume from the newest checkpoint, if there is one; drop the rows after it."""
         first = self.world.first
         networks = self.trainer.step.networks()
         limit = most_bytes(
@@ -165,8 +168,8 @@ class _Session:
             return
         done = self.trainer.step.done
         log.warning(
-            "%s was trained by %d process(es) up to step %d and goes on with %d: other random numbers "
-            "and other BatchNorm statistics, so not the same bits",
+            "%s was trained by %d process(es) up to step %d and goes on with %d: other random "
+            "numbers and other BatchNorm statistics, so not the same bits",
             self.run.path,
             before,
             done,
@@ -230,8 +233,9 @@ class _Session:
         if self.watch.stop is not None:
             self.save(self.checkpoints.save)
             raise Stopped(self.watch.stop)
-        # Within an epoch the processes' means and BatchNorm statistics differ: a checkpoint is exact
-        # for one process; for several it holds the first one's, so there only a signal asks for it.
+        # Within an epoch the processes' means and BatchNorm statistics differ: a checkpoint is
+        # exact for one process; for several it holds the first one's, so there only a signal asks
+        # for it.
         exact = self.world.size == 1 or self.trainer.step.batches == 0
         if exact and (self.watch.save or self.checkpoints.due()):
             self.watch.save = False
@@ -257,7 +261,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _what_fits(recipe: Recipe) -> str:
-    """What to say when memory has run out: the largest of half, a quarter, ... of the batch that a step ran with."""
+    """Return the line for exhausted memory: the largest part (half, a quarter, ...) of the batch
+    with which a step ran."""
     batch = recipe.optim.batch_size
     said = f"out of memory with optim.batch_size = {batch}"
     for smaller in itertools.takewhile(bool, (batch >> n for n in itertools.count(1))):

@@ -1,7 +1,8 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped.
+"""Checkpoints: all that a run needs to resume as if it had never stopped.
 
-Each is a safetensors file and a JSON manifest with its SHA-256, written in this order, each atomically: a
-checkpoint is there once its manifest is. Nothing in them is executed when they are read.
+A checkpoint is a safetensors file and a JSON manifest with the file's SHA-256. They are written in
+this order, each atomically: a checkpoint exists once its manifest does. Reading one executes
+nothing.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _MANIFEST_BYTES = 1 << 20
 
 
 class Checkpoints:
-    """The checkpoints of one run, RUN/checkpoints/STEP.safetensors and STEP.json.
+    """Hold the checkpoints of one run, RUN/checkpoints/STEP.safetensors and STEP.json.
 
     Args:
-        keep: how many are kept [count]; older ones are removed.
-        seconds: between checkpoints, see `due`.
+        keep: the number of checkpoints to keep [count]; older ones are removed.
+        seconds: the time between checkpoints, see `due`.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, seconds: float = 60.0) -> None:
@@ -41,16 +42,16 @@ class Checkpoints:
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether `seconds` have passed since the last checkpoint, or since the start."""
+        """Return whether `seconds` have passed since the last checkpoint, or since the start."""
         return time.monotonic() - self._last >= self.seconds
 
     def save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Write the checkpoint of `step`, then remove what is too old.
+        """Write the checkpoint of `step`, then remove the oldest ones.
 
         Args:
-            tensors: anywhere; copied to the CPU. about: plain JSON values.
+            tensors: on any device; copied to the CPU. about: plain JSON values.
         Raises:
-            EngineError: where it cannot be written; older checkpoints are still there.
+            EngineError: where it cannot be written; older checkpoints stay.
         """
         with files.atomic(self._path(step)) as temporary:
             save_tensors(tensors, temporary)
@@ -66,7 +67,7 @@ class Checkpoints:
             self._remove(old)
 
     def try_save(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """`save`, but a full disk is a warning: training goes on, and the next one is due in time."""
+        """Do as `save` does, but warn where the checkpoint cannot be written: training goes on."""
         try:
             self.save(step, tensors, about)
         except EngineError as error:
@@ -76,7 +77,8 @@ class Checkpoints:
     def latest(self, limit: int = 1 << 50) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the newest checkpoint that is whole, as `save` had it; None: there is none.
 
-        A damaged one is named in a warning and set aside (`.damaged`), and the one before it is used.
+        A damaged one is named in a warning and set aside (`.damaged`), and the one before it is
+        used.
 
         Args:
             limit: the most bytes that a checkpoint of this run may have, see `most_bytes`.
@@ -93,7 +95,7 @@ class Checkpoints:
         return None
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, in order."""
+        """Return the steps that have a checkpoint, in order."""
         return sorted(int(p.stem) for p in self.folder.glob("*.json") if p.stem.isdecimal())
 
     def _load(self, step: int, limit: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -109,7 +111,7 @@ class Checkpoints:
             raise EngineError(f"checkpoint {path} is damaged: {error}") from None
 
     def _remove(self, step: int) -> None:
-        # The manifest first: what is left of a removal cut short is no checkpoint.
+        # The manifest goes first: a removal that is cut short leaves no checkpoint.
         for suffix in (".json", ".safetensors"):
             self._path(step, suffix).unlink(missing_ok=True)
 
@@ -118,7 +120,7 @@ class Checkpoints:
 
 
 def most_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return a bound on the size of a safetensors file of `tensors` [bytes], with much room to spare.
+    """Return a generous bound on the size [bytes] of a safetensors file of `tensors`.
 
     A larger file is not read: hashing a sparse one of 100 GB takes minutes.
     """
@@ -144,7 +146,11 @@ def load_tensors(path: Path, limit: int) -> dict[str, Tensor]:
 def save_tensors(
     tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None
 ) -> None:
-    """safetensors' `save_file` of tensors from anywhere; its I/O errors are OSErrors as they are elsewhere."""
+    """Write tensors from any device as a safetensors file.
+
+    Raises:
+        OSError: where it cannot be written; safetensors has an exception of another kind.
+    """
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         save_file(held, path, metadata=about)
@@ -153,7 +159,7 @@ def save_tensors(
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """A manifest's fields, checked."""
+    """Return a manifest's fields, checked."""
     try:
         found = json.loads(files.read_text(path, _MANIFEST_BYTES, "checkpoint "))
     except (ValueError, RecursionError) as error:

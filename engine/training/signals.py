@@ -23,7 +23,7 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """The exit status for it: 129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM."""
+        """Return the exit status: 129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signum
 
 

@@ -1,4 +1,4 @@
-"""Training: epochs, validation, what to keep, when to roll back; and where to go on from."""
+"""Training runs: epochs, validation, the best epoch, roll-backs, and the state to resume from."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from .step import Step
 
 log = logging.getLogger(__name__)
 
-# Catastrophic overfitting (Wong et al., arXiv 2001.03994): accuracy on the weak attack's images goes on
-# rising while on a stronger attack's it falls to about nothing, within an epoch. Here: below this share of
-# its best, and by more than noise; where both fall it is an unsteady start, which mends itself.
+# Catastrophic overfitting (Wong et al., arXiv 2001.03994): within an epoch, accuracy on the weak
+# attack's images goes on rising while accuracy on a stronger attack's falls to about zero. Here it
+# is a fall below this share of the best accuracy, and by more than noise. Where both accuracies
+# fall, the start is unsteady, and training recovers by itself.
 _COLLAPSE, _NOISE = 0.6, 0.1
 
 
 @dataclass
 class Hooks:
-    """What a trainer tells the outside while it runs; all do nothing by default.
+    """Hold the functions that a trainer calls while it runs; by default they do nothing.
 
     Attributes:
         step: (steps done, steps in all, the epoch's means so far: calling it waits for the device).
         epoch: the row to log, after validation.
         checkpoint: ("best" or "last", model, row).
-        safe_point: called wherever `Trainer.state` can be saved: after every step, and once an epoch
-            has been logged. What it raises ends the training.
+        safe_point: called wherever `Trainer.state` can be saved: after every step, and once an
+            epoch has been logged. An exception from it ends the training.
     """
 
     step: Callable[[int, int, Callable[[], dict[str, float]]], None] = lambda done, total, means: (
@@ -49,16 +50,16 @@ class Hooks:
 
 @dataclass
 class Result:
-    """What a training run gave.
+    """Hold the outcome of a training run.
 
     Attributes:
         model: the evaluated network (the moving average where there is one), last epoch.
-        best: state dict of the epoch with the best validation PGD accuracy; the last epoch's without
-            a validation set.
-        best_epoch: its number, from 1; steps: how many were made in all.
-        rows: what was logged, a row an epoch.
+        best: state dict of the epoch with the best validation PGD accuracy; the last epoch's
+            without a validation set.
+        best_epoch: that epoch's number, from 1; steps: the number of steps.
+        rows: the logged rows, one for each epoch.
         train_seconds: wall-clock seconds of training steps, data included, evaluation excluded.
-        rolled_back: epochs whose outcome was given up, for the best one's before.
+        rolled_back: epochs after which training went back to the best epoch before.
     """
 
     model: nn.Module = field(repr=False)
@@ -71,14 +72,15 @@ class Result:
 
 
 class Trainer:
-    """One training run, as a list of named parts.
+    """Train for some epochs.
 
     Args:
-        step: its optimiser has a learning rate for each of `epochs` times `len(loader)` steps.
-        loader: yields `Batch`es with `samples` and `crops` if the step has an adversary memory. Where the
-            step takes its batches itself, they are this loader's.
-        validation: held-out (x float32 [V, C, H, W] in [0, 1], y int64 [V]), never the test set; of
-            several processes each has its part of it.
+        step: the training step; its optimiser has a learning rate for each of `epochs` times
+            `len(loader)` steps.
+        loader: yields `Batch`es with `samples` and `crops` if the step has an adversary memory.
+            Where the step takes its batches itself, they are this loader's.
+        validation: held-out (x float32 [V, C, H, W] in [0, 1], y int64 [V]), never the test set;
+            each of several processes has a part of it.
         seed: of the validation attack.
     """
 
@@ -99,9 +101,9 @@ class Trainer:
         self.validate_every, self.seed = validate_every, seed
         self.hooks = hooks or Hooks()
         self.result = Result(step.optimiser.average)
-        # The best epoch's accuracies, under the validation attack and under training's own.
+        # The best epoch's accuracies under the validation attack and under the training attack.
         self._best, self._best_adversarial = -math.inf, 0.0
-        # Validations in a row at which the network answered the same to everything.
+        # The number of validations in a row that gave all images one class.
         self._constant = 0
         # Whether the first batch's pixels were looked at.
         self._checked = False
@@ -113,8 +115,8 @@ class Trainer:
         """Train to the end of the schedule, from the beginning or from where `load` has put it.
 
         Raises:
-            EngineError: when training has failed beyond repair (`_fault`), or a loader lacks what the
-                memory needs.
+            EngineError: when training has failed beyond repair (`_fault`), or a loader lacks what
+                the memory needs.
         """
         step, result = self.step, self.result
         self._capture()
@@ -127,10 +129,11 @@ class Trainer:
             fault = self._fault(row)
             if fault is not None:
                 self._mend(fault, row)
-            # The last of equals: without a validation set that is the last epoch.
+            # On ties, keep the latest epoch: without a validation set, the last one.
             score = row.get("val_pgd", -math.inf if self.validation else 0.0)
             if fault is None and score >= self._best and ("val_pgd" in row or not self.validation):
-                # At the whole eps its own attack, the weaker one, would leave at least as much as validation's.
+                # While eps grows, use validation accuracy: a lower bound for the weaker training
+                # attack at full eps.
                 own = score if self._growing(row) else row["adv_accuracy"]
                 self._best, self._best_adversarial = score, own
                 result.best_epoch = epoch + 1
@@ -144,10 +147,11 @@ class Trainer:
             self.hooks.safe_point()
         return result
 
-    # ---- stopping and going on -------------------------------------------------------------------
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that `load` needs to go on from here, bit for bit: tensors, and plain values. At a safe point only."""
+        """Return the tensors and plain values that `load` needs to resume here, bit for bit.
+
+        Only at a safe point.
+        """
         step, result = self.step, self.result
         tensors = {f"step.{name}": t for name, t in step.tensors().items()}
         tensors |= {f"best.{name}": t for name, t in result.best.items()}
@@ -164,10 +168,10 @@ class Trainer:
         }
 
     def load(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Go on from a `state`.
+        """Resume from a `state`.
 
         Raises:
-            EngineError: if it is another run's.
+            EngineError: for the state of another run.
         """
         parts: dict[str, dict[str, Tensor]] = {"step": {}, "best": {}}
         for name, t in tensors.items():
@@ -198,14 +202,12 @@ class Trainer:
         elif (example := self.loader.example()) is not None:
             step.capture(example)
 
-    # ---- an epoch --------------------------------------------------------------------------------
-
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         step, result, total = self.step, self.result, self.epochs * len(self.loader)
         before, end = result.train_seconds, (epoch + 1) * len(self.loader)
         self._began = time.perf_counter()
         step.train()
-        # The rest of it, where an earlier process did the first part.
+        # An earlier process may have done the first part of the epoch.
         first, images = step.done - epoch * len(self.loader), step.images
         for batch in self.loader.feed(epoch, first, taken=step.take is not None):
             if batch is not None and not self._checked:
@@ -217,7 +219,7 @@ class Trainer:
                 self.hooks.safe_point()
         for model in step.networks():
             distributed.average_statistics(model)
-        # The epoch's only read from the device, unless a hook asks for more.
+        # The only read from the device in an epoch, unless a hook asks for more.
         means = step.means(everywhere=True)
         seconds = time.perf_counter() - self._began
         result.steps, result.train_seconds = step.done, before + seconds
@@ -233,16 +235,14 @@ class Trainer:
             **means,
         }
 
-    # ---- when training fails ---------------------------------------------------------------------
-
     def _fault(self, row: dict[str, Any]) -> str | None:
-        """What went wrong in the epoch of `row`; None: nothing did."""
+        """Return the fault of the epoch of `row`, or None."""
         skipped, steps = row["skipped"], len(self.loader)
         if 2 * skipped > steps or not math.isfinite(row["loss"]):
             return f"{skipped} of {steps} steps had gradients that are not finite"
         robust = row.get("val_pgd", math.inf)
         fell = robust < min(_COLLAPSE * self._best, self._best - _NOISE)
-        # While eps grows, validation is under a stronger attack than training has met yet.
+        # While eps grows, the validation attack is stronger than any attack in training so far.
         overfits = row["adv_accuracy"] >= self._best_adversarial and not self._growing(row)
         if fell and overfits:
             return (
@@ -259,12 +259,16 @@ class Trainer:
         return None
 
     def _growing(self, row: dict[str, Any]) -> bool:
-        """The epoch of `row` ended at a smaller eps than the network shall withstand."""
+        """Return whether the epoch of `row` ended at a smaller eps than the threat's."""
         whole = self.step.threat.eps
         return row.get("eps", whole) < whole
 
     def _mend(self, fault: str, row: dict[str, Any]) -> None:
-        """Roll back to the best epoch; EngineError where there is none, or gradients stay without a number."""
+        """Roll back to the best epoch.
+
+        Raises:
+            EngineError: where there is no such epoch, or gradients were not finite twice in a row.
+        """
         result, epoch = self.result, row["epoch"]
         again = result.rolled_back[-1:] == [epoch - 1] and row["skipped"] > 0
         if not result.best or again:
@@ -296,12 +300,12 @@ class Trainer:
         constant = several and bool((predicted == predicted[:1]).all())
         self._constant = self._constant + 1 if constant else 0
         if self._constant == 2:
-            # As PGD from random starts does at a large radius: a fresh network finds nothing to hold on to.
+            # A fresh network under PGD from random starts ends here where eps is large.
             log.warning(
-                "twice in a row the network gave all validation images one class: it does not learn; let eps "
-                "grow at first (schedule.eps_warmup = 0.2), or lower optim.lr"
+                "twice in a row the network gave all validation images one class: it does not "
+                "learn; let eps grow at first (schedule.eps_warmup = 0.2), or lower optim.lr"
             )
-        # Each process has a part of the images, of nearly the same size.
+        # Each process has a part of the images; the parts have nearly the same size.
         right = torch.stack([clean.double().sum(), robust.double().sum(), y.new_tensor(len(y))])
         right_clean, right_robust, count = distributed.mean_(right).tolist()
         return {"val_clean": right_clean / count, "val_pgd": right_robust / count}

@@ -1,4 +1,4 @@
-"""Loaders: the same batches from each, made by the device itself, by DALI, or by torch's DataLoader."""
+"""Loaders: the same batches from the device itself, from DALI, or from torch's DataLoader."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class NullLoader(Loader):
-    """One batch for ever: what training costs when data cost nothing. For benchmarks only."""
+    """Repeat one batch, to measure training without the cost of data. For benchmarks only."""
 
     def __init__(self, resident: ResidentLoader) -> None:
         self._steps = len(resident)
@@ -47,10 +47,11 @@ class NullLoader(Loader):
 
 
 def choose(images: Tensor, device: torch.device | str) -> LoaderName:
-    """The fastest loader for a set: resident, unless the device has no room for it.
+    """Return the fastest loader for a set: resident, unless the device has no room for the set.
 
-    Measured (docs/performance.md): on the CPU it makes batches several times as fast as DALI does, and
-    no other one can be captured with the step. An adversary memory is as large as the set again.
+    Measured (docs/performance.md): on the CPU the resident loader makes batches several times as
+    fast as DALI, and it is the only one that can be captured with the step. An adversary memory is
+    as large as the set again.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -77,7 +78,7 @@ def build(
     workers: int = 2,
     **sampling: Any,
 ) -> Loader:
-    """The loader of that name.
+    """Return the loader called `name`.
 
     Args:
         images: uint8 [N, C, H, W]; labels: int64 [N].
@@ -85,8 +86,8 @@ def build(
         workers: threads of DALI, processes of torch's loader.
         sampling: options as `Sampling` has them.
     Raises:
-        EngineError: where DALI is asked for and missing; for a set smaller than a batch, or of another
-            type.
+        EngineError: where DALI is asked for and missing; for a set smaller than a batch, or of
+            another type.
     """
     if name == "auto":
         name = choose(images, device)

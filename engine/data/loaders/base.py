@@ -18,14 +18,15 @@ from ...threat import check_pixels
 
 
 class Batch(NamedTuple):
-    """One training batch.
+    """Hold one training batch.
 
     Attributes:
         x: float32 [B, C, H, W] in [0, 1]; y: int64 [B].
         samples: int64 [B], positions in the training set.
         crops: int32 [B, 3], (dy, dx, mirrored) of each sample's crop. An adversary memory needs
             `samples` and `crops`; both are None if the loader does not know them.
-        start: float32 like x, where the attack starts; None where the loader has no memory of its own.
+        start: float32 like x, where the attack starts; None where the loader has no memory of its
+            own.
     """
 
     x: Tensor
@@ -39,19 +40,19 @@ class Loader(abc.ABC):
     """Give the batches of a training set, the same ones for the same (epoch, position).
 
     Attributes:
-        take: makes the batch of a step on the device, from the step's random state; None: the loader
-            hands every batch over from the host.
+        take: makes the batch of a step on the device, from the step's random state; None: the
+            loader hands every batch over from the host.
     """
 
     take: Callable[[Tensor], Batch] | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """Steps in an epoch."""
+        """Return the number of steps in an epoch."""
 
     @abc.abstractmethod
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch (counted from 0), from position `first` on."""
+        """Give the batches of one epoch (counted from 0), from position `first` on."""
 
     def begin(self, epoch: int) -> None:  # noqa: B027
         """Prepare `take` for the batches of an epoch (counted from 0)."""
@@ -79,9 +80,9 @@ class Loader(abc.ABC):
 
 
 def to_device(t: Tensor, device: torch.device | str) -> Tensor:
-    """`t` on `device`; from the host to a GPU by a copy that the host does not wait for.
+    """Return `t` on `device`. The host does not wait for a copy to a GPU.
 
-    Out of memory that is not pinned the host would wait for it, whatever it asked for.
+    The host waits for every copy from memory that is not pinned, so `t` is pinned first.
     """
     if torch.device(device).type == "cuda" and t.device.type == "cpu":
         t = t.pin_memory()
@@ -89,7 +90,7 @@ def to_device(t: Tensor, device: torch.device | str) -> Tensor:
 
 
 def blank(sampling: Sampling, device: torch.device) -> Batch:
-    """A batch of zeros with the shapes of all the others."""
+    """Return a batch of zeros with the shapes of all others."""
     b = sampling.batch_size
     return Batch(
         torch.zeros((b, *sampling.shape), device=device),
@@ -101,13 +102,13 @@ def blank(sampling: Sampling, device: torch.device) -> Batch:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which samples make a batch and how each is cropped: a pure function of seed and step.
+    """Draw the samples of every batch, and their crops, as a pure function of seed and step.
 
     Attributes:
         shape: (C, H, W) of one image.
         batch_size: of one process; a last short batch is dropped, so every step has one shape.
-        pad: random crop of the image padded by this [pixels]; flip: random mirroring; cutout: side of a
-            square set to 0 [pixels], 0: none.
+        pad: random crop of the image padded by this [pixels]; flip: random mirroring; cutout: side
+            of a square set to 0 [pixels], 0: none.
         replays: steps in a row on every batch, which keeps its crops meanwhile.
         rank, world: this process takes its share of each of the `world` times larger batches.
     Raises:
@@ -128,28 +129,32 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.count < self.batch_size * self.world:
             raise EngineError(
-                f"a batch of {self.batch_size * self.world} is larger than the {self.count} training "
-                "images: lower --optim.batch-size"
+                f"a batch of {self.batch_size * self.world} is larger than the {self.count} "
+                "training images: lower --optim.batch-size"
             )
 
     @property
     def batches(self) -> int:
-        """Different batches in an epoch."""
+        """Return the number of different batches in an epoch."""
         return self.count // (self.batch_size * self.world)
 
     def __len__(self) -> int:
         return self.batches * self.replays
 
     def order(self, epoch: int) -> Tensor:
-        """The samples of every batch of an epoch, int64 [batches, batch_size]."""
-        # A generator of its own for every epoch: the order never depends on what ran before.
+        """Return the samples of every batch of an epoch, int64 [batches, batch_size]."""
+        # Every epoch has its own generator: the order does not depend on earlier draws.
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.count, generator=draw)
         whole = order[: self.batches * self.world * self.batch_size]
         return whole.view(self.batches, self.world, self.batch_size)[:, self.rank]
 
     def crops(self, step: int) -> Tensor:
-        """int32 [batch_size, 5] of a step since training began: (dy, dx, mirrored), the cutout's centre (y, x)."""
+        """Return the crops of a step, counted since training began.
+
+        Returns:
+            int32 [batch_size, 5]: (dy, dx, mirrored), and the cutout's centre (y, x).
+        """
         state = rng.state(self.seed, step=step - step % len(self) % self.replays)
         drawn = reference.draw_crops(
             state,
@@ -163,7 +168,11 @@ class Sampling:
 
 
 def check_images(images: Tensor, labels: Tensor, *, plain: bool = False) -> None:
-    """EngineError unless images are uint8 [N, C, H, W] (or, `plain`, float32 [N, ...]) with a label each."""
+    """Refuse images that are not uint8 [N, C, H, W] with a label each.
+
+    Args:
+        plain: float32 images [N, ...] in [0, 1] are taken too.
+    """
     if not (plain and images.dtype == torch.float32) and (
         images.dtype != torch.uint8 or images.dim() != 4
     ):

@@ -1,9 +1,9 @@
-"""NVIDIA DALI: one pipeline for the CPU and the GPU, fed whole batches that are a pure function of the step.
+"""NVIDIA DALI: one pipeline for the CPU and the GPU; its batches are a pure function of the step.
 
-The host gathers the images and draws crops, mirrors and holes (`Sampling`), DALI crops, mirrors, scales
-and cuts out in its own threads, two batches ahead. So the batches are those of every other loader, and
-where to go on after a resume is one number. It stays outside CUDA graphs: its batches are copied to where
-a captured step reads them.
+The host gathers the images and draws crops, mirrors and holes (`Sampling`). DALI crops, mirrors,
+scales and cuts out in its own threads, two batches ahead. So the batches equal those of every other
+loader, and one number says where to resume. DALI stays outside CUDA graphs: its batches are copied
+into the tensors that a captured step reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .base import Batch, Loader, Sampling, blank, check_images
 
 
 def unavailable() -> str | None:
-    """Why DALI cannot be used here, in a sentence; None where it can."""
+    """Return why DALI cannot be used here, in a sentence, or None."""
     try:
         import nvidia.dali.fn  # noqa: F401
     except ImportError as error:
@@ -33,7 +33,7 @@ def unavailable() -> str | None:
 
 
 class DaliLoader(Loader):
-    """Batches through a DALI pipeline.
+    """Give batches through a DALI pipeline.
 
     Args:
         images: uint8 [N, C, H, W]; labels: int64 [N]; both on the host.
@@ -66,7 +66,7 @@ class DaliLoader(Loader):
         )
         self._labels = labels.numpy()
         self._pipeline: Any = None
-        # The step that the pipeline was built at, and the next that it will hand over.
+        # The step at which the pipeline was built, and the next step to hand over.
         self._base = self._next = 0
         self._order: tuple[int, Tensor] | None = None
 
@@ -79,7 +79,7 @@ class DaliLoader(Loader):
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         step = epoch * len(self) + first
         if self._pipeline is None or step != self._next:
-            # What was read ahead is of other steps.
+            # The batches that were read ahead belong to other steps.
             self.close()
             self._base = self._next = step
             self._pipeline = self._build()
@@ -92,14 +92,14 @@ class DaliLoader(Loader):
         self._pipeline = None
 
     def _run(self) -> Batch:
-        # Made on the stream that reads them: no wait for the device.
+        # Outputs made on the stream that reads them need no wait for the device.
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         outputs = self._pipeline.run(stream)
         x, y, samples, crops = (torch.from_dlpack(out.as_tensor()) for out in outputs)
         return Batch(x, y.view(-1), samples.view(-1), crops)
 
     def _source(self, info: Any) -> list[np.ndarray]:
-        """One batch of arguments for DALI: all that is random in it."""
+        """Return one batch of arguments for DALI; they hold all its random choices."""
         options = self.sampling
         step = self._base + info.iteration
         epoch, position = divmod(step, len(self))
@@ -123,7 +123,8 @@ class DaliLoader(Loader):
         return arrays
 
     def _build(self) -> Any:
-        # Any: its enumerations are made at run time, and its stubs know no pipeline of the CPU alone.
+        # Any: DALI makes its enumerations at run time, and its stubs have no pipeline without a
+        # GPU.
         dali: Any = importlib.import_module("nvidia.dali")
         fn, types = importlib.import_module("nvidia.dali.fn"), dali.types
 
