@@ -1,4 +1,4 @@
-"""Random state as one device tensor (seed, step): see `kernels.reference` for what is drawn from it."""
+"""Random state as one device tensor (seed, step); `kernels.reference` has the draws from it."""
 
 from __future__ import annotations
 

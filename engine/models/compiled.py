@@ -20,7 +20,8 @@ def unavailable(device: torch.device) -> str | None:
     """Return why torch.compile cannot work on `device`, or None where nothing is known against it.
 
     On the CPU it hands the linker `-L` and a folder without quotes (PyTorch 2.13's
-    `torch/_inductor/cpp_builder.py`), so a space in the path of PyTorch or Python breaks every link.
+    `torch/_inductor/cpp_builder.py`), so a space in the path of PyTorch or Python breaks every
+    link.
     """
     if device.type != "cpu":
         return None

@@ -1,4 +1,4 @@
-"""The step: eager, recorded and replayed, in every precision; what overflows; what may be captured."""
+"""Test the step: eager, recorded and replayed, in every precision; overflows; captures."""
 
 from __future__ import annotations
 
@@ -96,13 +96,10 @@ def assert_same(ours: Step, theirs: Step) -> None:
     assert ours.means() == theirs.means()
 
 
-# ---- replay ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw", "torch-sgd", "torch-adamw"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_replayed_steps_are_the_eager_steps(precision, optimiser):
-    """Recorded once, operator by operator, and replayed 20 times: nothing was frozen that changes."""
+    """Record a step once, operator by operator, and replay it 20 times: nothing is frozen."""
     torch.manual_seed(0)
     model = Dropped()
     shape, threat = (1, 6, 6), Linf(0.1)
@@ -254,7 +251,7 @@ def test_as_many_radii_as_steps():
 
 
 def test_recording_leaves_no_trace():
-    """Warming up moves weights, statistics and counters, past the run's end; all are back where they were."""
+    """Warm-up moves weights, statistics and counters past the run's end; all are restored."""
     torch.manual_seed(0)
     memory = AdversaryMemory(64, (1, 6, 6), Linf(0.1))
     images, labels = blobs(64)
@@ -354,9 +351,6 @@ def test_a_folder_with_a_space_trains_uncompiled_and_says_so_once(monkeypatch, c
     assert compiled.unavailable(torch.device("cuda")) is None
 
 
-# ---- the recorder ----------------------------------------------------------------------------
-
-
 def test_a_capture_that_fails_is_announced_and_the_step_goes_on(caplog):
     class Broken(Tape):
         def record(self, run):
@@ -385,7 +379,7 @@ def test_no_cuda_no_graph():
 
 
 def test_what_averages_gradients_is_made_where_the_capture_will_be(monkeypatch):
-    """DistributedDataParallel keeps autograd's accumulation nodes, which know the stream they were made on."""
+    """DistributedDataParallel keeps autograd's accumulation nodes, which remember a stream."""
     inside, made = [], []
 
     class Watched(Tape):
@@ -481,9 +475,6 @@ def test_cuda_graphs_warm_up_and_capture_on_one_stream(monkeypatch):
     assert told == ["synchronize", "reset"]
 
 
-# ---- what the tape catches -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("mistake", "complaint"),
     [
@@ -525,9 +516,6 @@ def test_tape_freezes_the_numbers_of_the_host():
     assert x.item() == 2.0
 
 
-# ---- recipes -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -567,9 +555,6 @@ def test_audit_notices_a_generator_and_a_number_of_the_host(monkeypatch):
     assert "rand_like draws random numbers from a generator" in complaints
     assert "_local_scalar_dense reads a value of the device on the host" in complaints
     assert "differs between replay and eager step" in complaints
-
-
-# ---- precision -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw", "torch-sgd", "torch-adamw"])
@@ -750,9 +735,6 @@ def test_a_recipe_may_ask_for_the_same_bits(wanted):
     assert recipe.step.deterministic == wanted
 
 
-# ---- batch normalisation and dropout ---------------------------------------------------------
-
-
 @pytest.mark.parametrize("policy", ["eval", "batch"])
 def test_attack_passes_leave_batch_norm_statistics_alone(policy):
     """One training pass of PGD training, one update, however many attack passes."""
@@ -775,9 +757,6 @@ def test_dropout_masks_are_a_function_of_the_step():
     assert abs(float(kept) - 0.75) < 0.03
     torch.testing.assert_close(first.unique(), torch.tensor([0.0, 1 / 0.75]))
     assert torch.equal(layer.eval()(x), x)
-
-
-# ---- mistakes --------------------------------------------------------------------------------
 
 
 def test_a_step_past_the_schedule_is_refused():
