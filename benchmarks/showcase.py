@@ -34,12 +34,12 @@ def predictable(gpu: str | None) -> str | None:
 def rows(kept: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for each method of a compare.json: the step measured and predicted, and the accuracies."""
     gpu = predictable(kept["environment"].get("gpu"))
-    found = []
+    table_rows = []
     for row in kept["rows"]:
         name = row["method"]
         recipe = recipes.parse(tomllib.loads(kept["recipes"][name]))
         measured = kept["steps"][name]["p50_ms"]
-        found.append(
+        table_rows.append(
             {
                 "method": name,
                 "passes": row["passes_per_step"],
@@ -50,17 +50,17 @@ def rows(kept: Mapping[str, Any]) -> list[dict[str, Any]]:
                 **{score: row[f"{score}_mean"] for score in ("clean", "pgd", "autoattack")},
             }
         )
-    return found
+    return table_rows
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(table_rows: list[dict[str, Any]]) -> str:
     """Return the rows as a table in Markdown."""
 
     def text(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
     lines = [_HEAD, ("---",) * len(_HEAD)]
-    for row in found:
+    for row in table_rows:
         shares = (row["clean"], row["pgd"], row["autoattack"])
         lines.append(
             (

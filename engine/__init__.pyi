@@ -17,6 +17,7 @@ from .objectives import GradAlign as GradAlign
 from .objectives import LocalBall as LocalBall
 from .objectives import Objective as Objective
 from .objectives import Outcome as Outcome
+from .runs.evaluate import load as load
 from .threat import L2 as L2
 from .threat import Linf as Linf
 from .threat import ThreatModel as ThreatModel

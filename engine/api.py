@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import rng
 from .adversary.attack import Attack
 from .adversary.memory import AdversaryMemory
+from .data import arrays
 from .data.loaders import ResidentLoader, TensorLoader
 from .device.capture import CudaGraphs, unavailable
 from .device.precision import Precision
@@ -30,7 +32,7 @@ __all__ = ["Report", "Verdict", "attack", "autoattack", "evaluate", "train"]
 
 def train(
     model: nn.Module,
-    data: tuple[Tensor, Tensor] | Iterable,
+    data: tuple[Tensor, Tensor] | tuple[np.ndarray, np.ndarray] | Iterable,
     threat: ThreatModel,
     *,
     attack: Attack | None = None,
@@ -54,9 +56,9 @@ def train(
 
     Args:
         model: any module from images in [0, 1] to logits [B, K], normalisation inside.
-        data: (images, labels), images uint8 [N, C, H, W] or float32 [N, ...] in [0, 1], labels
-            int64 [N]; or anything with a length that yields such (x, y) batches, a DataLoader for
-            one (`batch_size`, `pad` and `flip` are then its own business).
+        data: (images, labels), tensors or NumPy arrays: images uint8 [N, C, H, W] or float32 [N, ...]
+            in [0, 1], labels int64 [N]; or anything with a length that yields such (x, y) batches, a
+            DataLoader for one (then the loader sets batch size, crops and mirroring).
         threat: the ball to train against.
         attack: default two steps from a random start. From memory it needs (images, labels).
         objective: default `LocalBall()`.
@@ -78,18 +80,26 @@ def train(
         EngineError: for data that does not fit, images that are not in [0, 1] or not finite (a
             loader's first batch), or a loss that is no longer finite.
     """
+    device = _device_of(model)
+    if not isinstance(optimiser, str):
+        raise EngineError(
+            f"optimiser must be a name, not {type(optimiser).__name__}: one of "
+            f"{', '.join(get_args(OptimiserName))}; lr, momentum and weight_decay are arguments"
+        )
     attack, objective = attack or Attack(), objective or LocalBall()
     if validation is not None:
+        validation = arrays.pair(validation, device) or validation
         check_pixels(validation[0])
-    where = next(model.parameters()).device
     torch.manual_seed(seed)
     memory, loader = None, None
-    if isinstance(data, tuple) and len(data) == 2 and all(isinstance(t, Tensor) for t in data):
-        images, labels = data
+    if tensors := arrays.pair(data, device):
+        images, labels = tensors
         if attack.start == "memory":
             if images.dim() != 4:
                 raise EngineError("the adversary memory holds images [N, C, H, W] only")
-            memory = AdversaryMemory(len(images), images.shape[1:], threat, seed=seed, device=where)
+            memory = AdversaryMemory(
+                len(images), images.shape[1:], threat, seed=seed, device=device
+            )
         loader = ResidentLoader(
             images,
             labels,
@@ -97,12 +107,12 @@ def train(
             seed=seed,
             pad=pad,
             flip=flip,
-            device=where,
+            device=device,
             memory=memory,
         )
     elif attack.start == "memory":
         raise EngineError("attack.start = memory needs (images, labels) tensors, not a loader")
-    feed = loader or TensorLoader(data, where)
+    feed = loader or TensorLoader(data, device)
     schedule, steps = schedule or Schedule(), epochs * len(feed)
     step = Step(
         model,
@@ -122,8 +132,8 @@ def train(
         take=None if loader is None else loader.take,
         precision=precision,
         seed=seed,
-        device=where,
-        recorder=None if unavailable(where) else CudaGraphs(where),
+        device=device,
+        recorder=None if unavailable(device) else CudaGraphs(device),
     )
     try:
         return Trainer(
@@ -131,6 +141,21 @@ def train(
         ).run()
     finally:
         step.close()
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Return the device of a module; EngineError for one without float32 parameters."""
+    if not isinstance(model, nn.Module):
+        raise EngineError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise EngineError("the model has no parameters")
+    if parameter.dtype != torch.float32:
+        raise EngineError(
+            f"the model's parameters are {str(parameter.dtype).removeprefix('torch.')}: pass "
+            'model.float(); precision="bf16" or "fp16" sets the precision of its passes'
+        )
+    return parameter.device
 
 
 def attack(
@@ -156,6 +181,7 @@ def attack(
     Raises:
         EngineError: for images that are not in [0, 1] or not finite.
     """
+    x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
     check_pixels(x)
     with evaluation_mode(model):
         found, _ = Attack(steps=steps, alpha=alpha)(
@@ -189,6 +215,7 @@ def autoattack(
     Raises:
         EngineError: if the images leave [0, 1] or there are none.
     """
+    x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
     check_images(x, y)
     with evaluation_mode(model):
         return ensemble.run(model, x, y, threat, version=version, seed=seed, batch_size=batch_size)

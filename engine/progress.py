@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from .text import printable
+from .text import duration, printable
 
 
 class _PlainConsole(Console):
@@ -33,7 +34,11 @@ class _PlainConsole(Console):
 stderr = _PlainConsole(stderr=True)
 stdout = _PlainConsole()
 
-_REFRESH_STEPS = 10
+_REFRESH_STEPS, _REFRESH_SECONDS = 10, 1.0
+# Without a terminal there is no bar; a line a minute shows that the work goes on.
+_LINE_SECONDS = 60.0
+# A run that is longer than this is announced with its length, once it is known so well.
+_LONG_SECONDS, _SURE_SECONDS = 3600.0, 10.0
 
 
 @contextmanager
@@ -52,19 +57,65 @@ def bar() -> Iterator[Progress]:
         yield progress
 
 
-class TrainingBar:
-    """Show steps, loss and adversarial accuracy while training; print one line an epoch."""
+class _Lines:
+    """Print a line a minute where stderr is no terminal, and so shows no bar."""
 
-    def __init__(self, progress: Progress, name: str, epochs: int) -> None:
+    def __init__(self, progress: Progress) -> None:
+        self._console, self._last = progress.console, time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last >= _LINE_SECONDS:
+            self._last = now
+            self._console.print(line, highlight=False)
+
+
+class TrainingBar:
+    """Show steps, loss and adversarial accuracy while training; print one line an epoch.
+
+    Args:
+        steps: of the whole run; None: known at the first step.
+    """
+
+    def __init__(
+        self, progress: Progress, name: str, epochs: int, steps: int | None = None
+    ) -> None:
         self.progress, self.epochs = progress, epochs
-        self.task = progress.add_task(f"training {printable(name)}", total=None, note="")
+        self.task = progress.add_task(f"training {printable(name)}", total=steps, note="")
+        self._line = _Lines(progress)
+        self._began = self._shown = time.monotonic()
+        self._before: int | None = None
+        self._announced = False
 
     def step(self, done: int, total: int, means: Callable[[], dict[str, float]]) -> None:
         """Show the step; `means` waits for the device, so it is called at few steps."""
-        if done % _REFRESH_STEPS == 0 or done == total:
-            now = means()
-            note = f"loss {now['loss']:.3f}  adv {now['adv_accuracy']:.0%}"
-            self.progress.update(self.task, completed=done, total=total, note=note)
+        now = time.monotonic()
+        if self._before is None:
+            self._before = done - 1
+        self._announce(now, done, total)
+        if done % _REFRESH_STEPS and done != total and now - self._shown < _REFRESH_SECONDS:
+            return
+        self._shown = now
+        mean = means()
+        note = f"loss {mean['loss']:.3f}  adv {mean['adv_accuracy']:.0%}"
+        self.progress.update(self.task, completed=done, total=total, note=note)
+        self._line(f"step {done:,} of {total:,}  {note}")
+
+    def _announce(self, now: float, done: int, total: int) -> None:
+        """Say how long a long run takes, once, as soon as its steps have taken ten seconds."""
+        elapsed = now - self._began
+        if self._announced or elapsed < _SURE_SECONDS or self._before is None:
+            return
+        self._announced = True
+        a_step = elapsed / (done - self._before)
+        if a_step * (total - self._before) > _LONG_SECONDS:
+            self.progress.console.print(
+                f"a step takes {duration(a_step)}: this run takes about "
+                f"{duration(a_step * (total - self._before))} here. Smaller: --optim.epochs 1, "
+                "--data.train_examples 1000, --model.name tiny-cnn, or `engine train quickstart`",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def epoch(self, row: dict[str, Any]) -> None:
         """Print the line of an epoch."""
@@ -84,8 +135,10 @@ class EvaluationBar:
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.task = progress.add_task("evaluating", total=None, note="")
+        self._line = _Lines(progress)
 
     def __call__(self, attack: str, done: int, total: int) -> None:
         self.progress.update(
             self.task, description=f"evaluating: {attack}", completed=done, total=total
         )
+        self._line(f"evaluating: {attack} {done} of {total}")

@@ -1,4 +1,7 @@
-"""What the hot path computes; knows nothing of training. See `ops` for the ops, `backends` for who serves them."""
+"""The computations of the hot path, without any knowledge of training.
+
+`ops` defines the ops; `backends` chooses the backend that serves each of them.
+"""
 
 from . import backends, ops, reference
 from .backends import capturing

@@ -1,8 +1,9 @@
-"""Which backend serves which op, and why.
+"""The choice of the backend that serves an op.
 
-Three backends: `triton` (CUDA), `native` (C++, CPU) and `reference` (plain PyTorch, anywhere). Each is
-a module with one function an op, named and typed like `reference`'s; one that lacks an op leaves it to
-the reference. The choice follows the device of the op's first tensor, and `use` overrides it.
+Three backends: `triton` (CUDA), `native` (C++, CPU) and `reference` (plain PyTorch, any device).
+Each is a module with one function for each op, with the names and arguments of `reference`. The
+reference serves an op that a backend lacks. The device of the op's first tensor chooses, and `use`
+overrides the choice.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def dispatch(op: str, device: str) -> Callable:
 
 @contextlib.contextmanager
 def use(backend: Backend) -> Iterator[None]:
-    """Run every op in the block on one backend; ops it lacks fall to the reference.
+    """Run every op in the block on one backend; the reference serves the ops that it lacks.
 
     Raises:
         RuntimeError: at the first op, if that backend is not available.
@@ -150,7 +151,7 @@ def use(backend: Backend) -> Iterator[None]:
 
 
 def table() -> list[dict[str, str]]:
-    """One row per op and device: the backend that serves it and why."""
+    """Return one row for each op and device: the backend that serves it and the reason."""
     rows = []
     for op in OPS:
         for device, wanted in _BY_DEVICE.items():
@@ -165,10 +166,10 @@ def table() -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def capturing() -> Iterator[list[Tensor]]:
-    """Capture ops in the block; when it ends, what the capture had to leave open is completed.
+    """Capture ops in the block, and complete the capture when the block ends.
 
     Yields:
-        A list; after the block it holds what the captured graph reads and nobody else keeps.
+        A list. After the block it holds the tensors that only the captured graph reads.
     """
     module, _ = load("triton")
     if module is None:

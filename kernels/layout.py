@@ -1,4 +1,4 @@
-"""How two dense tensors of one shape lie in memory, one against the other."""
+"""Comparison of the memory layouts of two dense tensors of one shape."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def same_order(a: Tensor, b: Tensor) -> bool:
-    """Both dense, and element i in memory is the same element of both (strides may differ by name only)."""
+    """Tell whether both are dense and hold the same element at each position in memory.
+
+    The strides may still differ along a dimension of size 1.
+    """
     return (a.is_contiguous() and b.is_contiguous()) or (
         a.dim() == 4
         and a.is_contiguous(memory_format=torch.channels_last)
@@ -16,9 +19,10 @@ def same_order(a: Tensor, b: Tensor) -> bool:
 
 
 def transposed_rows(a: Tensor, b: Tensor) -> int:
-    """R such that every sample of `b`, in memory order, is the transpose of `a`'s [R, D / R]; 1: the same order.
+    """Return the number of rows R that relates the memory orders of `a` and `b`.
 
-    Both are contiguous or channels_last; of the two, [C, H * W] is the first and [H * W, C] the second.
+    Each sample of `b`, in memory order, is the transpose of the [R, D / R] sample of `a`; R = 1 for
+    the same order. Both are contiguous ([C, H * W]) or channels_last ([H * W, C]).
     """
     if same_order(a, b):
         return 1

@@ -49,10 +49,10 @@ def batch():
     return x, torch.randint(0, 4, (16,), generator=draw)
 
 
-def blobs(n: int = 256, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """An easy 4-class problem: uint8 [n, 1, 6, 6], one bright quadrant each."""
+def blobs(n: int = 256, seed: int = 0, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """An easy problem of at most 4 classes: uint8 [n, 1, 6, 6], one bright quadrant each."""
     draw = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, 4, (n,), generator=draw)
+    labels = torch.randint(0, classes, (n,), generator=draw)
     images = torch.randint(0, 60, (n, 1, 6, 6), generator=draw)
     for quadrant in range(4):
         y, x = 3 * (quadrant // 2), 3 * (quadrant % 2)

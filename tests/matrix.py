@@ -29,6 +29,9 @@ def constraints(torch: str, triton: str) -> str:
     """Return the text of constraints.txt with another PyTorch and another Triton."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     kept = [line for line in lines if not _OF_TORCH.match(line)]
+    if triton.startswith("3.6."):
+        # Its interpreter makes numbers of arrays of one element, which NumPy 2.4 refuses.
+        kept = [line for line in kept if not line.startswith("numpy==")] + ["numpy<2.4"]
     return "\n".join([*kept, f"torch=={torch}", f"triton=={triton}", ""])
 
 

@@ -41,8 +41,10 @@ def test_the_pinned_set_is_one_of_them():
 
 
 def test_a_pair_replaces_what_goes_with_pytorch_and_nothing_else():
-    lines = constraints("2.11.0", "3.6.0").splitlines()
-    assert {"torch==2.11.0", "triton==3.6.0"} <= set(lines)
+    lines = constraints("2.12.1", "3.7.1").splitlines()
+    assert {"torch==2.12.1", "triton==3.7.1"} <= set(lines)
     assert sum(line.startswith(("torch==", "triton==")) for line in lines) == 2
     assert any(line.startswith("nvidia-dali") for line in lines)
     assert any(line.startswith("numpy==") for line in lines)
+    older = constraints("2.11.0", "3.6.0").splitlines()
+    assert [line for line in older if line.startswith("numpy")] == ["numpy<2.4"]

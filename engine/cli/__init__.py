@@ -26,9 +26,10 @@ from . import (
 )
 from .shared import Parser, exit_status
 
-# Heavy modules are imported inside the commands: `engine --help` answers at once, and the OpenMP
-# runtime that torch loads still listens. By default its idle threads spin, and where another process
-# wants the core, every parallel region then waits for a time slice: steps ten times slower.
+# Heavy modules are imported inside the commands, so that `engine --help` answers at once and the
+# OpenMP runtime, which torch loads, still reads this variable. By default its idle threads spin.
+# Where another process wants the core, every parallel region then waits for a time slice, and a
+# step takes ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # In the order of `engine --help`.
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """One command, as `main` runs it; its exit status."""
+    """Run one command and return its exit status."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines("engine: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
@@ -79,7 +80,7 @@ def run(argv: list[str]) -> int:
 
 
 def _refuse(error: EngineError) -> int:
-    """Print the one line of a mistake; its exit status."""
+    """Print the line of a mistake; return its exit status."""
     rank = os.environ.get("RANK", "0")
     process = "" if rank == "0" else f"(process {rank}) "
     print(f"engine: {process}{printable(str(error))}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import EngineError
 from .shared import Commands, add_command, add_output, print_rows, store_rows
 
-# By the name people type, the module of engine.benchmarks whose `run(quick=...)` returns rows.
+# The modules of engine.benchmarks by the name on the command line; `run(quick=...)` returns rows.
 BENCHMARKS = {
     "ops": "ops",
     "step": "step",
@@ -22,7 +22,7 @@ BENCHMARKS = {
 
 def add(commands: Commands) -> None:
     parser = add_command(commands, "bench", _bench, "measure on this machine")
-    parser.add_argument("what", choices=BENCHMARKS)
+    parser.add_argument("what", choices=BENCHMARKS, help="the benchmark to run")
     parser.add_argument(
         "--against", metavar="REF", help="a commit, or a file of results, to compare with"
     )
@@ -35,8 +35,8 @@ def add(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="step: also time the authors' own code, from your clone of fast_adversarial or trades; "
-        "this executes what lies there; may be repeated",
+        help="step: also time the authors' code, from your clone of fast_adversarial or trades; "
+        "this executes the code in it; may be repeated",
     )
     add_output(parser)
 
@@ -68,14 +68,14 @@ def _bench(arguments: argparse.Namespace) -> int:
 
         options["cloned"] = clones.parse(arguments.clone)
     if arguments.what in ("step", "scaling", "end-to-end", "accuracy"):
-        # As `engine train` runs: that is what is measured.
+        # `engine train` does so as well.
         keep_freed_memory()
     module = import_module(f"engine.benchmarks.{BENCHMARKS[arguments.what]}")
     rows = module.run(quick=arguments.quick, **options)
     print_rows(rows, arguments.json)
     if arguments.store:
         words = ["bench", arguments.what, *["--quick"] * arguments.quick]
-        # Where a clone lies is nobody else's business.
+        # The path of a clone is left out of a stored result.
         words += [f"--clone {name}=PATH" for name in options.get("cloned", ())]
         store_rows(arguments.what, words, rows)
     return 0

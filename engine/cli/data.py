@@ -1,9 +1,10 @@
-"""`engine data`: datasets, listed, fetched, verified, described."""
+"""`engine data`: list, fetch, verify or describe datasets."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from ..errors import EngineError
 from ..text import printable
@@ -13,7 +14,7 @@ from .shared import Commands, add_command
 def add(commands: Commands) -> None:
     parser = add_command(commands, "data", _data, "list, fetch, verify or describe datasets")
     parser.add_argument("action", choices=("list", "fetch", "verify", "info"))
-    parser.add_argument("name", nargs="?")
+    parser.add_argument("name", nargs="?", help="a dataset by name, or the path of your own")
 
 
 def _data(arguments: argparse.Namespace) -> int:
@@ -46,7 +47,15 @@ def _data(arguments: argparse.Namespace) -> int:
         print(printable(str(data.fetch(arguments.name))))
         return 0
     if arguments.action == "info":
-        print(json.dumps(asdict(data.info(arguments.name)), indent=2, default=str))
+        about = data.info(arguments.name)
+        print(json.dumps(asdict(about), indent=2, default=str))
+        _, height, width = about.shape
+        if height != width:
+            print(
+                f"engine: the images have {height}x{width} pixels, and the networks take square "
+                "ones: crop or resize the images before training",
+                file=sys.stderr,
+            )
         return 0
     checks = data.verify(arguments.name)
     for check in checks:

@@ -1,4 +1,4 @@
-"""`engine doctor`: what this machine has; whether a step can be captured."""
+"""`engine doctor`: describe this machine, or tell whether a step can be captured."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ def add(commands: Commands) -> None:
         commands,
         "doctor",
         _doctor,
-        "what this machine has, and which backend serves each op; or whether a recipe's step can be "
+        "show this machine and the backend of each op; or tell whether a recipe's step can be "
         "captured in a CUDA graph",
         overridable=True,
     )
-    parser.add_argument("--capture", metavar="RECIPE", help="audit the step, no GPU needed")
+    parser.add_argument(
+        "--capture", metavar="RECIPE", help="audit this recipe's step; needs no GPU"
+    )
     parser.add_argument("--json", action="store_true")
 
 
@@ -61,27 +63,27 @@ def _audit(name: str, overrides: dict[str, str], as_json: bool) -> int:
     from .. import recipes
     from ..performance import capture_audit
 
-    found = capture_audit.audit(recipes.load(name, overrides))
+    audit = capture_audit.audit(recipes.load(name, overrides))
     if as_json:
-        print(json.dumps({**asdict(found), "ok": found.ok}))
-        return 0 if found.ok else 1
+        print(json.dumps({**asdict(audit), "ok": audit.ok}))
+        return 0 if audit.ok else 1
     print(
-        f"{found.recipe}: the step can be captured in a CUDA graph; its replays are the eager steps, "
+        f"{audit.recipe}: the step can be captured in a CUDA graph; its replays are the eager steps, "
         "bit for bit"
-        if found.ok
-        else f"{found.recipe}: the step cannot be captured in a CUDA graph"
+        if audit.ok
+        else f"{audit.recipe}: the step cannot be captured in a CUDA graph"
     )
-    if found.stand_in:
+    if audit.stand_in:
         print(
-            f"  recorded with {found.stand_in} in place of apex's optimiser, which has no CPU form"
+            f"  recorded with {audit.stand_in} in place of apex's optimiser, which has no CPU form"
         )
-    for complaint in found.complaints:
+    for complaint in audit.complaints:
         print(f"  {complaint}")
     print("operators a step, views and allocations left out:")
-    for phase, count in sorted(found.ops.items(), key=lambda item: -item[1]):
+    for phase, count in sorted(audit.ops.items(), key=lambda item: -item[1]):
         print(f"  {count:5} {phase}")
     print(
-        f"outside the network: {found.attack_step_ops:g} per attack step, {found.loss_ops} for the "
-        f"loss, {found.optimiser_ops} for the optimiser and the average"
+        f"outside the network: {audit.attack_step_ops:g} per attack step, {audit.loss_ops} for the "
+        f"loss, {audit.optimiser_ops} for the optimiser and the average"
     )
-    return 0 if found.ok else 1
+    return 0 if audit.ok else 1

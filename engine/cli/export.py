@@ -1,4 +1,4 @@
-"""`engine export`: a run as others want it."""
+"""`engine export`: write a run's weights and model card for others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .shared import Commands, add_command
 
 def add(commands: Commands) -> None:
     parser = add_command(
-        commands, "export", _export, "weights, RobustBench's claim and a model card of a run"
+        commands, "export", _export, "write a run's weights, RobustBench's claim and a model card"
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, help="folder; default RUN/export")

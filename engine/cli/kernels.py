@@ -1,4 +1,4 @@
-"""Serve `engine kernels`: what the compiler makes of each Triton kernel, and what that computes."""
+"""`engine kernels`: show the compiled form of each Triton kernel, or execute it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from .shared import Commands, add_command, add_output, print_rows, store_rows
 
 def add(commands: Commands) -> None:
     parser = add_command(
-        commands, "kernels", _kernels, "what the compiler makes of each Triton kernel, with no GPU"
+        commands,
+        "kernels",
+        _kernels,
+        "show the compiled form of each Triton kernel: registers, spills, occupancy; no GPU needed",
     )
     parser.add_argument("--arch", action="append", help="sm_80, sm_90 or sm_100; may be repeated")
     parser.add_argument(
@@ -44,7 +47,7 @@ def _audit(archs: tuple[str, ...], arguments: argparse.Namespace) -> int:
     from ..kernels import audit
 
     if arguments.store:
-        # What stands against it shows before anything is compiled.
+        # A wrong place shows before anything is compiled.
         results.place("audit")
     rows = audit.rows(archs)
     print_rows(rows, arguments.json, hidden=("op", "threads", "flat"))

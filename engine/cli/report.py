@@ -1,4 +1,4 @@
-"""`engine report`: a run's page again."""
+"""`engine report`: rebuild a run's page."""
 
 from __future__ import annotations
 

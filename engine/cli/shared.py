@@ -1,4 +1,4 @@
-"""What the commands share: the parser, overrides of a recipe's fields, what is printed, what exits."""
+"""Code shared by the commands: the parser, overrides of fields, printed rows, exit status."""
 
 from __future__ import annotations
 
@@ -24,27 +24,41 @@ class Parser(argparse.ArgumentParser):
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
+FIELDS = (
+    "Every field of the recipe can be changed: --attack.steps 2, --threat.eps 4/255, ... "
+    "`engine train --help` lists the fields; `engine train --help SECTION` lists one section."
+)
+
+
 def add_command(
     commands: Commands,
     name: str,
     function: Callable[..., int],
     text: str,
     overridable: bool = False,
+    fields: str = FIELDS,
 ) -> Parser:
-    """A command's parser, for its flags.
+    """Add a command and return its parser.
 
     Args:
-        function: what the command does; takes the arguments (of an overridable command: and the words
-            that the parser left, for `parse_overrides`) and returns the exit status.
+        function: runs the command and returns the exit status. Its arguments are the parsed ones
+            and, for an overridable command, the words that the parser left for `parse_overrides`.
+        fields: the help's line about the recipe fields that an overridable command takes.
     """
-    parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=fields if overridable else None,
+        allow_abbrev=False,
+    )
     parser.set_defaults(run=function, overridable=overridable)
     return parser
 
 
 def parse_overrides(rest: list[str]) -> dict[str, str]:
-    """`--attack.steps 2` and `--attack.steps=2` as {"attack.steps": "2"}."""
-    found: dict[str, str] = {}
+    """Turn `--attack.steps 2` and `--attack.steps=2` into {"attack.steps": "2"}."""
+    overrides: dict[str, str] = {}
     words = iter(rest)
     for word in words:
         if not word.startswith("--") or len(word) < 3:
@@ -54,12 +68,12 @@ def parse_overrides(rest: list[str]) -> dict[str, str]:
             value = next(words, "")
             if not value or value.startswith("--"):
                 raise EngineError(f"--{key} needs a value")
-        found[key] = value
-    return found
+        overrides[key] = value
+    return overrides
 
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool, hidden: Sequence[str] = ()) -> None:
-    """Rows as JSON, or as plain aligned columns that a narrow terminal wraps rather than cuts."""
+    """Print rows as JSON, or as aligned columns that a narrow terminal wraps and does not cut."""
     if as_json:
         print(json.dumps(rows))
         return
@@ -77,46 +91,8 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, hidden: Sequence[str] 
         )
 
 
-def print_row(row: dict[str, Any], as_json: bool) -> None:
-    """A run's closing row as JSON, or as a table with titles; shares as percentages."""
-    if as_json:
-        print(json.dumps(row))
-        return
-    from rich.table import Table
-
-    from ..progress import stdout
-
-    table = Table(show_header=False)
-    table.add_column(no_wrap=True)
-    # Paths are for copying: a narrow terminal wraps them and cuts nothing.
-    table.add_column(overflow="fold")
-    for key, value in row.items():
-        if value is None or value == []:
-            continue
-        name = _TITLES.get(key, key)
-        share = key in ("clean", "pgd", "autoattack", "worst_case")
-        table.add_row(name, f"{100 * value:.2f} %" if share else str(value), end_section=False)
-    stdout.print(table)
-
-
-_TITLES = {
-    "clean": "clean accuracy",
-    "pgd": "PGD accuracy",
-    "autoattack": "AutoAttack accuracy",
-    "worst_case": "worst case of all attacks",
-    "examples": "test images",
-    "train_seconds": "training seconds (no evaluation)",
-    "eval_seconds": "evaluation seconds",
-    "passes_per_step": "passes per step",
-    "best_epoch": "best epoch (validation PGD)",
-    "rolled_back": "epochs rolled back",
-    "peak_memory_mb": "peak memory [MB]",
-    "run_dir": "run folder",
-}
-
-
 def add_output(parser: Parser) -> None:
-    """The flags that say where a benchmark's rows go."""
+    """Add the flags that say where a benchmark's rows go."""
     parser.add_argument(
         "--store",
         action="store_true",
@@ -133,5 +109,5 @@ def store_rows(what: str, words: Sequence[str], rows: list[dict[str, Any]]) -> N
 
 
 def exit_status(stopped: KeyboardInterrupt) -> int:
-    """130 for Ctrl-C; 128 and the signal's number for another."""
+    """Return 130 for Ctrl-C, or 128 plus the signal's number."""
     return stopped.status if isinstance(stopped, Stopped) else 130

@@ -50,7 +50,7 @@ class Stream:
 
 
 def install() -> None:
-    """Put both streams of this process behind a `Stream`; show what they cannot encode as escapes."""
+    """Put both streams of this process behind a `Stream`; escape what they cannot encode."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         # Closed at the start, as `>&-` does it.

@@ -7,11 +7,12 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import EngineError
 from ..text import printable
-from .shared import Commands, exit_status, parse_overrides, print_row
+from . import result, train_help
+from .shared import Commands, exit_status, parse_overrides
 
 if TYPE_CHECKING:
     from ..device.distributed import World
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "train",
-        help="train by a recipe, evaluate, report",
+        help="train a recipe, evaluate it, write a report",
         add_help=False,
         allow_abbrev=False,
     )
@@ -33,51 +34,69 @@ def add(commands: Commands) -> None:
     parser.add_argument("--nproc", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-eval", action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION")
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
-    from .. import recipes
-    from ..device.machine import keep_freed_memory
-
     overrides = parse_overrides(rest)
-    if arguments.help:
-        _train_help(arguments.recipe, overrides)
+    if arguments.help is not None:
+        train_help.show(arguments.recipe, overrides, arguments.help)
         return 0
     from ..device import distributed
+    from ..device.machine import keep_freed_memory
     from ..progress import stderr
-    from ..report import page
-    from ..runs import build, evaluate, train
-    from ..runs.folder import Run
 
     keep_freed_memory()
-    evaluated = not arguments.no_eval
     if arguments.nproc < 1:
         raise EngineError(f"--nproc must be at least 1, got {arguments.nproc}")
     world = distributed.join()
     stderr.quiet = not world.first
+    run, recipe = _chosen(arguments, overrides)
+    if run is not None and (row := run.read_json("summary.json")):
+        stderr.print(f"{run.path} is finished", highlight=False, soft_wrap=True)
+        if world.first:
+            result.show(row, recipe, arguments.json)
+        return 0
+    _check(recipe, arguments, world)
+    if arguments.nproc > 1:
+        return _launch(arguments, rest, recipe)
+    run = run or _new_run(recipe, arguments.run_dir, world)
+    return _train_and_report(run, world, arguments)
+
+
+def _chosen(arguments: argparse.Namespace, overrides: dict[str, str]) -> tuple[Run | None, Recipe]:
+    """Return the run to resume, or None for a new run, and its recipe."""
+    from .. import recipes
+    from ..runs.folder import Run
+
     if arguments.resume is not None:
         if arguments.recipe or arguments.run_dir or overrides:
-            raise EngineError("--resume RUN goes on with the run's own recipe: give nothing else")
-        run, recipe = Run.open(arguments.resume), None
-        if row := run.read_json("summary.json"):
-            stderr.print(f"{run.path} is finished", highlight=False, soft_wrap=True)
-            if world.first:
-                print_row(row, arguments.json)
-            return 0
-    else:
-        if arguments.recipe is None:
-            raise EngineError(f"which recipe? one of {', '.join(recipes.names())}, or a .toml file")
-        recipe = recipes.load(arguments.recipe, overrides)
-    # Everything that can be wrong with the input shows before a run folder exists.
-    build.check(
-        recipe or run.recipe, evaluated=evaluated, processes=max(world.size, arguments.nproc)
-    )
-    if arguments.nproc > 1:
-        return _launch(arguments, rest, Run.new_path(recipe) if recipe else None)
-    if recipe is not None:
-        run = _new_run(recipe, arguments.run_dir, world)
-    recipe = run.recipe
+            raise EngineError("--resume RUN uses the run's own recipe: give no other argument")
+        run = Run.open(arguments.resume)
+        return run, run.recipe
+    if arguments.recipe is None:
+        raise EngineError(f"which recipe? one of {', '.join(recipes.names())}, or a .toml file")
+    return None, recipes.load(arguments.recipe, overrides)
+
+
+def _check(recipe: Recipe, arguments: argparse.Namespace, world: World) -> None:
+    """Find every mistake in the input before a run folder exists; print what will differ."""
+    from ..progress import stderr
+    from ..runs import build
+
+    processes = max(world.size, arguments.nproc)
+    build.check(recipe, evaluated=not arguments.no_eval, processes=processes)
+    for note in build.notes(recipe, evaluated=not arguments.no_eval):
+        stderr.print(f"engine: {note}", highlight=False, soft_wrap=True)
+
+
+def _train_and_report(run: Run, world: World, arguments: argparse.Namespace) -> int:
+    from ..device import distributed
+    from ..progress import stderr
+    from ..report import page
+    from ..runs import evaluate, train
+
+    recipe, evaluated = run.recipe, not arguments.no_eval
     stderr.print(
         f"{recipe.name}: {recipe.objective.name} on {recipe.data.name}, {recipe.model.name}, "
         f"{recipe.threat.norm} eps {recipe.threat.eps:.4g}, "
@@ -86,87 +105,51 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
         soft_wrap=True,
     )
     try:
-        result = train.train(run, world)
+        trained = train.train(run, world)
         distributed.leave()
         if not world.first:
             return 0
-        row = evaluate.summary(run, result, evaluate.evaluate_run(run) if evaluated else None)
+        report = evaluate.evaluate_run(run) if evaluated else None
+        row = evaluate.summary(run, trained, report)
         if evaluated:
             row["report"] = str(page.build(run))
     except KeyboardInterrupt as stopped:
         if world.first:
-            print(
-                "engine: stopped; go on with: engine train --resume "
-                + printable(shlex.quote(str(run.path))),
-                file=sys.stderr,
-            )
+            folder = printable(shlex.quote(str(run.path)))
+            print(f"engine: stopped; go on with: engine train --resume {folder}", file=sys.stderr)
         return exit_status(stopped)
-    print_row(row, arguments.json)
+    result.show(row, recipe, arguments.json)
     return 0
 
 
 def _new_run(recipe: Recipe, path: Path | None, world: World) -> Run:
-    """The run's folder, made by the first process; the one that is there where torchrun starts again."""
+    """Make the run's folder in the first process; reuse it where torchrun starts again."""
     from ..device import distributed
     from ..runs.folder import Run, plain
 
     if world.size == 1:
         return Run.create(recipe, path)
     if path is None:
-        # All processes must come upon the same one, after a restart as well.
+        # All processes must find the same folder, after a restart as well.
         number = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         path = Path("runs") / f"{plain(recipe.name)}-{number}"
-    there = (path / "recipe.toml").exists()
-    created = None
-    if world.first and not (there and world.restarts):
-        created = Run.create(recipe, path)
+    exists = (path / "recipe.toml").exists()
+    if world.first and not (exists and world.restarts):
+        Run.create(recipe, path)
     distributed.wait()
-    return created or Run.open(path)
+    return Run.open(path)
 
 
-def _launch(arguments: argparse.Namespace, rest: list[str], path: Path | None) -> int:
-    """The same command in `--nproc` processes."""
+def _launch(arguments: argparse.Namespace, rest: list[str], recipe: Recipe) -> int:
+    """Run the same command in `--nproc` processes."""
     from ..device import distributed
+    from ..runs.folder import Run
 
     words = ["train"]
     if arguments.resume is not None:
         words += ["--resume", str(arguments.resume)]
     else:
-        words += [arguments.recipe, *rest, "--run-dir", str(arguments.run_dir or path)]
+        path = arguments.run_dir or Run.new_path(recipe)
+        words += [arguments.recipe, *rest, "--run-dir", str(path)]
     words += ["--json"] * arguments.json + ["--no-eval"] * arguments.no_eval
     return distributed.launch(arguments.nproc, words)
-
-
-def _train_help(name: str | None, overrides: dict[str, str]) -> None:
-    from rich.table import Table
-
-    from .. import recipes
-    from ..progress import stdout
-
-    recipe = recipes.load(name, overrides) if name else recipes.Recipe()
-    stdout.print(
-        "usage: engine train RECIPE [--run-dir DIR] [--json] [--no-eval] [--FIELD VALUE ...]\n"
-        "       engine train --resume RUN [--json] [--no-eval]\n\n"
-        f"RECIPE: {', '.join(recipes.names())}, or a path ending in .toml\n"
-        "  --run-dir DIR   where the run goes (default: runs/RECIPE-DATE-TIME)\n"
-        "  --resume RUN    go on with a run that was stopped or killed, bit for bit\n"
-        "  --nproc N       N processes on this machine, as torchrun starts them; they share each batch\n"
-        "  --json          one closing JSON object on stdout; progress goes to stderr\n"
-        "  --no-eval       train only; `engine eval RUN` evaluates later\n\n"
-        f"Fields, with the values of {name or 'an empty recipe'} (`engine train NAME --help` for another's):",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    values: dict[str, Any] = {}
-    for dotted, *_ in recipes.options(type(recipe.objective)):
-        value: Any = recipe
-        for part in dotted.split("."):
-            value = getattr(value, part)
-        values[dotted] = value
-    table = Table("field", "value", "meaning [unit]", box=None, pad_edge=False)
-    for dotted, _, _, description in recipes.options(type(recipe.objective)):
-        value = values[dotted]
-        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
-        table.add_row(f"--{dotted}", shown, description)
-    stdout.print(table)

@@ -61,10 +61,14 @@ def summarise(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def robust(row: Mapping[str, Any], suffix: str = "_mean") -> float | None:
     """Return a row's robust accuracy by AutoAttack, else PGD, else PGD in validation."""
-    for score in ("autoattack", "pgd", "val_pgd"):
-        if row.get(f"{score}{suffix}") is not None:
-            return row[f"{score}{suffix}"]
-    return None
+    score = score_of(row, suffix)
+    return None if score is None else row[f"{score}{suffix}"]
+
+
+def score_of(row: Mapping[str, Any], suffix: str = "_mean") -> str | None:
+    """Return the name of the score that `robust` takes; None: the row has none."""
+    scores = ("autoattack", "pgd", "val_pgd")
+    return next((score for score in scores if row.get(f"{score}{suffix}") is not None), None)
 
 
 def time_to(rows: Sequence[Mapping[str, Any]], target: float) -> dict[str, float | None]:

@@ -1,9 +1,10 @@
 """A user's own data set: a folder of images, or one .npz or .safetensors file of arrays.
 
-A folder has train/CLASS/*.png and test/CLASS/*.png (or .jpg, .bmp, .ppm, .webp), all of one size;
-classes are numbered in the order of their names. A file has the arrays `train_images`,
-`train_labels`, `test_images` and `test_labels` (or `x_train`, `y_train`, `x_test`, `y_test`, as
-Keras names them): images uint8 [N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1] as labels.
+A folder has train/CLASS/*.png and test/CLASS/*.png, or val in place of test (or .jpg, .bmp, .ppm,
+.webp), all of one size; classes are numbered in the order of their names. A file has the arrays
+`train_images`, `train_labels`, `test_images` and `test_labels` (or `x_train`, `y_train`, `x_test`,
+`y_test`, as Keras names them): images uint8 [N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1]
+as labels.
 
 The files may be anything: nothing is unpickled, no name leaves its folder, and no more than `LIMIT`
 bytes are ever decompressed. Every fault is an `EngineError` that begins with the file's name.
@@ -11,10 +12,12 @@ bytes are ever decompressed. Every fault is an `EngineError` that begins with th
 
 from __future__ import annotations
 
+import logging
 import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ import numpy as np
 
 from ..errors import EngineError
 from . import readers
+
+log = logging.getLogger(__name__)
 
 LIMIT = 16 << 30
 SPLITS = ("train", "test")
@@ -88,20 +93,30 @@ def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, 
     """Return every image of a split with its label, and the training split's class names."""
     try:
         names = _folders(path / "train")
-        if unknown := sorted(set(_folders(path / split)) - set(names)):
-            raise EngineError(f"{path / split / unknown[0]}: a class that {path / 'train'} has not")
+        folder = path / "train" if split == "train" else _test_folder(path)
+        if unknown := sorted(set(_folders(folder)) - set(names)):
+            raise EngineError(f"{folder / unknown[0]}: a class that {path / 'train'} has not")
         found = [
             (file, label)
             for label, name in enumerate(names)
-            if (path / split / name).is_dir()
-            for file in sorted((path / split / name).iterdir())
+            if (folder / name).is_dir()
+            for file in sorted((folder / name).iterdir())
             if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
         ]
     except OSError as e:
         raise EngineError(f"{e.filename or path}: cannot read it: {e.strerror or e}") from None
     if not found:
-        raise EngineError(f"{path / split}: no images in class folders ({', '.join(_SUFFIXES)})")
+        raise EngineError(f"{folder}: no images in class folders ({', '.join(_SUFFIXES)})")
     return found, tuple(names)
+
+
+@cache
+def _test_folder(path: Path) -> Path:
+    """Return the folder of the test images: `test`, or `val` where there is no `test`."""
+    if (path / "test").is_dir() or not (path / "val").is_dir():
+        return path / "test"
+    log.warning("%s has no test folder: its val folder serves as the test images", path)
+    return path / "val"
 
 
 def _folders(path: Path) -> list[str]:

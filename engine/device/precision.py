@@ -94,7 +94,7 @@ def _set_older_flags(flags: tuple[bool, str]) -> None:
 
 @contextlib.contextmanager
 def repeatable(wanted: bool) -> Iterator[None]:
-    """Let cuDNN take, in the block, algorithms that give the same bits each time, if `wanted`."""
+    """Make cuDNN take algorithms in the block that give the same bits each time, if `wanted`."""
     if not wanted:
         yield
         return

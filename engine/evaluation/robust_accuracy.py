@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import rng
 from ..adversary.ascent import ascend, random_point, towards_errors
+from ..data import arrays
 from ..errors import EngineError
 from ..models import stem_of
 from ..threat import ThreatModel
@@ -24,6 +25,8 @@ from .autoattack import ensemble
 
 Progress = Callable[[str, int, int], None]
 Judge = Literal["pyautoattack", "engine"]
+# The package's targeted DLR loss compares four logits.
+_FEWEST_CLASSES = 4
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -43,6 +46,7 @@ class Report:
         judge: who ran AutoAttack: "pyautoattack" or "engine".
         seconds: wall-clock seconds in all.
         notes: warnings of AutoAttack's own checks.
+        attacks: the attacks of AutoAttack, see `attack_names`.
     """
 
     threat: ThreatModel
@@ -58,6 +62,7 @@ class Report:
     seconds: float
     after: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    attacks: tuple[str, ...] = ()
 
     def standard_error(self, accuracy: float) -> float:
         """Binomial standard error of an accuracy measured on `examples` images."""
@@ -232,6 +237,26 @@ def engines_autoattack(
 _JUDGES = {"pyautoattack": autoattack, "engine": engines_autoattack}
 
 
+def attack_names(version: str, classes: int) -> tuple[str, ...]:
+    """Return the attacks of a version of AutoAttack, in their order.
+
+    The targeted DLR loss of "apgd-t" compares four logits. With fewer classes APGD on the
+    difference between the two largest logits takes its place.
+
+    Args:
+        version: "standard", "apgd" (its first two attacks) or "none".
+        classes: number of logits.
+    Raises:
+        EngineError: for fewer than two classes.
+    """
+    if classes < 2:
+        raise EngineError(f"an attack needs at least 2 classes, the model has {classes}")
+    if version == "none":
+        return ()
+    second = "apgd-t" if classes >= _FEWEST_CLASSES else "apgd-difference"
+    return ("apgd-ce", second) + (("fab-t", "square") if version == "standard" else ())
+
+
 class _Listener(logging.Handler):
     """Reads AutoAttack's log lines: accuracy after each attack, progress, warnings."""
 
@@ -289,7 +314,8 @@ def evaluate(
 
     Args:
         model: any module from [0, 1] images to logits; its mode is restored afterwards.
-        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; on the model's device.
+        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; tensors on the model's device, or NumPy
+            arrays.
         threat: the ball to attack in.
         pgd_steps, pgd_restarts: of `pgd`, at least 1 each.
         autoattack_version: "standard" (four attacks), "apgd" (the first two) or "none".
@@ -302,8 +328,10 @@ def evaluate(
     Returns:
         Accuracies, and what was left after each of AutoAttack's attacks.
     Raises:
-        EngineError: if the images leave [0, 1], there are none, or the model returns no logits [N, K].
+        EngineError: if the images leave [0, 1], there are none, or the model returns no logits
+            [N, K] of at least two classes.
     """
+    x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
     check_images(x, y)
     began = time.perf_counter()
     with evaluation_mode(model):
@@ -311,6 +339,7 @@ def evaluate(
             logits = model(x[:1])
         if logits.dim() != 2:
             raise EngineError(f"the model must return logits [N, K], got {tuple(logits.shape)}")
+        attacks = attack_names(autoattack_version, logits.shape[1])
         clean = predictions(model, x, batch_size=batch_size) == y
         by_pgd = pgd(
             model,
@@ -327,7 +356,7 @@ def evaluate(
         after: dict[str, float] = {}
         notes: list[str] = []
         if autoattack_version != "none":
-            if logits.shape[1] < 4:
+            if logits.shape[1] < _FEWEST_CLASSES:
                 judge = "engine"
             by_aa, after, notes = _JUDGES[judge](
                 model,
@@ -354,6 +383,7 @@ def evaluate(
         seconds=time.perf_counter() - began,
         after=after,
         notes=notes,
+        attacks=attacks,
     )
 
 
@@ -380,6 +410,7 @@ def robustbench_fields(
         "pgd_acc": percent(report.pgd),
         "pgd": f"PGD-{report.pgd_steps}-{report.pgd_restarts}",
         "autoattack_version": report.autoattack_version,
+        "autoattack_attacks": list(report.attacks),
         "autoattack_judge": None if report.autoattack is None else report.judge,
         "after_each_attack": {k: percent(v) for k, v in report.after.items()},
         "worst_case_acc": percent(report.worst_case),
@@ -388,6 +419,11 @@ def robustbench_fields(
         "eval_seconds": round(report.seconds, 2),
         "notes": report.notes,
     }
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def share(mask: Tensor) -> float:

@@ -222,7 +222,8 @@ def _pgd10_of(recipe: Recipe) -> Recipe:
 
 def _training_images(recipe: Recipe) -> int:
     about = datasets.info(recipe.data.name)
-    return min(about.train - recipe.data.validation, recipe.data.train_examples or about.train)
+    left = about.train - recipe.data.held_out(about.train)
+    return min(left, recipe.data.train_examples or about.train)
 
 
 def _memory_gb(

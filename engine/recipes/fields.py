@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -18,6 +19,11 @@ from ..training.optimiser import OptimiserName
 from ..training.schedule import Schedule
 
 
+def _absolute_path(path: str | None) -> str | None:
+    """Make a path absolute: a run can then be resumed from any folder."""
+    return path if path is None else str(Path(path).expanduser().absolute())
+
+
 @dataclass(frozen=True)
 class Data:
     name: Annotated[
@@ -26,8 +32,10 @@ class Data:
         Field(description="dataset: see `engine data list`; or the path of your own"),
     ] = "digits"
     validation: Annotated[
-        int,
-        Field(ge=1, description="training images held out to choose the best checkpoint [count]"),
+        Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
+        Field(
+            description="training images held out to choose the best checkpoint [count, or share 0..1]"
+        ),
     ] = 1000
     train_examples: Annotated[
         int | None,
@@ -52,10 +60,23 @@ class Data:
         Field(ge=0, le=256, description="threads of DALI, processes of torch's DataLoader [count]"),
     ] = 2
 
+    def held_out(self, total: int) -> int:
+        """Return how many of `total` training images are held out for validation.
+
+        A count that leaves no image to train on becomes a fifth; at least one image is held out.
+        """
+        size = 0.2 if self.validation >= total else self.validation
+        return max(1, round(size * total) if size < 1 else int(size))
+
 
 @dataclass(frozen=True)
 class Model:
     name: Annotated[str, Field(description="network: see `engine doctor`")] = "tiny-cnn"
+    init: Annotated[
+        str | None,
+        AfterValidator(_absolute_path),
+        Field(description="file of weights to start from, .safetensors or .pt; left out: random"),
+    ] = None
     normalise: Annotated[
         bool,
         Field(description="subtract the dataset's mean and divide by its deviation, in the model"),

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
 from .. import files
+from ..data import own
 from ..device import apex
 from ..errors import EngineError
 from ..objectives import AnyObjective, LocalBall
@@ -50,9 +51,14 @@ def load(name_or_path: str, overrides: Mapping[str, str] | None = None) -> Recip
     Raises:
         EngineError: unknown recipe or field (with the nearest name), or a value out of range.
     """
-    source = f"recipe {name_or_path!r}"
+    source, overrides = f"recipe {name_or_path!r}", overrides or {}
     try:
-        return parse(overridden(tree(name_or_path), overrides or {}), source=source)
+        changed = overridden(tree(name_or_path), overrides)
+        data = overrides.get("data.name", "")
+        if own.is_path(data) and "name" not in overrides:
+            # A recipe is called after its data set; this run has another one.
+            changed["name"] = Path(own.absolute(data)).stem
+        return parse(changed, source=source)
     except RecursionError:
         raise EngineError(f"{source}: its values are nested too deeply") from None
 
@@ -211,6 +217,8 @@ def options(objective: type = LocalBall) -> tuple[tuple[str, Any, Any, str], ...
                 yield from walk(hint, f"{prefix}{f.name}.")  # type: ignore[arg-type]
                 continue
             default, description = f.default, ""
+            if (prefix, f.name) == ("objective.", "name"):
+                description = "training method; each has its own fields"
             for meta in getattr(hint, "__metadata__", ()):
                 description = getattr(meta, "description", None) or description
             info = getattr(cls, "__pydantic_fields__", {}).get(f.name)

@@ -145,7 +145,10 @@ def _numbers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _autoattack_words(evaluation: Mapping[str, Any]) -> str:
-    """Say which attacks AutoAttack ran, and who ran them where it was not the authors' package."""
+    """Name AutoAttack's attacks, and their program where it is not the authors' package."""
+    attacks = evaluation.get("autoattack_attacks") or ()
+    if "apgd-difference" in attacks:
+        return "for few classes: " + ", ".join(attacks)
     apgd = evaluation.get("autoattack_version") == "apgd"
     words = "its two APGD attacks only" if apgd else "standard: four attacks"
     by_engine = evaluation.get("autoattack_judge") == "engine"
@@ -200,7 +203,12 @@ def _cascade(evaluation: Mapping[str, Any]) -> list[tuple[str, float]]:
     after = evaluation.get("after_each_attack") or {}
     if not after:
         return []
-    names = {"apgd-ce": "APGD, cross-entropy", "apgd-t": "APGD, targeted", "fab-t": "FAB, targeted"}
+    names = {
+        "apgd-ce": "APGD, cross-entropy",
+        "apgd-t": "APGD, targeted",
+        "fab-t": "FAB, targeted",
+        "apgd-difference": "APGD, logit difference",
+    }
     stages = [("no attack", float(evaluation["clean_acc"]))]
     stages += [(f"+ {names.get(k, k.capitalize())}", float(v)) for k, v in after.items()]
     return stages

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from ..device.capture import Recorder
 from ..device.distributed import World
 from ..device.machine import device
 from ..errors import EngineError
+from ..evaluation.robust_accuracy import attack_names
 from ..recipes import Recipe
 from ..training.optimiser import Optimiser, OptimiserName
 from ..training.step import Step
-from .images import split, test_set
+from .images import classes, split, test_set, test_size
+from .pretrained import start_from
 
 ALONE = World()
 # The schedule is a list of every step's learning rate.
@@ -37,12 +40,24 @@ _OURS: dict[OptimiserName, OptimiserName] = {
 }
 
 
-def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torch.Size) -> Any:
-    """Return the recipe's network for images [C, H, W] = `shape`.
+def build_model(
+    recipe: Recipe,
+    images: Tensor | None,
+    classes: int,
+    shape: torch.Size,
+    *,
+    init: bool = False,
+) -> Any:
+    """Build the recipe's network.
 
     Args:
-        images: uint8 [N, C, H, W], whose statistics the network normalises by; None: a checkpoint
-            will bring them.
+        images: uint8 [N, C, H, W], which give the statistics to normalise by; None: a checkpoint
+            will.
+        classes: number of logits.
+        shape: of an image, [C, H, W].
+        init: load the weights of `model.init`, where the recipe has one.
+    Raises:
+        EngineError: for a network that does not fit the images or the weights.
     """
     if shape[1] != shape[2]:
         raise EngineError(
@@ -65,6 +80,8 @@ def build_model(recipe: Recipe, images: Tensor | None, classes: int, shape: torc
         mean=mean,
         std=std,
     )
+    if init and recipe.model.init is not None:
+        start_from(model, Path(recipe.model.init))
     # Convolutions run faster in this format, on CPUs (docs/performance.md) and on tensor cores.
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -76,12 +93,12 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         processes: the number of processes that will share each batch.
     Raises:
         EngineError: for data that is absent or damaged, a network that does not fit it, a batch
-            larger than the training set, more test images than there are, and as `build_step` does.
+            larger than the training set, and as `build_step` does.
     """
     _check_device(recipe, device())
     parts = split(recipe)
     images, _ = parts.train
-    build_model(recipe, images, len(parts.classes), images.shape[1:])
+    build_model(recipe, images, len(parts.classes), images.shape[1:], init=True)
     side = min(images.shape[2:])
     if recipe.data.pad >= side:
         raise EngineError(f"data.pad = {recipe.data.pad} is as large as the images")
@@ -92,7 +109,7 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
     if recipe.optim.batch_size > len(images):
         raise EngineError(
             f"optim.batch_size = {recipe.optim.batch_size}, but there are {len(images)} training "
-            "images"
+            "images: lower it"
         )
     World(size=processes).share(recipe.optim.batch_size)
     steps = recipe.optim.epochs * steps_per_epoch(recipe)
@@ -104,6 +121,37 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
         test_set(recipe)
+
+
+def notes(recipe: Recipe, *, evaluated: bool = True) -> list[str]:
+    """Return a line for everything that a run does otherwise than its recipe says."""
+    parts = split(recipe)
+    lines = []
+    held_out, total = len(parts.validation[0]), parts.total
+    if recipe.data.validation >= total:
+        lines.append(
+            f"data.validation = {recipe.data.validation}, but {recipe.data.name} has {total} "
+            f"training images: {held_out} of them, a fifth, are held out"
+        )
+    return lines + (evaluation_notes(recipe) if evaluated else [])
+
+
+def evaluation_notes(recipe: Recipe) -> list[str]:
+    """Return a line for everything that an evaluation does otherwise than the recipe says."""
+    lines = []
+    asked, total = recipe.evaluation.examples, test_size(recipe)
+    if asked is not None and asked > total:
+        lines.append(
+            f"evaluation.examples = {asked}, but {recipe.data.name} has {total} test images: "
+            "all of them are used"
+        )
+    attacks = attack_names(recipe.evaluation.autoattack, len(classes(recipe)))
+    if "apgd-difference" in attacks:
+        lines.append(
+            f"{recipe.data.name} has {len(classes(recipe))} classes and AutoAttack's targeted APGD "
+            f"needs 4: AutoAttack here is {', '.join(attacks)}"
+        )
+    return lines
 
 
 def _check_device(recipe: Recipe, where: torch.device) -> None:
@@ -208,7 +256,7 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
     where = device()
     parts = split(recipe)
     images, labels = parts.train
-    model = build_model(recipe, images, len(parts.classes), images.shape[1:]).to(where)
+    model = build_model(recipe, images, len(parts.classes), images.shape[1:], init=True).to(where)
     if recipe.step.sync_batch_norm:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     memory = memory_for(recipe, images, where)

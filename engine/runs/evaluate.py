@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ..device.machine import device, peak_memory_mb
 from ..errors import EngineError
@@ -13,18 +16,54 @@ from ..progress import EvaluationBar, bar
 from ..training.trainer import Result
 from .build import build_model
 from .folder import Run
-from .images import _load, test_set
+from .images import classes, shape_of, test_set
 
 # Enough for differences of five points, and affordable.
 _MASKING_EXAMPLES = 500
 
 
+def load(run: str | Path, checkpoint: str = "best") -> Any:
+    """Return the network of a run folder, in evaluation mode, on the CPU.
+
+    Args:
+        run: the folder that `engine train` wrote.
+        checkpoint: "best", the epoch with the best validation accuracy, or "last".
+    Returns:
+        A module from images float32 [B, C, H, W] in [0, 1] to logits [B, K].
+    Raises:
+        EngineError: if the folder is no run, or its weights are missing or damaged.
+    """
+    opened = Run.open(Path(run))
+    return _network(opened, checkpoint)
+
+
 def load_model(run: Run, checkpoint: str = "best") -> Any:
-    """Return the run's network with a checkpoint's weights, in evaluation mode."""
-    data = _load(run.recipe.data.name, "test")
-    model = build_model(run.recipe, None, len(data.classes), data.images.shape[1:])
+    """Return the run's network with a checkpoint's weights, in evaluation mode, on the device."""
+    return _network(run, checkpoint).to(device())
+
+
+def _network(run: Run, checkpoint: str) -> Any:
+    shape, count = _of_weights(run, checkpoint) or (shape_of(run.recipe), len(classes(run.recipe)))
+    model = build_model(run.recipe, None, count, shape)
     run.load_into(model, checkpoint)
-    return model.to(device()).eval()
+    return model.eval()
+
+
+def _of_weights(run: Run, checkpoint: str) -> tuple[torch.Size, int] | None:
+    """The image shape and the classes that stand in a file of weights; None in an older run's."""
+    path = run.path / f"{checkpoint}.safetensors"
+    if not path.is_file():
+        return None  # `load_into` names the fault
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            about = json.loads((file.metadata() or {})["about"])
+        shape = [int(n) for n in about["shape"].split("x")]
+        count = int(about["classes"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError):
+        return None
+    if len(shape) != 3 or not all(0 < n <= 1 << 16 for n in (*shape, count)):
+        raise EngineError(f"{path} is damaged: its shape is {about['shape'][:40]}")
+    return torch.Size(shape), count
 
 
 def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
@@ -91,18 +130,22 @@ def check_masking(
     return report
 
 
+def accuracies(report: robust_accuracy.Report) -> dict[str, Any]:
+    """Return the part of the closing row that an evaluation fills; accuracies in [0, 1]."""
+    return {
+        "clean": report.clean,
+        "pgd": report.pgd,
+        "autoattack": report.autoattack,
+        "autoattack_attacks": list(report.attacks),
+        "examples": report.examples,
+        "eval_seconds": round(report.seconds, 2),
+    }
+
+
 def summary(run: Run, result: Result, report: robust_accuracy.Report | None) -> dict[str, Any]:
     """Write summary.json, the closing table of a run, and return it."""
     recipe = run.recipe
-    row: dict[str, Any] = {"recipe": recipe.name}
-    if report is not None:
-        row |= {
-            "clean": report.clean,
-            "pgd": report.pgd,
-            "autoattack": report.autoattack,
-            "examples": report.examples,
-            "eval_seconds": round(report.seconds, 2),
-        }
+    row: dict[str, Any] = {"recipe": recipe.name, **(accuracies(report) if report else {})}
     row |= {
         "train_seconds": round(result.train_seconds, 2),
         "passes_per_step": recipe.objective.passes(recipe.attack).total,

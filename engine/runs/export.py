@@ -85,7 +85,8 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
         "autoattack_acc": found.get("autoattack_acc"),
         "unreliable": bool(found.get("notes")),
     }
-    if found.get("autoattack_version") != "standard":
+    few_classes = "apgd-difference" in (found.get("autoattack_attacks") or ())
+    if found.get("autoattack_version") != "standard" or few_classes:
         claim["autoattack_acc"] = None
         claim["footnote"] = "AutoAttack (standard) has not been run"
     elif found.get("autoattack_judge") == "engine":
@@ -123,4 +124,6 @@ def _card(run: Run, found: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
         parameters=sum(t.numel() for t in tensors.values() if t.is_floating_point()),
         architecture=architecture_of(recipe.model.name, len(images.classes(recipe))),
         normalised="mu" in tensors,
+        shape=tuple(images.shape_of(recipe)),
+        classes=len(images.classes(recipe)),
     )

@@ -24,6 +24,7 @@ class Split:
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
     classes: tuple[str, ...]
+    total: int
 
 
 def split(recipe: Recipe) -> Split:
@@ -33,24 +34,28 @@ def split(recipe: Recipe) -> Split:
     """
     data = _load(recipe.data.name, "train")
     order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
-    held_out, rest = order[: recipe.data.validation], order[recipe.data.validation :]
+    count = recipe.data.held_out(len(order))
+    held_out, rest = order[:count], order[count:]
     if recipe.data.train_examples is not None:
         rest = rest[: recipe.data.train_examples]
     if len(rest) == 0:
-        raise EngineError(
-            f"data.validation = {recipe.data.validation} leaves none of the {len(order)} images to "
-            "train on"
-        )
+        raise EngineError(f"{recipe.data.name} has one training image: at least two are needed")
     return Split(
         (data.images[rest], data.labels[rest]),
         (data.images[held_out], data.labels[held_out]),
         data.classes,
+        len(order),
     )
 
 
 def test_size(recipe: Recipe) -> int:
     """Return the number of test images in the recipe's dataset."""
     return len(_load(recipe.data.name, "test").images)
+
+
+def shape_of(recipe: Recipe) -> torch.Size:
+    """Return the shape [C, H, W] of the dataset's images."""
+    return _load(recipe.data.name, "test").images.shape[1:]
 
 
 def classes(recipe: Recipe) -> tuple[str, ...]:
@@ -62,10 +67,6 @@ def test_set(recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Return the first `evaluation.examples` test images as floats in [0, 1], on the device."""
     data = _load(recipe.data.name, "test")
     n = recipe.evaluation.examples
-    if n is not None and n > len(data.images):
-        raise EngineError(
-            f"evaluation.examples = {n}, but {recipe.data.name} has {len(data.images)} test images"
-        )
     return as_floats(data.images[:n], data.labels[:n], device())
 
 

@@ -27,7 +27,7 @@ from ..training.step import Step
 from ..training.trainer import Hooks, Result, Trainer
 from .build import ALONE, prepare, step_of
 from .folder import Run
-from .images import as_floats, split
+from .images import as_floats, shape_of, split
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +88,14 @@ def _train(run: Run, world: World) -> Result:
         # Validation too: it chooses the best epoch, to which training may go back.
         repeatable(recipe.step.deterministic),
         phases.nvtx(),
+        # Validation too: it chooses the best epoch, and what to go back to.
+        repeatable(recipe.step.deterministic),
         Watch() as watch,
         bar() as progress,
     ):
         trainer = build_trainer(recipe, step, loader, world=world)
-        shown = TrainingBar(progress, recipe.name, recipe.optim.epochs)
+        steps = recipe.optim.epochs * len(loader)
+        shown = TrainingBar(progress, recipe.name, recipe.optim.epochs, steps)
         with contextlib.closing(_Session(run, trainer, world, watch, shown)) as session:
             trainer.hooks = session.hooks()
             session.resume()
@@ -211,7 +214,13 @@ class _Session:
 
     def keep(self, name: str, model: torch.nn.Module, row: dict[str, Any]) -> None:
         """Write the weights called `name`: "best" or "last"."""
-        self.run.save(name, model, epoch=row["epoch"], recipe=self.run.recipe.name)
+        recipe = self.run.recipe
+        # The shape and the classes let `engine.load` build the network without the data set.
+        shape = "x".join(map(str, shape_of(recipe)))
+        count = len(split(recipe).classes)
+        self.run.save(
+            name, model, epoch=row["epoch"], recipe=recipe.name, shape=shape, classes=count
+        )
 
     def save(self, write: Callable[..., None]) -> None:
         """Save all that `resume` needs, by `write`, a method of `Checkpoints`."""

@@ -62,12 +62,12 @@ class Result:
         rolled_back: epochs after which training went back to the best epoch before.
     """
 
-    model: nn.Module
-    best: dict[str, Tensor] = field(default_factory=dict)
+    model: nn.Module = field(repr=False)
+    best: dict[str, Tensor] = field(default_factory=dict, repr=False)
     best_epoch: int = 0
     train_seconds: float = 0.0
     steps: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list, repr=False)
     rolled_back: list[int] = field(default_factory=list)
 
 

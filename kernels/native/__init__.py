@@ -1,8 +1,8 @@
-"""The CPU backend: one C++ kernel an op, named and typed as in `reference`.
+"""The CPU backend: one C++ kernel for each op, with the names and arguments of `reference`.
 
-Each function checks what the kernel relies on, allocates the output and hands over addresses: for the
-lists of `sgd_ema_step` and for ops of some microseconds that costs a fraction of a DLPack exchange. What
-the kernels do not cover (float64, mixed strides) goes to the reference.
+Each function checks the kernel's assumptions, allocates the output and passes addresses to C++. For
+the lists of `sgd_ema_step` and for ops of a few microseconds, an address costs a fraction of a
+DLPack exchange. The reference serves the cases without a kernel (float64, mixed strides).
 """
 
 from .attack import attack_step, attack_step_, uniform_start

@@ -1,12 +1,12 @@
-"""Hand tensors to the C++ module: what it serves, layouts, addresses."""
+"""Access to the C++ module: the tensors that it serves, their layouts and addresses."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# After torch: the module then shares torch's OpenMP runtime, and `torch.set_num_threads`
-# governs both.
+# Import the module after torch: it then shares torch's OpenMP runtime, and `torch.set_num_threads`
+# sets the threads of both.
 try:
     from . import _native as native
 except ImportError as error:
@@ -18,17 +18,17 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep freed memory in this process; True if it does (glibc only).
+    """Ask the C library to keep freed memory in this process; return True if it does (glibc only).
 
-    It applies to all of the process, so a program calls it and a library does not. On the CPU every
-    activation is a large block that is freed and allocated again at each step; left alone, glibc
-    returns it to the system and pays a page fault for every 4 KiB of the next one.
+    The setting applies to the whole process, so a program calls this function, not a library. On
+    the CPU every activation is a large block that each step frees and allocates again. By default
+    glibc returns the block to the system and pays a page fault for every 4 KiB of the next one.
     """
     return bool(native.keep_freed_memory())
 
 
 def served(x: Tensor, *companions: Tensor) -> bool:
-    """`x` is float32, on the CPU and dense, and its companions have its shape and strides."""
+    """Tell whether `x` is float32, dense and on the CPU, and its companions have its strides."""
     if x.dtype is not torch.float32 or x.device.type != "cpu":
         return False
     if not (x.is_contiguous() or is_channels_last(x)):
@@ -42,11 +42,11 @@ def is_channels_last(t: Tensor) -> bool:
 
 
 def address(t: Tensor | None) -> tuple[int, int]:
-    """Where a tensor's elements start, and their type's number."""
+    """Return the address of a tensor's elements and the number of their type in C++."""
     return (0, 0) if t is None else (t.data_ptr(), DTYPES[t.dtype])
 
 
 def rows(x: Tensor) -> tuple[int, int]:
-    """B and D of a batch."""
+    """Return B and D of a batch: its samples and the elements of one sample."""
     b = x.shape[0]
     return b, x.numel() // b if b else 0

@@ -98,9 +98,10 @@ def _parameters(
     averages: list[Tensor],
     weight_decay: list[float],
 ) -> tuple[list[tuple] | None, list[Tensor]]:
-    """What the C++ side takes of each parameter, or None where a type or a layout is not served.
+    """Return the C++ arguments of each parameter, or None if it does not serve a type or layout.
 
-    Also returns gradients brought into another layout, which must live until the kernel has run.
+    The second result holds gradients that were copied into another layout. They must live until the
+    kernel has run.
     """
     float32 = torch.float32
     rows: list[tuple] = []

@@ -1,11 +1,13 @@
 """The ops of the hot path: one definition each, three backends (see `backends`).
 
-Every function checks its arguments, then calls a `torch.library` operator in the namespace `engine`.
+Every function checks its arguments, then calls a `torch.library` operator of the namespace
+`engine`.
 Shapes: B samples, N samples in a dataset, C channels, H x W pixels, K classes. Images are float
-tensors in [0, 1], [B, C, H, W] (or [B, ...] for data that is not images), contiguous or channels_last;
-other strides are made contiguous first. `eps`, `alpha`, `lam`, `mu` and `lr` may be Python floats; pass
-0-d tensors on the device where a value changes during training or a CUDA graph is captured.
-`rng` is an int64 [2] device tensor (seed, step); see `reference` for how it is used.
+tensors in [0, 1], [B, C, H, W] (or [B, ...] for data that is not images), contiguous or
+channels_last; a tensor with other strides is copied to a contiguous one. `eps`, `alpha`, `lam`,
+`mu` and `lr` may be Python floats. Pass a 0-d tensor on the device for a value that changes during
+training or within a CUDA graph. `rng` is an int64 [2] device tensor (seed, step); `reference`
+explains its use.
 """
 
 from .attack import attack_step, attack_step_, uniform_start

@@ -1,4 +1,4 @@
-"""The start of an attack and its step."""
+"""The random start of an attack and its projected step."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ def _(x, eps, rng, norm, stream):
 def uniform_start(
     x: Tensor, eps: Scalar, rng: Tensor, *, norm: str = "Linf", stream: int = 0
 ) -> Tensor:
-    """A uniform random point of the ball of radius `eps` around `x`, clipped to [0, 1].
+    """Draw a uniform random point of the ball of radius `eps` around `x`, clipped to [0, 1].
+
+    The source of the random numbers is Philox-4x32-10 (see `kernels.reference`).
 
     Args:
         x: [B, ...] in [0, 1].
         eps: radius in pixel units, >= 0.
-        rng: int64 [2], (seed, step). Not advanced.
+        rng: int64 [2], (seed, step); the op does not advance it.
         norm: "Linf" or "L2".
-        stream: keeps draws within one step apart, in [0, 2^31).
+        stream: separates the draws within one step, in [0, 2^31).
     Returns:
         Shape, dtype and layout of `x`.
     Raises:
-        TypeError, ValueError: naming the argument that is wrong.
+        TypeError, ValueError: for a wrong argument, which the message names.
     """
     x = check_images("x", x)
     check_norm(norm)
@@ -58,19 +60,21 @@ def _(x, z, grad, eps, alpha, norm):
 def attack_step(
     x: Tensor, z: Tensor, grad: Tensor, eps: Scalar, alpha: Scalar, *, norm: str = "Linf"
 ) -> Tensor:
-    """One projected ascent step: from `z` along `grad`, back into the ball around `x` and into [0, 1].
+    """Take one projected ascent step from `z` along `grad`, in the ball around `x` and in [0, 1].
 
-    Linf: clip(z + alpha sign(grad)) to [x - eps, x + eps]; L2: z + alpha grad / ||grad||, projected
-    radially (Madry et al., arXiv 1706.06083). A gradient value of NaN counts as 0; under L2 a
-    sample whose gradient is zero, infinite or NaN does not move.
+    Linf: clip z + alpha sign(grad) to [x - eps, x + eps], a gradient value of NaN counting as 0.
+    L2: project z + alpha grad / ||grad|| radially into the ball; a sample whose gradient is zero,
+    infinite or NaN does not move. This is one step of PGD (Madry et al., arXiv 1706.06083).
 
     Args:
         x: [B, ...] float32, centre of the ball, in [0, 1].
-        z: like `x`, the current iterate.
+        z: like `x`, the current point.
         grad: shape of `x`, any float dtype.
         eps, alpha: radius and step size in pixel units, >= 0.
     Returns:
-        The next iterate, shape, dtype and layout of `x`.
+        The next point, shape, dtype and layout of `x`.
+    Raises:
+        TypeError, ValueError: for a wrong argument, which the message names.
     """
     x = check_images("x", x)
     z, grad = check_like("z", z, x, "x"), check_like("grad", grad, x, "x")
@@ -86,7 +90,8 @@ def attack_step(
 
 _attack_step_ = define(
     "attack_step_",
-    "(Tensor x, Tensor(a!) z, Tensor grad, Tensor eps, Tensor alpha, str norm, Tensor(b!)? network_input) -> ()",
+    "(Tensor x, Tensor(a!) z, Tensor grad, Tensor eps, Tensor alpha, str norm, "
+    "Tensor(b!)? network_input) -> ()",
 )
 
 
@@ -118,18 +123,17 @@ def attack_step_(
     norm: str = "Linf",
     network_input: Tensor | None = None,
 ) -> None:
-    """`attack_step` in place, writing the network's next input in the same pass over memory.
+    """Take `attack_step` in place, and write the network's next input in the same pass over memory.
 
-    `z` stays float32 over all steps, whatever the network computes in: steps in 16 bits would be lost
-    to rounding.
+    `z` stays float32 over all steps, also for a network in 16 bits: rounding would lose the steps.
 
     Args:
         x, grad, eps, alpha, norm: as for `attack_step`.
-        z: the current iterate, replaced by the next; dtype and memory order of `x`. Must share no
+        z: the current point, replaced by the next; dtype and memory order of `x`. It must share no
             memory with `x`.
-        network_input: takes the same values, rounded to its dtype: shape of `x`, float16, bfloat16
-            or float32, contiguous or channels_last whatever `x` is. Must share no memory with the
-            other tensors.
+        network_input: receives the same values, rounded to its dtype: shape of `x`, float16,
+            bfloat16 or float32, contiguous or channels_last, independent of `x`. It must share no
+            memory with the other tensors.
     """
     x = check_images("x", x)
     if isinstance(z, Tensor) and z.shape == x.shape and not same_order(x, z):
@@ -147,5 +151,5 @@ def attack_step_(
     eps, alpha = check_scalar("eps", eps, x), check_scalar("alpha", alpha, x)
     _attack_step_(x, z, grad, eps, alpha, norm, network_input)
     written = [t for t in (z, network_input) if t is not None and not t.is_inference()]
-    # A backward pass that still needs the old values then fails, where it would be wrong in silence.
+    # A backward pass that still needs the old values then fails; it would silently be wrong.
     torch.autograd.graph.increment_version(written)

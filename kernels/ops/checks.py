@@ -1,4 +1,4 @@
-"""What every op asks of its arguments; an error names the argument."""
+"""Checks of the arguments of ops; every error names the argument."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOGITS = (*FLOATS, torch.float16, torch.bfloat16)
 
 
 def check_like(name: str, t: Tensor, like: Tensor, like_name: str) -> Tensor:
-    """Same shape and device; brought to the layout of `like` where it differs."""
+    """Return `t` in the layout of `like`, after a check that both have one shape and device."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.shape != like.shape:
@@ -28,7 +28,7 @@ def check_like(name: str, t: Tensor, like: Tensor, like_name: str) -> Tensor:
     if t.stride() == like.stride():
         return t
     if same_order(t, like):
-        # With one channel, contiguous and channels_last are one layout under two sets of strides.
+        # With one channel, contiguous and channels_last are the same layout with other strides.
         return t.as_strided(like.shape, like.stride())
     return torch.empty_like(like, dtype=t.dtype).copy_(t)
 
@@ -77,10 +77,12 @@ _pinned: dict[int, Tensor] = {}
 
 
 def constant(value: float, device: torch.device) -> Tensor:
-    """A float32 0-d tensor that nobody may write to, the same one for the same number; it says `is_constant`.
+    """Return a read-only float32 0-d tensor, the same tensor for the same number.
 
-    Made anew it would be a copy from the host, which a graph capture does not allow; so it must have
-    been asked for once before a capture begins.
+    The tensor has the attribute `is_constant`.
+
+    A new constant needs a copy from the host, which a graph capture does not allow. Ask for each
+    constant once before a capture begins.
     """
     if torch.compiler.is_compiling() or isinstance(_get_current_dispatch_mode(), FakeTensorMode):
         # Filled by the device: torch.tensor would put a copy from the host into the compiled graph.

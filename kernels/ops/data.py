@@ -1,4 +1,4 @@
-"""Batches from a resident dataset, and the adversary memory."""
+"""Batches of a resident dataset, and the adversary memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .define import define
 
 _augment = define(
     "augment",
-    "(Tensor images, Tensor index, Tensor rng, int pad, bool flip, int cutout, int stream, Tensor? memory, Tensor? eps, str norm) -> (Tensor, Tensor, Tensor)",
+    "(Tensor images, Tensor index, Tensor rng, int pad, bool flip, int cutout, int stream, "
+    "Tensor? memory, Tensor? eps, str norm) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -43,24 +44,24 @@ def augment(
     eps: Scalar | None = None,
     norm: str = "Linf",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """A training batch from a resident uint8 dataset: gather, zero-pad and crop, mirror, scale to [0, 1].
+    """Make a training batch of a resident uint8 dataset: gather, crop, mirror, scale to [0, 1].
 
-    With an adversary memory, the attack's start comes with it (Linf: from the same pass over memory).
+    With an adversary memory, also return the attack's start (Linf: in the same pass over memory).
 
     Args:
         images: uint8 [N, C, H, W], contiguous.
         index: int64 [B], in [0, N).
         rng: int64 [2], (seed, step).
-        pad: crops start within `pad` pixels of the image's corner, in [0, min(H, W)).
+        pad: largest shift of a crop in pixels, in [0, min(H, W)); pixels outside the image are 0.
         flip: mirror half of the samples left to right.
-        cutout: side of a square that is set to 0, its centre anywhere in the image (DeVries & Taylor,
-            arXiv 1708.04552); in [0, 2 min(H, W)], 0: none.
-        memory: int8 [N, C, H, W], contiguous, as `recall` takes it; needs eps, the radius in pixel
-            units, >= 0.
-        norm: "Linf" or "L2", of the ball that the start lies in.
+        cutout: side in pixels of a square that is set to 0, in [0, 2 min(H, W)]; its centre is
+            uniform in the image (DeVries & Taylor, arXiv 1708.04552). 0: no square.
+        memory: int8 [N, C, H, W], contiguous, as for `recall`.
+        eps: radius in pixel units, >= 0; needed with a memory.
+        norm: "Linf" or "L2", the norm of the start's ball.
     Returns:
         x: float32 [B, C, H, W] in [0, 1].
-        crops: int32 [B, 3], (dy, dx, mirrored) of every sample, as `recall` and `remember` take it.
+        crops: int32 [B, 3], (dy, dx, mirrored) of every sample, for `recall` and `remember`.
         start: float32 [B, C, H, W], `recall(memory, index, crops, x, eps, norm=norm)` bit for bit;
             None without a memory.
     """
@@ -135,12 +136,11 @@ def recall(
     *,
     norm: str = "Linf",
 ) -> Tensor:
-    """The attack's start from the adversary memory: `x` plus each sample's stored perturbation.
+    """Return the attack's start: `x` plus each sample's perturbation from the adversary memory.
 
-    For batches made elsewhere; `augment` forms the start along with its own.
-
-    The perturbation takes the same crop and mirror as the image did, is zero where the crop shows
-    padding, and is projected into the ball and [0, 1].
+    The op serves batches that `augment` did not make. It crops and mirrors the perturbation like
+    the image, sets it to zero in the padding, and projects the start into the ball and [0, 1].
+    ATTA (Zheng et al., arXiv 1912.11969) and FGSM-EP (Jia et al., arXiv 2207.08859) start so.
 
     Args:
         memory: int8 [N, C, H, W], in steps of eps / 127.
@@ -169,10 +169,11 @@ def _(memory, index, crops, x, z, eps):
 def remember(
     memory: Tensor, index: Tensor, crops: Tensor, x: Tensor, z: Tensor, eps: Scalar
 ) -> None:
-    """Write the perturbation z - x back into `memory`, in place, through the inverse crop and mirror.
+    """Write the perturbation z - x into `memory`, in place, through the inverse crop and mirror.
 
-    Pixels that the crop cut away keep what they had. Arguments as for `recall`. Of an index that occurs
-    twice every pixel keeps one of its two values; which one is open, and on CUDA pixels may differ in it.
+    Pixels outside the crop keep their stored values. The arguments are those of `recall`, and the
+    adversaries z, like `x`. If an index occurs twice, every pixel keeps one of its two values. Which
+    one is undefined, and on CUDA it may differ from pixel to pixel.
     """
     x = check_images("x", x)
     z = check_like("z", z, x, "x")

@@ -1,4 +1,4 @@
-"""Operators of `torch.library`, each served by one of the backends."""
+"""Registration of the operators in `torch.library`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ library = torch.library.Library("engine", "DEF")
 
 
 def define(name: str, schema: str):
-    """Define `engine::name` and serve it, on every device, by the backend that `backends` picks.
+    """Define `engine::name` and call, on every device, the backend that `backends` chooses.
 
-    The low-level registration costs about a quarter of `torch.library.custom_op` a call.
+    A call costs about a quarter of a call through `torch.library.custom_op`.
     """
     position = 1 if name == "local_ball_loss_backward" else 0
 

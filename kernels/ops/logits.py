@@ -1,4 +1,4 @@
-"""Losses of logits, and the gradients that an attack starts its backward pass with."""
+"""Losses of logits, and the gradients at which an attack's backward pass starts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ def _(logits, target, scale):
 
 
 def cross_entropy_grad(logits: Tensor, target: Tensor, *, scale: float = 1.0) -> Tensor:
-    """`scale` times the gradient of the summed cross-entropy: softmax(logits) - onehot(target).
+    """Return `scale` times the summed cross-entropy's gradient: softmax(logits) - onehot(target).
 
-    Handing this to autograd as the output gradient starts an attack's backward pass without forming
-    a loss. The step only uses the gradient's sign or direction, so `scale` matters only for range
-    in 16 bits.
+    As autograd's output gradient, this result starts an attack's backward pass without a loss. The
+    attack step uses the gradient's sign or direction only: choose `scale` for the range of 16 bits.
 
     Args:
-        logits: [B, K], float; mathematics in float32 at least.
+        logits: [B, K], float; the op computes in float32 at least.
         target: int64 [B], in [0, K).
     Returns:
         [B, K], dtype of `logits`.
@@ -50,10 +49,10 @@ def _(p_logits, q_logits, scale):
 
 
 def kl_grad(p_logits: Tensor, q_logits: Tensor, *, scale: float = 1.0) -> Tensor:
-    """`scale` times the gradient of sum KL(softmax(p) || softmax(q)) with respect to `q_logits`.
+    """Return `scale` times the gradient of sum KL(softmax(p) || softmax(q)) in `q_logits`.
 
     Args:
-        p_logits, q_logits: [B, K], float; mathematics in float32 at least.
+        p_logits, q_logits: [B, K], float; the op computes in float32 at least.
     Returns:
         softmax(q) - softmax(p), [B, K], dtype of `q_logits`.
     """
@@ -64,7 +63,8 @@ def kl_grad(p_logits: Tensor, q_logits: Tensor, *, scale: float = 1.0) -> Tensor
 
 _local_ball_loss = define(
     "local_ball_loss",
-    "(Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, float label_smoothing) -> (Tensor, Tensor)",
+    "(Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, "
+    "float label_smoothing) -> (Tensor, Tensor)",
 )
 
 
@@ -76,7 +76,8 @@ def _(adv, target, ball, clean, lam, mu, label_smoothing):
 
 _local_ball_loss_backward = define(
     "local_ball_loss_backward",
-    "(Tensor grad_loss, Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, float label_smoothing) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_loss, Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, "
+    "Tensor mu, float label_smoothing) -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -144,20 +145,22 @@ def local_ball_loss(
     mu: Scalar = 1.0,
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, LossStats]:
-    """CE(adv, target) + lam KL(adv || ball) + mu KL(clean || adv), batch means, in one pass.
+    """Compute CE(adv, target) + lam KL(adv || ball) + mu KL(clean || adv), batch means.
 
-    The project's own formula, written to the abstract of arXiv 2110.14030 (docs/method.md). With
-    neither `ball` nor `clean` it is plain (label-smoothed) cross-entropy. Differentiable once, in
-    all three sets of logits.
+    The formula is the project's own, after the abstract of Lu & Kumar (arXiv 2110.14030); see
+    docs/method.md. Without `ball` and `clean` it is (label-smoothed) cross-entropy. The loss is
+    differentiable once, in all three sets of logits.
 
     Args:
-        adv, ball, clean: logits [B, K], float; mathematics in float32 at least.
+        adv, ball, clean: logits [B, K], float; the op computes in float32 at least.
         target: int64 [B], in [0, K).
         lam, mu: weights >= 0.
         label_smoothing: in [0, 1), applied to the cross-entropy only.
     Returns:
-        loss: 0-d; 0 for an empty batch.
+        loss: 0-d, float32 (float64 for float64 logits); 0 for an empty batch.
         stats: the means of the three terms and the numbers of correct predictions.
+    Raises:
+        TypeError, ValueError: for a wrong argument, which the message names.
     """
     adv = check_logits("adv", adv)
     target = check_target(target, adv)

@@ -1,4 +1,4 @@
-"""Optimiser steps that take the weights' moving average along."""
+"""Optimiser steps that also update the weights' moving average."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from .define import define
 
 _sgd_ema_step = define(
     "sgd_ema_step",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] averages, Tensor lr, Tensor found_inf, float momentum, float[] weight_decay, bool nesterov, Tensor ema_decay) -> ()",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] averages, Tensor lr, "
+    "Tensor found_inf, float momentum, float[] weight_decay, bool nesterov, "
+    "Tensor ema_decay) -> ()",
 )
 _adamw_ema_step = define(
     "adamw_ema_step",
-    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] averages, Tensor lr, Tensor count, Tensor found_inf, float beta1, float beta2, float adam_eps, float[] weight_decay, Tensor ema_decay) -> ()",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] averages, Tensor lr, Tensor count, Tensor found_inf, float beta1, float beta2, "
+    "float adam_eps, float[] weight_decay, Tensor ema_decay) -> ()",
 )
 
 
@@ -37,15 +41,17 @@ def sgd_ema_step(
     nesterov: bool = False,
     ema_decay: Scalar = 0.0,
 ) -> None:
-    """Momentum SGD with weight decay and the weights' moving average, in place, in one pass.
+    """Update weights by momentum SGD, and their moving average, in place, in one pass.
 
     d = g + wd p;  m = momentum m + d;  p -= lr (d + momentum m if nesterov else m);
-    e += (1 - ema_decay) (p - e). Nothing changes where `found_inf` is not 0.
+    e += (1 - ema_decay) (p - e). If `found_inf` is not 0, nothing changes. This is PyTorch's SGD
+    (Sutskever et al., ICML 2013, for Nesterov's form) and an exponential moving average.
 
     Args:
         params, momenta: float32 tensors; grads: the same shapes, any float dtype. At least one.
         averages: like `params`, or empty for no moving average.
-        lr: learning rate; found_inf: float32 0-d or [1], device-held overflow flag.
+        lr: learning rate, >= 0.
+        found_inf: float32 0-d or [1] on the device, the overflow flag of a gradient scaler.
         weight_decay: one number per parameter.
         ema_decay: in [0, 1).
     """
@@ -79,15 +85,19 @@ def adamw_ema_step(
     weight_decay: list[float],
     ema_decay: Scalar = 0.0,
 ) -> None:
-    """AdamW and the weights' moving average, in place, in one pass (Loshchilov & Hutter, arXiv 1711.05101).
+    """Update weights by AdamW, and their moving average, in place, in one pass.
+
+    AdamW is Loshchilov & Hutter's (arXiv 1711.05101), in PyTorch's form:
 
     m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;
     p = (1 - lr wd) p - lr / (1 - beta1^n) m / (sqrt(v) / sqrt(1 - beta2^n) + adam_eps);
-    e += (1 - ema_decay) (p - e). Nothing changes where `found_inf` is not 0.
+    e += (1 - ema_decay) (p - e). If `found_inf` is not 0, nothing changes.
 
     Args:
         params, exp_avgs (m), exp_avg_sqs (v), averages, grads: as for `sgd_ema_step`.
-        count: float32 0-d on the device: n, the number of this update, from 1; only read.
+        lr, found_inf, weight_decay, ema_decay: as for `sgd_ema_step`.
+        count: float32 0-d on the device, read only: n, the number of this update, from 1.
+        betas: (beta1, beta2), each in [0, 1).
     """
     _check_lists(
         params, weight_decay, averages, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs

@@ -1,4 +1,4 @@
-"""The backward of a network's first convolution, alone and with the attack step in it."""
+"""The backward pass of a network's first convolution, with and without the attack step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from .define import define, library
 
 _input_grad_step = define(
     "input_grad_step",
-    "(Tensor x, Tensor z, Tensor stem_grad, Tensor weight, int stride, int padding, Tensor eps, Tensor alpha, str norm) -> Tensor",
+    "(Tensor x, Tensor z, Tensor stem_grad, Tensor weight, int stride, int padding, Tensor eps, "
+    "Tensor alpha, str norm) -> Tensor",
 )
 
 
@@ -31,19 +32,21 @@ def input_grad_step(
     alpha: Scalar,
     norm: str = "Linf",
 ) -> Tensor:
-    """The input gradient of a network's first convolution and the attack step, in one op.
+    """Compute the input gradient of a network's first convolution and take the attack step.
 
-    Equals `attack_step(x, z, conv2d_input_gradient(stem_grad, weight), ...)`.
+    The result equals `attack_step(x, z, stem_input_grad(stem_grad, weight, ...), ...)`.
 
     Args:
         x, z: [B, C, H, W] float32.
         stem_grad: [B, O, H', W'], gradient at the convolution's output.
-        weight: [O, C, kh, kw], its weight (groups 1, dilation 1). Where a normalisation by standard
-            deviation precedes the convolution, divide the weight by it.
+        weight: [O, C, kh, kw], the convolution's weight (groups 1, dilation 1). If a normalisation
+            precedes the convolution, divide the weight by the standard deviation.
         stride, padding: of the convolution, the same in both directions.
         eps, alpha, norm: as for `attack_step`.
     Returns:
-        The next iterate, shape, dtype and layout of `x`.
+        The next point, shape, dtype and layout of `x`.
+    Raises:
+        TypeError, ValueError: for a wrong argument, which the message names.
     """
     x = check_images("x", x)
     z = check_like("z", z, x, "x")
@@ -77,15 +80,16 @@ def _(stem_grad, weight, h, w, stride, padding):
 def stem_input_grad(
     stem_grad: Tensor, weight: Tensor, *, size: tuple[int, int], stride: int, padding: int
 ) -> Tensor:
-    """The input gradient of a network's first convolution; differentiable in both tensors.
+    """Compute the input gradient of a network's first convolution, differentiable in both tensors.
 
-    Where no attack step follows that `input_grad_step` could take along: attacks by other people's
-    code, and gradients of gradients. On a GPU the vendor's library is fast at it, and serves.
+    Use it if no attack step follows: for attacks of other packages and for gradients of gradients.
+    On a GPU the vendor's library is fast, and the op calls it.
 
     Args:
         stem_grad: [B, O, H', W'] float, gradient at the convolution's output.
-        weight: [O, C, kh, kw] float32 or float64, its weight (groups 1, dilation 1).
-        size: (H, W) of its input; stride, padding: the same in both directions.
+        weight: [O, C, kh, kw] float32 or float64, the convolution's weight (groups 1, dilation 1).
+        size: (H, W) of the convolution's input.
+        stride, padding: of the convolution, the same in both directions.
     Returns:
         [B, C, H, W], dtype of `weight`.
     """
@@ -113,15 +117,16 @@ def _(x, stem_grad, kh, kw, stride, padding):
 def stem_weight_grad(
     x: Tensor, stem_grad: Tensor, *, kernel: tuple[int, int], stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:
-    """The weight and bias gradients of a network's first convolution; differentiable in both tensors.
+    """Compute the weight and bias gradients of a network's first convolution.
 
-    Vendor libraries are slow at it on the CPU where the image has few channels. On a GPU theirs is
-    fast, and serves.
+    They are differentiable in both tensors. On a CPU, vendor libraries are slow for images of few
+    channels. On a GPU the vendor's library is fast, and the op calls it.
 
     Args:
         x: [B, C, H, W] float, the convolution's input.
-        stem_grad: [B, O, H', W'] float, gradient at its output.
-        kernel: (kh, kw); stride, padding: the same in both directions (groups 1, dilation 1).
+        stem_grad: [B, O, H', W'] float, gradient at the convolution's output.
+        kernel: (kh, kw) of the weight.
+        stride, padding: the same in both directions (groups 1, dilation 1).
     Returns:
         [O, C, kh, kw] and [O], dtype of `stem_grad`.
     """
@@ -136,7 +141,7 @@ def stem_weight_grad(
 
 
 def _sides(size, kernel, stride: int, padding: int) -> tuple[int, int]:
-    """(H', W') of a convolution's output."""
+    """Return (H', W') of a convolution's output."""
     if not (stride >= 1 and padding >= 0):
         raise ValueError(f"stride {stride} or padding {padding} out of range")
     h, w = ((n + 2 * padding - k) // stride + 1 for n, k in zip(size, kernel, strict=True))
@@ -144,7 +149,7 @@ def _sides(size, kernel, stride: int, padding: int) -> tuple[int, int]:
 
 
 def _check_stem_grad(stem_grad: Tensor, like: Tensor, shape, batch: int | None = None) -> None:
-    """A float tensor [B, *shape] on the device of `like`, of `batch` samples where that is known."""
+    """Check for a float tensor [B, *shape] on the device of `like`; B is `batch` unless None."""
     if not stem_grad.is_floating_point():
         raise TypeError(f"stem_grad must be a float tensor, got {stem_grad.dtype}")
     expected = (len(stem_grad) if batch is None else batch, *shape)
@@ -154,8 +159,8 @@ def _check_stem_grad(stem_grad: Tensor, like: Tensor, shape, batch: int | None =
         raise ValueError(f"stem_grad is on {stem_grad.device}, not {like.device}")
 
 
-# The two are the parts of one bilinear form, <conv(x; weight), stem_grad>: each one's derivative is made
-# of the other and the convolution.
+# Both gradients are derivatives of the bilinear form <conv(x; weight), stem_grad>. So each one's
+# derivative consists of the other gradient and the convolution.
 
 
 def _input_grad_setup(ctx, inputs, output) -> None:

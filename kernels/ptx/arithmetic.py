@@ -221,7 +221,7 @@ def _permute(kinds: list[str], modifiers: list[str]) -> Built:
 
     def function(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
         both = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
-        result = np.uint32(0)
+        result: np.ndarray = np.zeros_like(selector, np.uint32)
         for i in range(4):
             pick = (selector >> np.uint32(4 * i)) & np.uint32(15)
             shift = ((pick & np.uint32(7)) * np.uint32(8)).astype(np.uint64)
@@ -235,7 +235,11 @@ def _permute(kinds: list[str], modifiers: list[str]) -> Built:
 
 def _select(kinds: list[str], modifiers: list[str]) -> Built:
     kind = "b" + str(bits(kinds[0]))
-    return Operation(lambda a, b, p: np.where(p, a, b), (kind, kind, "pred"), kind), set()
+
+    def function(a: np.ndarray, b: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        return np.where(chosen, a, b)
+
+    return Operation(function, (kind, kind, "pred"), kind), set()
 
 
 def _unordered(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ def cases(extent: Extent) -> list[Case]:
     )  # fmt: skip
     if extent == "all":
         return list(every)
-    first: dict[tuple[str, ...], Case] = {}
+    first: dict[tuple[Any, ...], Case] = {}
     for case in every:
         first.setdefault(case[: 1 if extent == "kernels" else 2], case)
     return list(first.values())
@@ -124,7 +124,7 @@ def _steps() -> Iterator[Case]:
 def _steps_in_place() -> Iterator[Case]:
     for shape in _SHAPES:
         x, name = _images(shape), _name(shape)
-        args = (x, _near(x), _normal(*shape, seed=3), EPS, ALPHA)
+        args: tuple[Any, ...] = (x, _near(x), _normal(*shape, seed=3), EPS, ALPHA)
         yield Case("linf_step_in_place", "fp32", name, ops.attack_step_, args, {}, None)
     types = ("bf16", "fp16", "fp32")
     for shape, dtype, (layout, lay_out) in itertools.product(_SHAPES, types, _LAYOUTS.items()):
@@ -208,8 +208,8 @@ def _stems() -> Iterator[Case]:
             end = "_bf16_channels_last" if layout else ""
             for norm, (grad, weight), rounding in (("Linf", whole, None), ("L2", real, 8)):
                 args = (x, _near(x), lay_out(grad), lay_out(weight))
-                options = {"stride": stride, "padding": padding, "eps": EPS, "alpha": ALPHA}
-                options["norm"] = norm
+                options: dict[str, Any] = {"stride": stride, "padding": padding}
+                options |= {"eps": EPS, "alpha": ALPHA, "norm": norm}
                 kernel = f"{norm.lower()}_input_grad{end}"
                 yield Case(kernel, dtype, name, ops.input_grad_step, args, options, rounding)
 
@@ -229,7 +229,7 @@ def _data() -> Iterator[Case]:
         memory = torch.randint(-127, 128, shape, generator=_draws(11), dtype=torch.int8)
         index = torch.randint(0, shape[0], (batch,), generator=_draws(12))
         name = f"{batch} of {_name(shape)}"
-        options = {"pad": pad, "flip": True, "cutout": cutout, "stream": 5}
+        options: dict[str, Any] = {"pad": pad, "flip": True, "cutout": cutout, "stream": 5}
         args = (images, index, _RNG)
         yield Case("augment", "fp32", name, ops.augment, args, options, None)
         started = {**options, "memory": memory, "eps": 0.3}
@@ -277,7 +277,7 @@ def _optimiser_cases(
         grads = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in grads]
     rest = {"found_inf": torch.tensor(found_inf), "weight_decay": _DECAY, "ema_decay": 0.99}
     options = {"lr": torch.tensor(0.1), "momentum": 0.9, "nesterov": True, **rest}
-    lists = (params, grads, momenta, averages)
+    lists: tuple[Any, ...] = (params, grads, momenta, averages)
     yield Case("sgd_ema", dtype, name, ops.sgd_ema_step, lists, options, 4)
     lists = (params, grads, momenta, [m.square() for m in momenta], averages)
     options = {"lr": torch.tensor(0.01), "count": torch.tensor(3.0), **rest}

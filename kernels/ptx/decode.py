@@ -206,7 +206,7 @@ def _halves(decoder: Decoder, operands: tuple[str, ...], kind: str) -> Act:
     write = decoder.write(operands[0], kind)
 
     def join(lanes: Lanes, mask: Mask) -> None:
-        value = whole(0)
+        value: np.ndarray = whole(0)
         for read, shift in zip(reads, shifts, strict=True):
             value = value | (read(lanes).astype(whole) << shift)
         write(lanes, value, mask)

@@ -7,11 +7,12 @@ computed with as float32. A pair of numbers in one register (f32x2, s16x2) has a
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 
-UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
-SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
+UNSIGNED: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+SIGNED: dict[int, Any] = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 _FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
 _PAIRS = {"f32x2": np.float32, "f16x2": np.float16, "s16x2": np.int16, "u16x2": np.uint16}
 TYPE = re.compile(r"pred|[bus](?:8|16|32|64)|f(?:16|32|64)|bf16|bf16x2|" + "|".join(_PAIRS))

@@ -1,17 +1,17 @@
-"""What every op means, in plain PyTorch.
+"""The definition of every op, in plain PyTorch.
 
-This file is the definition: the C++ and Triton backends are tested against it, and it serves any
-device they do not. Every function runs in float64 as well, and takes tensors that `ops` has already
-checked. Two conventions hold throughout.
+The tests hold the C++ and Triton backends against this package, and it serves every other device.
+Every function also runs in float64, and takes tensors that `ops` has checked. Two conventions hold
+throughout.
 
-*Memory order.* `x` and its companions are dense and share one layout (contiguous or channels_last),
-and "element i" means the i-th element in memory. One sample is one contiguous run of D elements
-either way, so a backend works on a flat [B, D] view and never asks for the layout.
+*Memory order.* `x` and its companions are dense and share one layout (contiguous or
+channels_last), and "element i" means the i-th element in memory. In both layouts one sample is one
+contiguous run of D elements, so a backend works on a flat [B, D] view and does not need the layout.
 
-*Randomness.* Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-The key is the 64-bit seed; the 128-bit counter is (block, stream, step low, step high). Seed and
-step live in the int64 device tensor `rng` = (seed, step), so a captured graph draws fresh numbers on
-every replay once `rng[1]` has been advanced. `stream` separates the draws made within one step.
+*Random numbers.* Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011). The key is the 64-bit seed; the 128-bit counter is (block, stream, step low, step high).
+The int64 device tensor `rng` = (seed, step) holds seed and step, so a captured graph draws new
+numbers in every replay after `rng[1]` was advanced. `stream` separates the draws within one step.
 """
 
 from .attack import attack_step, attack_step_, uniform_start

@@ -35,7 +35,7 @@ def attack_step(
         moved = torch.minimum(torch.maximum(moved, xr - eps), xr + eps)
     else:
         length = gr.norm(dim=1, keepdim=True)
-        # A sample without a usable direction (zero, overflowed or NaN gradient) stays where it is.
+        # A sample without a usable direction (zero, overflowed or NaN gradient) does not move.
         usable = (length > 0) & torch.isfinite(length)
         unit = torch.where(usable, gr, 0.0) / torch.where(usable, length, 1.0)
         delta = zr + alpha * unit - xr

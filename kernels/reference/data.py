@@ -37,7 +37,7 @@ def augment(
 
 
 def draw_crops(rng: Tensor, b: int, pad: int, flip: bool, stream: int, h: int, w: int) -> Tensor:
-    """int32 [B, 5]: (dy, dx, mirrored) of every crop, and the centre (y, x) of its cutout."""
+    """Draw int32 [B, 5]: (dy, dx, mirrored) of every crop, and the centre (y, x) of its cutout."""
     words = random_words(rng, stream, 4 * b).view(b, 4)
     side = 2 * pad + 1
     # word * side / 2^32 by a multiply and a shift: the same integer in every backend.
@@ -49,7 +49,7 @@ def draw_crops(rng: Tensor, b: int, pad: int, flip: bool, stream: int, h: int, w
 
 
 def _check_range(index: Tensor, of: Tensor) -> None:
-    """On the CPU: reading a device's index would wait for it."""
+    """Check a CPU index only: the host would wait for an index on a device."""
     if (
         index.device.type == "cpu"
         and index.numel()
@@ -59,7 +59,10 @@ def _check_range(index: Tensor, of: Tensor) -> None:
 
 
 def crop(images: Tensor, index: Tensor, crops: Tensor) -> Tensor:
-    """images[index] shifted by (dy, dx) with zeros outside, then mirrored: out[y, x] = in[y+dy, x+dx]."""
+    """Return images[index] shifted by (dy, dx) with zeros outside the image, then mirrored.
+
+    Without the mirror, out[y, x] = in[y + dy, x + dx].
+    """
     _, channels, h, w = images.shape
     source, inside = source_pixels(crops, h, w)
     picked = images[index].flatten(2)
@@ -68,7 +71,7 @@ def crop(images: Tensor, index: Tensor, crops: Tensor) -> Tensor:
 
 
 def source_pixels(crops: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """For every output pixel: the flat source pixel int64 [B, H*W], and whether it lies in the image."""
+    """Return every output pixel's flat source pixel int64 [B, H*W], and a mask of those inside."""
     crops = crops.long()
     dy, dx, mirrored = crops[:, 0, None, None], crops[:, 1, None, None], crops[:, 2, None, None]
     y = torch.arange(h, device=crops.device)[None, :, None] + dy
@@ -93,7 +96,7 @@ def recall(
 def remember(
     memory: Tensor, index: Tensor, crops: Tensor, x: Tensor, z: Tensor, eps: Tensor
 ) -> None:
-    # eps = 0 leaves nothing to store.
+    # With eps = 0 the perturbation is 0, and so is the stored one.
     steps = (z - x) * (127.0 / eps.to(x.dtype).clamp_min(1e-12))
     steps = steps.round().clamp(-127, 127).to(torch.int8)
     dy, dx, mirrored = crops.unbind(1)
@@ -103,5 +106,5 @@ def remember(
     everything = torch.arange(len(index), device=index.device)
     moved_back = crop(steps, everything, back)
     inside = inside.view(-1, 1, *memory.shape[2:])
-    # Pixels that the crop cut away keep what they had.
+    # Pixels outside the crop keep their stored values.
     memory[index] = torch.where(inside, moved_back, memory[index])

@@ -18,7 +18,7 @@ def kl_grad(p_logits: Tensor, q_logits: Tensor, scale: float) -> Tensor:
 
 
 def _wide(t: Tensor) -> Tensor:
-    """At least float32: losses are never formed in 16 bits."""
+    """Return `t` in float32 at least: no loss is computed in 16 bits."""
     return t if t.dtype == torch.float64 else t.float()
 
 
@@ -51,7 +51,7 @@ def local_ball_loss(
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum over the batch of KL(p || q)."""
+    """Return the sum over the batch of KL(p || q)."""
     return (log_p.exp() * (log_p - log_q)).sum()
 
 

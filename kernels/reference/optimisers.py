@@ -18,7 +18,7 @@ def sgd_ema_step(
     nesterov: bool,
     ema_decay: Tensor,
 ) -> None:
-    # Arithmetic, not a branch: the flag is read on the device only.
+    # Select by arithmetic: a branch would make the host wait for the flag.
     go = found_inf == 0
     for p, g, m, decay in zip(params, grads, momenta, weight_decay, strict=True):
         d = g.to(p.dtype) + decay * p
@@ -46,7 +46,7 @@ def adamw_ema_step(
     ema_decay: Tensor,
 ) -> None:
     go = found_inf == 0
-    # In float64: 1 - beta^n cancels.
+    # Use float64: 1 - beta^n cancels digits.
     corrections = [1.0 - beta ** count.double() for beta in (beta1, beta2)]
     for p, g, m, v, decay in zip(params, grads, exp_avgs, exp_avg_sqs, weight_decay, strict=True):
         d, rate = g.to(p.dtype), lr.to(p.dtype)

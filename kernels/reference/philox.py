@@ -1,4 +1,4 @@
-"""Draw Philox random numbers from a (seed, step) state, as every backend does."""
+"""Philox random numbers of a (seed, step) state, the same in every backend."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
-# Draws of one number per sample (the L2 radius) must not meet those of one number per element.
+# Keeps the draws per sample (the L2 radius) apart from the draws per element.
 RADIUS_STREAM = 1 << 31
 
 
 def philox(rng: Tensor, stream: int, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words (held in int64) for each counter block.
+    """Return four 32-bit words (held in int64) for each counter block.
 
     Args:
         rng: int64 [2], (seed, step).
@@ -42,18 +42,18 @@ def philox(rng: Tensor, stream: int, blocks: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def random_words(rng: Tensor, stream: int, n: int) -> Tensor:
-    """int64 [n] words in [0, 2^32); word i is output i % 4 of block i // 4."""
+    """Return int64 [n] words in [0, 2^32); word i is output i % 4 of block i // 4."""
     blocks = torch.arange((n + 3) // 4, device=rng.device)
     return torch.stack(philox(rng, stream, blocks), dim=1).reshape(-1)[:n]
 
 
 def to_uniform(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """The top 24 bits as a number in [0, 1), exact in float32."""
+    """Return the top 24 bits as a number in [0, 1), exact in float32."""
     return (words >> 8).to(dtype) * 2.0**-24
 
 
 def to_normal(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Box-Muller on neighbouring words: words (2j, 2j+1) give normals (2j, 2j+1)."""
+    """Turn words (2j, 2j+1) into two standard normals by Box and Muller's transform (1958)."""
     pairs = torch.cat([words, words.new_zeros(words.numel() % 2)]).view(-1, 2)
     # 1 - u lies in (0, 1]: the logarithm is finite.
     radius = torch.sqrt(-2.0 * torch.log(1.0 - to_uniform(pairs[:, 0], dtype)))
@@ -64,14 +64,14 @@ def to_normal(words: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def as_rows(t: Tensor) -> Tensor:
-    """[B, D] view of a dense tensor in memory order."""
+    """Return a [B, D] view of a dense tensor in memory order."""
     if t.dim() == 4 and not t.is_contiguous():
         t = t.permute(0, 2, 3, 1)
     return t.reshape(t.shape[0], -1) if t.shape[0] else t.reshape(0, math.prod(t.shape[1:]))
 
 
 def as_batch(rows: Tensor, t: Tensor) -> Tensor:
-    """Inverse of `as_rows`: give the [B, D] result the shape and layout of `t`."""
+    """Give a [B, D] result the shape and layout of `t`; the inverse of `as_rows`."""
     if t.dim() == 4 and not t.is_contiguous():
         b, c, h, w = t.shape
         return rows.view(b, h, w, c).permute(0, 3, 1, 2)

@@ -30,8 +30,8 @@ def stem_input_grad(
 ) -> Tensor:
     out_channels, _, kh, kw = weight.shape
     flat_grad = stem_grad.to(weight.dtype).flatten(2)
-    # Transposed convolution as matrix product and col2im: several times faster on CPUs than the
-    # library's convolution backward when the image has 1 or 3 channels.
+    # Compute the transposed convolution as matrix product and col2im. On CPUs, for images of 1 or 3
+    # channels, this is several times faster than the library's convolution backward.
     columns = weight.reshape(out_channels, -1).t() @ flat_grad
     return torch.nn.functional.fold(columns, (h, w), (kh, kw), padding=padding, stride=stride)
 

@@ -1,6 +1,6 @@
-"""The CUDA backend: one Triton kernel an op, named and typed as in `reference`.
+"""The CUDA backend: one Triton kernel for each op, with the names and arguments of `reference`.
 
-Importing it needs Triton and no GPU, so that `audit` can compile the kernels anywhere. Running it needs
+The import needs Triton and no GPU, so that `audit` can compile the kernels anywhere. A run needs
 CUDA tensors, or TRITON_INTERPRET=1 set before the first import of Triton.
 """
 

@@ -1,4 +1,7 @@
-"""One projected ascent step, in place of the 8 to 21 launches that separate tensor ops would take."""
+"""The random start of an attack and its projected step, one launch each.
+
+Separate tensor ops would need 8 to 21 launches for a step.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ def launch_l2_step(
 
 
 def _order(out: Tensor, network_input: Tensor | None) -> dict[str, int]:
-    """[FROM_ROWS, FROM_COLUMNS], a sample of `out` whose transpose goes to the network; 1: as it is."""
+    """Return FROM_ROWS and FROM_COLUMNS, the matrix in `out` whose transpose the network takes."""
     rows = 1 if network_input is None else transposed_rows(out, network_input)
     columns = 1 if rows == 1 else out[0].numel() // rows
     return {"FROM_ROWS": rows, "FROM_COLUMNS": columns}
@@ -69,7 +72,7 @@ def _order(out: Tensor, network_input: Tensor | None) -> dict[str, int]:
 
 @triton.jit
 def _transposed(i, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr):
-    """Where element `i` of a sample [FROM_ROWS, FROM_COLUMNS] lies in the transpose."""
+    """Return the index, in the transpose, of element `i` of a sample [FROM_ROWS, FROM_COLUMNS]."""
     return i if FROM_ROWS == 1 else i % FROM_COLUMNS * FROM_ROWS + i // FROM_COLUMNS
 
 
@@ -78,16 +81,18 @@ def linf_step_kernel(
     x_ptr, z_ptr, grad_ptr, out_ptr, input_ptr, eps_ptr, alpha_ptr, n,
     FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One element a lane, all operands but the network's input in one memory order. Grid: (ceil(n / BLOCK),).
+    """Take the Linf step: one element a lane. Grid: (ceil(n / BLOCK),).
+
+    All operands but the network's input have one memory order.
 
     Args:
-        x_ptr, z_ptr, out_ptr: float32 or float64 [n], dense. x: centre; z: iterate; out: next iterate,
+        x_ptr, z_ptr, out_ptr: float32 or float64 [n], dense. x: centre; z: point; out: next point,
             may be z.
         grad_ptr: any float type [n].
-        input_ptr: any float type [n], the next iterate once more, every sample [FROM_ROWS, FROM_COLUMNS]
+        input_ptr: any float type [n], a copy of out, every sample [FROM_ROWS, FROM_COLUMNS]
             transposed; or None.
         eps_ptr, alpha_ptr: one float each.
-        n: elements. 128-bit accesses need n % 16 == 0, which Triton specialises on.
+        n: elements. Triton specialises on n % 16 == 0, which 128-bit accesses need.
     """
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n
@@ -109,10 +114,11 @@ def l2_step_kernel(
     x_ptr, z_ptr, grad_ptr, out_ptr, input_ptr, eps_ptr, alpha_ptr, rows, columns,
     FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Whole samples a program, BLOCK columns at a time. Grid: (ceil(rows / ROWS),).
+    """Take the L2 step. Grid: (ceil(rows / ROWS),).
 
-    Three walks over the sample: the gradient's length, the perturbation's length, the result. The
-    second and third find their operands in cache.
+    A program holds whole samples, BLOCK columns at a time. It passes over the sample three times,
+    for the gradient's length, the perturbation's length and the result. The second and third pass
+    find their operands in cache.
 
     Args:
         x_ptr, z_ptr, out_ptr: float32 or float64 [rows, columns], row stride `columns`.
@@ -132,7 +138,7 @@ def l2_step_kernel(
         grad = tl.load(grad_ptr + base + start + lane, mask=inside, other=0.0).to(dtype)
         squares += grad * grad
     length = tl.sqrt(tl.sum(squares, axis=1, keep_dims=True))
-    # A zero, infinite or NaN gradient gives no direction: that sample stays where it is.
+    # A zero, infinite or NaN gradient gives no direction: that sample does not move.
     usable = (length > 0) & (length < float("inf"))
     scale = alpha / tl.where(usable, length, 1.0)
 
@@ -171,7 +177,7 @@ def uniform_start(x: Tensor, eps: Tensor, rng: Tensor, norm: str, stream: int) -
             )
         else:
             rows, columns = x.shape[0], n // max(x.shape[0], 1)
-            # A row may begin and end inside a block of four words.
+            # A row may begin and end within a block of four words.
             tile = row_tile(rows, max(columns, 4), elements=1024, widest=2048)
             l2_start_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
                 x, out, eps, rng, stream, rows, columns, **tile
@@ -181,12 +187,12 @@ def uniform_start(x: Tensor, eps: Tensor, rng: Tensor, norm: str, stream: int) -
 
 @triton.jit(do_not_specialize=["stream"])
 def linf_start_kernel(x_ptr, out_ptr, eps_ptr, rng_ptr, stream, n, BLOCK: tl.constexpr):
-    """One Philox block for each four elements. Grid: (ceil(n / BLOCK),).
+    """Draw from the Linf ball, one Philox block for each four elements. Grid: (ceil(n / BLOCK),).
 
     Args:
         x_ptr, out_ptr: float32 or float64 [n], dense, one memory order.
         eps_ptr: one float; rng_ptr: int64 [2]; stream: second counter word.
-        n: elements. 128-bit accesses need n % 16 == 0, which Triton specialises on.
+        n: elements. Triton specialises on n % 16 == 0, which 128-bit accesses need.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK
     block = first // 4 + tl.arange(0, BLOCK // 4)
@@ -201,9 +207,9 @@ def linf_start_kernel(x_ptr, out_ptr, eps_ptr, rng_ptr, stream, n, BLOCK: tl.con
 
 @triton.jit
 def _normals(rng_ptr, stream, block, n, dtype: tl.constexpr):
-    """Standard normals for elements 4 block .. 4 block + 3, side by side."""
+    """Return standard normals for elements 4 block .. 4 block + 3, side by side."""
     w0, w1, w2, w3 = philox.words(rng_ptr, stream, block)
-    # By the reference's definition an odd last element is paired with the word 0.
+    # In the reference, an odd last element is paired with the word 0.
     w1 = tl.where(4 * block + 1 < n, w1, 0)
     w3 = tl.where(4 * block + 3 < n, w3, 0)
     a, b = box_muller(philox.uniform(w0, dtype), philox.uniform(w1, dtype))
@@ -216,10 +222,10 @@ def l2_start_kernel(
     x_ptr, out_ptr, eps_ptr, rng_ptr, stream, rows, columns,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Whole samples a program: a normal direction, a radius u^(1/D). Grid: (ceil(rows / ROWS),).
+    """Draw from the L2 ball: a normal direction, a radius u^(1/D). Grid: (ceil(rows / ROWS),).
 
-    The numbers are drawn twice, once for the length and once for the result: that costs less than
-    parking them in memory.
+    A program holds whole samples. It draws the numbers twice, for the length and for the result:
+    that costs less than storing them.
 
     Args:
         x_ptr, out_ptr: float32 or float64 [rows, columns], row stride `columns`.

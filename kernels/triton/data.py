@@ -1,4 +1,4 @@
-"""Batches from a resident dataset, and the adversary memory: gather, crop, mirror, scale, start, store.
+"""Batches of a resident dataset, and the adversary memory.
 
 A sample is D = C * H * W elements. `crops` holds (dy, dx, mirrored) for each sample: output pixel
 (y, x) shows stored pixel (y + dy, x' + dx) with x' = W - 1 - x if mirrored, else x.
@@ -21,7 +21,7 @@ def _grid(rows: int, columns: int, tile: dict[str, int]) -> tuple[int, int]:
 
 
 def _shape(images: Tensor) -> dict[str, int]:
-    """The image size as constants: it never changes in a run, and divisions by it become products."""
+    """Return the image size as constants: divisions by constants become products."""
     _, c, h, w = images.shape
     return {"C": c, "H": h, "W": w}
 
@@ -41,14 +41,15 @@ def augment(
     b, columns = index.shape[0], images[0].numel() if len(images) else 0
     x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
     crops = images.new_empty((b, 3), dtype=torch.int32)
-    # The L2 projection needs a sample's length before its first pixel: a launch of its own.
+    # The L2 projection needs a sample's length before its first pixel: a second launch.
     fused = memory is not None and norm == "Linf"
     start = torch.empty_like(x) if fused else x.new_empty(0)
     tile = row_tile(b, columns, elements=1024, widest=1024)
     with on_device(images):
         augment_kernel[_grid(b, columns, tile)](
             images, index, rng, x, crops, *((memory, start, eps) if fused else (None, None, None)),
-            pad, stream, b, FLIP=flip, CUTOUT=cutout, **_shape(images), **tile, enable_fp_fusion=False,
+            pad, stream, b, FLIP=flip, CUTOUT=cutout, **_shape(images), **tile,
+            enable_fp_fusion=False,
         )  # fmt: skip
     if memory is not None and eps is not None and not fused:
         start = recall(memory, index, crops, x, eps, norm)
@@ -93,7 +94,10 @@ def _stored_pixel(
     element, dy, dx, mirrored,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """For element `element` of a sample in memory order: its place in the stored [C, H, W], and whether it has one."""
+    """Return the index in the stored [C, H, W] of an element, and a mask of those inside the image.
+
+    `element` counts the elements of a sample in memory order.
+    """
     if CHANNELS_LAST:
         channel, pixel = element % C, element // C
     else:
@@ -106,22 +110,22 @@ def _stored_pixel(
 
 
 @triton.jit
-def _crop_of(where_ptr, row, live):
-    """(dy, dx, mirrored) of each sample."""
-    dy = tl.load(where_ptr + row * 3, mask=live, other=0)
-    dx = tl.load(where_ptr + row * 3 + 1, mask=live, other=0)
-    return dy, dx, tl.load(where_ptr + row * 3 + 2, mask=live, other=0)
+def _crop_of(crops_ptr, row, live):
+    """Load (dy, dx, mirrored) of each sample."""
+    dy = tl.load(crops_ptr + row * 3, mask=live, other=0)
+    dx = tl.load(crops_ptr + row * 3 + 1, mask=live, other=0)
+    return dy, dx, tl.load(crops_ptr + row * 3 + 2, mask=live, other=0)
 
 
 @triton.jit
 def _offset(word, pad):
-    """A whole number in [-pad, pad]: word * (2 pad + 1) / 2^32 by a product and a shift."""
+    """Return a whole number in [-pad, pad]: word * (2 pad + 1) / 2^32 by a product and a shift."""
     return ((word.to(tl.int64) * (2 * pad + 1)) >> 32).to(tl.int32) - pad
 
 
 @triton.jit
 def _linf_start(x, steps, eps_ptr):
-    """x moved by its stored steps of eps / 127, in the ball and in [0, 1]."""
+    """Return x plus its stored steps of eps / 127, in the ball and in [0, 1]."""
     eps = tl.load(eps_ptr).to(x.dtype)
     z = x + steps.to(x.dtype) * divide(eps, 127.0)
     return linf_step(x, z, tl.zeros_like(x), eps, eps)
@@ -129,18 +133,21 @@ def _linf_start(x, steps, eps_ptr):
 
 @triton.jit(do_not_specialize=["pad", "stream"])
 def augment_kernel(
-    images_ptr, index_ptr, rng_ptr, x_ptr, where_ptr, memory_ptr, start_ptr, eps_ptr,
+    images_ptr, index_ptr, rng_ptr, x_ptr, crops_ptr, memory_ptr, start_ptr, eps_ptr,
     pad, stream, rows, FLIP: tl.constexpr, CUTOUT: tl.constexpr,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One Philox block a sample, drawn anew by each program. Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
+    """Make a batch. Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
+
+    Every program draws the crops of its samples, one Philox block a sample.
 
     Args:
         images_ptr: uint8 [N, C, H, W], contiguous; index_ptr: int64 [rows]; rng_ptr: int64 [2].
-        x_ptr: float32 [rows, C, H, W], contiguous; where_ptr: int32 [rows, 3].
-        memory_ptr, start_ptr, eps_ptr: int8 [N, C, H, W]; like x; one float: the attack's start in the
-            Linf ball. All None: no start.
-        CUTOUT: side of the square set to 0. pad: crops start within `pad` of the corner; stream: second counter word.
+        x_ptr: float32 [rows, C, H, W], contiguous; crops_ptr: int32 [rows, 3].
+        memory_ptr, start_ptr, eps_ptr: int8 [N, C, H, W]; like x; one float: for the attack's start
+            in the Linf ball. All None: no start.
+        CUTOUT: side of the square that is set to 0.
+        pad: largest shift of a crop; stream: second counter word.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     live = row < rows
@@ -148,9 +155,9 @@ def augment_kernel(
     dy, dx = _offset(w0, pad), _offset(w1, pad)
     mirrored = (w2 >> 31).to(tl.int32) if FLIP else tl.zeros_like(dy)
     if tl.program_id(1) == 0:
-        tl.store(where_ptr + row * 3, dy, mask=live)
-        tl.store(where_ptr + row * 3 + 1, dx, mask=live)
-        tl.store(where_ptr + row * 3 + 2, mirrored, mask=live)
+        tl.store(crops_ptr + row * 3, dy, mask=live)
+        tl.store(crops_ptr + row * 3 + 1, dx, mask=live)
+        tl.store(crops_ptr + row * 3 + 2, mirrored, mask=live)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = live & (element < C * H * W)
     source, inside = _stored_pixel(element, dy, dx, mirrored, C, H, W, False)
@@ -171,21 +178,23 @@ def augment_kernel(
 
 @triton.jit
 def recall_linf_kernel(
-    memory_ptr, index_ptr, where_ptr, x_ptr, out_ptr, eps_ptr, rows,
+    memory_ptr, index_ptr, crops_ptr, x_ptr, out_ptr, eps_ptr, rows,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x plus the stored perturbation, in the ball and in [0, 1]. Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
+    """Return x plus the stored perturbation, in the Linf ball and in [0, 1].
+
+    Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
 
     Args:
         memory_ptr: int8 [N, C, H, W], contiguous, steps of eps / 127.
-        index_ptr: int64 [rows]; where_ptr: int32 [rows, 3].
+        index_ptr: int64 [rows]; crops_ptr: int32 [rows, 3].
         x_ptr, out_ptr: float32 or float64 [rows, D], NCHW or (CHANNELS_LAST) NHWC inside a row.
         eps_ptr: one float.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     live = row < rows
-    dy, dx, mirrored = _crop_of(where_ptr, row, live)
+    dy, dx, mirrored = _crop_of(crops_ptr, row, live)
     image = tl.load(index_ptr + row, mask=live, other=0) * (C * H * W)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = live & (element < C * H * W)
@@ -198,17 +207,19 @@ def recall_linf_kernel(
 
 @triton.jit
 def recall_l2_kernel(
-    memory_ptr, index_ptr, where_ptr, x_ptr, out_ptr, eps_ptr, rows,
+    memory_ptr, index_ptr, crops_ptr, x_ptr, out_ptr, eps_ptr, rows,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `recall_linf_kernel`, projected radially: whole samples a program. Grid: (ceil(rows / ROWS),).
+    """Return x plus the stored perturbation, in the L2 ball and in [0, 1].
 
-    Rounding to int8 steps can leave the ball, so the length is taken of what was stored.
+    Grid: (ceil(rows / ROWS),). A program holds whole samples. The arguments are those of
+    `recall_linf_kernel`. Rounding to int8 steps can leave the ball, so the projection uses the
+    length of the stored steps.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     live = row < rows
-    dy, dx, mirrored = _crop_of(where_ptr, row, live)
+    dy, dx, mirrored = _crop_of(crops_ptr, row, live)
     image = tl.load(index_ptr + row, mask=live, other=0) * (C * H * W)
     base = row.to(tl.int64) * (C * H * W)
     lane = tl.arange(0, BLOCK)[None, :]
@@ -234,11 +245,11 @@ def recall_l2_kernel(
 
 @triton.jit
 def remember_kernel(
-    memory_ptr, index_ptr, where_ptr, x_ptr, z_ptr, eps_ptr, rows,
+    memory_ptr, index_ptr, crops_ptr, x_ptr, z_ptr, eps_ptr, rows,
     C: tl.constexpr, H: tl.constexpr, W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every pixel of z - x goes back to where it came from. Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
+    """Store every pixel of z - x at its source pixel. Grid: (ceil(rows / ROWS), ceil(D / BLOCK)).
 
     Walks the batch, so that the wide operands are read in order; only the bytes are scattered, and
     pixels that the crop cut away are not touched.
@@ -248,7 +259,7 @@ def remember_kernel(
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     live = row < rows
-    dy, dx, mirrored = _crop_of(where_ptr, row, live)
+    dy, dx, mirrored = _crop_of(crops_ptr, row, live)
     image = tl.load(index_ptr + row, mask=live, other=0) * (C * H * W)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = live & (element < C * H * W)
@@ -258,6 +269,6 @@ def remember_kernel(
     z = tl.load(z_ptr + at, mask=mask, other=0.0)
     per_eps = divide(tl.full((), 127.0, x.dtype), tl.maximum(tl.load(eps_ptr).to(x.dtype), 1e-12))
     steps = (z - x) * per_eps
-    # A NaN has no place among the steps; converting it would be undefined.
+    # The conversion of NaN to an integer is undefined.
     steps = tl.where(steps != steps, 0.0, tl.minimum(tl.maximum(steps, -127.0), 127.0))
     tl.store(memory_ptr + image + source, round_even(steps).to(tl.int8), mask=mask & inside)

@@ -1,6 +1,6 @@
-"""Where and how wide the kernels run.
+"""The device and the tile sizes of a launch.
 
-Tiles follow from the problem's size by fixed rules: nothing is tuned at run time, so a captured CUDA
+Fixed rules give the tiles from the problem's size. Nothing is tuned at run time, so a captured CUDA
 graph and an eager call launch the same code.
 """
 
@@ -12,13 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
-# Set once, when Triton is imported: the decorators below have then built interpreted functions.
+# Triton reads this setting at its import: the decorators then build interpreted functions.
 INTERPRETING = triton.knobs.runtime.interpret
 # `audit` runs these launchers on CPU tensors with a driver that compiles and never launches.
 recording = False
 
-# The interpreter pays by the program, a GPU by the register. 1024 elements over 4 warps are 8 a
-# thread: two 128-bit accesses for each float32 operand.
+# The interpreter's cost grows with the programs, a GPU's with the registers. 1024 elements over 4
+# warps are 8 a thread: two 128-bit accesses for each float32 operand.
 _WIDEST = 65536 if INTERPRETING else 1024
 _FLAT_WARPS = 4
 
@@ -40,7 +40,7 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def flat_tile(n: int) -> dict[str, int]:
-    """BLOCK and num_warps for one element a lane over `n` elements."""
+    """Return BLOCK and num_warps for one element a lane over `n` elements."""
     block = min(triton.next_power_of_2(max(n, 16)), _WIDEST) if INTERPRETING else _WIDEST
     return {"BLOCK": block, "num_warps": _FLAT_WARPS}
 
@@ -48,11 +48,11 @@ def flat_tile(n: int) -> dict[str, int]:
 def row_tile(
     rows: int, columns: int, elements: int, widest: int | None = None, a_thread: int = 8
 ) -> dict[str, int]:
-    """ROWS, BLOCK and num_warps for a [ROWS, BLOCK] tile over a [rows, columns] problem.
+    """Return ROWS, BLOCK and num_warps for a [ROWS, BLOCK] tile over a [rows, columns] problem.
 
     Args:
-        elements: tile size to aim for; rows are packed into one program up to it.
-        widest: columns a program holds at once; None for all of them.
+        elements: desired tile size; a program packs rows up to this size.
+        widest: columns that a program holds at once; None for all of them.
         a_thread: elements of a full tile that one thread holds, up to 16 warps.
     """
     if INTERPRETING:

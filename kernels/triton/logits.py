@@ -1,4 +1,4 @@
-"""CE(adv) + lam KL(adv || ball) + mu KL(clean || adv): value and counts, then all three gradients."""
+"""The loss CE(adv) + lam KL(adv || ball) + mu KL(clean || adv), its counts and its gradients."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from .launch import on_device, row_tile
 from .maths import is_argmax, kl, log_softmax, number, softmax, wide
 
-# One program sums this many tiles itself, in order. Beyond that, programs share the rows and a second
-# kernel adds up their partial sums, also in order: the result never depends on timing.
+# One program sums up to this many tiles, in order. For more tiles, programs share the rows and a
+# second kernel adds their partial sums, also in order: the result never depends on timing.
 _TILES_IN_ONE_PROGRAM = 16
 _MOST_PROGRAMS = 1024
 
@@ -73,13 +73,13 @@ def local_ball_loss_backward(
 
 def _tile(adv: Tensor) -> dict[str, int]:
     rows, classes = adv.shape
-    # Three networks' logits live in registers at once.
+    # The logits of three passes are in registers at once.
     return row_tile(rows, classes, elements=2048, a_thread=4)
 
 
 @triton.jit
 def _write(loss_ptr, stats_ptr, lam_ptr, mu_ptr, ce, local, tie, right_a, right_b, right_c, rows):
-    """Sums over the batch to the loss and its six statistics."""
+    """Write the loss and its six statistics from the sums over the batch."""
     n = tl.maximum(tl.cast(rows, tl.int32), 1).to(ce.dtype)
     ce, local, tie = ce / n, local / n, tie / n
     lam, mu = tl.load(lam_ptr).to(ce.dtype), tl.load(mu_ptr).to(ce.dtype)
@@ -98,11 +98,11 @@ def loss_kernel(
     label_smoothing: tl.float64, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i takes tiles i, i + programs, ... of ROWS rows. Grid: (programs,).
+    """Sum the loss over tiles i, i + programs, ... of ROWS rows in program i. Grid: (programs,).
 
     Args:
         adv_ptr: any float type [rows, classes], row stride `classes`.
-        ball_ptr, clean_ptr: like adv, or None for no such term.
+        ball_ptr, clean_ptr: like adv, or None without that term.
         target_ptr: int64 [rows]; lam_ptr, mu_ptr: one float each.
         loss_ptr: [1] and stats_ptr: [6], float32 (float64 for float64 logits).
         partial_ptr: [6, programs] sums for `finish_loss_kernel`, or None in a single program, which
@@ -121,7 +121,7 @@ def loss_kernel(
         row = first + tl.arange(0, ROWS)
         live = row < rows
         at = row.to(tl.int64)[:, None] * classes + column
-        # Rows past the end read as zeros: finite throughout, and dropped before the sums.
+        # Rows past the end read as zeros: their terms are finite, and the sums drop them.
         mask = live[:, None] & inside
         target = tl.load(target_ptr + row, mask=live, other=0)[:, None]
         adv = wide(tl.load(adv_ptr + at, mask=mask, other=0.0))
@@ -165,7 +165,7 @@ def _total(partial_ptr, term, programs, BLOCK: tl.constexpr):
 def finish_loss_kernel(
     partial_ptr, lam_ptr, mu_ptr, loss_ptr, stats_ptr, rows, programs, BLOCK: tl.constexpr
 ):
-    """Adds up the partial sums of `loss_kernel`. Grid: (1,).
+    """Add the partial sums of `loss_kernel`. Grid: (1,).
 
     Args:
         partial_ptr: [6, programs]; loss_ptr: [1]; stats_ptr: [6]; all of one float type.
@@ -187,12 +187,14 @@ def loss_backward_kernel(
     label_smoothing: tl.float64, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """All three gradients from the logits, nothing saved by the forward pass. Grid: (ceil(rows / ROWS),).
+    """Compute all three gradients from the logits. Grid: (ceil(rows / ROWS),).
+
+    The forward pass saves only the logits.
 
     Args:
         grad_loss_ptr: one float, the gradient that reaches the loss.
-        grad_adv_ptr, grad_ball_ptr, grad_clean_ptr: like the logits of the same name; the last two are
-            not touched where their logits are None.
+        grad_adv_ptr, grad_ball_ptr, grad_clean_ptr: like the logits of the same name; nothing is
+            written for logits that are None.
         The rest: as for `loss_kernel`.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -252,7 +254,7 @@ def cross_entropy_grad_kernel(
     logits_ptr, target_ptr, out_ptr, scale: tl.float64, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scale (softmax(logits) - onehot(target)). Grid: (ceil(rows / ROWS),).
+    """Compute scale (softmax(logits) - onehot(target)). Grid: (ceil(rows / ROWS),).
 
     Args:
         logits_ptr, out_ptr: any float type [rows, classes], row stride `classes`.
@@ -274,7 +276,7 @@ def kl_grad_kernel(
     p_ptr, q_ptr, out_ptr, scale: tl.float64, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scale (softmax(q) - softmax(p)). Grid: (ceil(rows / ROWS),).
+    """Compute scale (softmax(q) - softmax(p)). Grid: (ceil(rows / ROWS),).
 
     Args:
         p_ptr, q_ptr, out_ptr: any float type [rows, classes], row stride `classes`.

@@ -1,6 +1,6 @@
-"""The formulas, free of loads and stores: every function maps register tiles to register tiles.
+"""The formulas without loads and stores: every function maps register tiles to register tiles.
 
-A choice by type is one expression: after an `if` that returned, Triton compiles the rest all the same.
+A choice by type is one expression: Triton also compiles the code after an `if` that returned.
 """
 
 import triton
@@ -9,55 +9,58 @@ import triton.language as tl
 
 @triton.jit
 def wide(v):
-    """`v` in float32, or in float64 if it is: the type that the mathematics runs in."""
+    """Return `v` in the type of the computation: float64 for float64, else float32."""
     return v if v.dtype == tl.float64 else v.to(tl.float32)
 
 
 @triton.jit
 def number(value, dtype: tl.constexpr):
-    """A launch argument (float64 on the device, a Python float when interpreted) as a `dtype` scalar."""
+    """Convert a launch argument, float64 or (if interpreted) a Python float, to `dtype`."""
     return (value * tl.full((), 1.0, tl.float64)).to(dtype)
 
 
 @triton.jit
 def divide(a, b):
-    """a / b correctly rounded; plain division of float32 is allowed to be off by two units."""
+    """Return a / b correctly rounded; plain float32 division may be off by two units."""
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
 def clip(v, low, high):
-    """`v` clipped to [low, high]; NaN stays NaN, as in PyTorch and unlike the hardware's default."""
+    """Clip `v` to [low, high]; NaN stays NaN, as in PyTorch and unlike the hardware's default."""
     v = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(v, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def linf_step(x, z, grad, eps, alpha):
-    """clip(z + alpha sign(grad), x - eps, x + eps), then [0, 1]. NaN gradients count as 0."""
+    """Clip z + alpha sign(grad) to [x - eps, x + eps] and [0, 1]; NaN gradients count as 0."""
     sign = tl.where(grad > 0, 1.0, tl.where(grad < 0, -1.0, 0.0)).to(x.dtype)
     return clip(clip(z + alpha * sign, x - eps, x + eps), 0.0, 1.0)
 
 
 @triton.jit
 def into_ball(square, eps):
-    """Factor that brings a perturbation of squared length `square` into the ball of radius `eps`."""
+    """Return the factor that projects a perturbation of squared length `square` into the ball."""
     length = tl.sqrt(square)
     return tl.where(length > eps, eps / tl.maximum(length, 1e-30), 1.0)
 
 
 @triton.jit
 def round_even(v):
-    """To the nearest whole number, ties to even, for |v| < 2^22: adding 1.5 * 2^(mantissa bits) drops the rest."""
+    """Round to the nearest whole number, ties to even, for |v| < 2^22.
+
+    The sum with 1.5 * 2^(mantissa bits) has no room for the fraction.
+    """
     shift: tl.constexpr = 6755399441055744.0 if v.dtype == tl.float64 else 12582912.0
     return (v + shift) - shift
 
 
 @triton.jit
 def log_softmax(logits, inside):
-    """Log-probabilities of each row of [ROWS, K]; columns outside `inside` take no part."""
+    """Return the log-probabilities of each row of [ROWS, K] over the columns `inside`."""
     top = tl.max(tl.where(inside, logits, float("-inf")), axis=1, keep_dims=True)
-    # 0 outside: nothing there can overflow, whatever the row holds.
+    # Outside, 0 cannot overflow.
     shifted = tl.where(inside, logits - top, 0.0)
     total = tl.sum(tl.where(inside, tl.exp(shifted), 0.0), axis=1, keep_dims=True)
     return shifted - tl.log(total)
@@ -65,7 +68,7 @@ def log_softmax(logits, inside):
 
 @triton.jit
 def softmax(logits, inside):
-    """Probabilities of each row of [ROWS, K]; 0 in columns outside `inside`."""
+    """Return the probabilities of each row of [ROWS, K]; 0 in columns outside `inside`."""
     top = tl.max(tl.where(inside, logits, float("-inf")), axis=1, keep_dims=True)
     p = tl.where(inside, tl.exp(tl.where(inside, logits - top, 0.0)), 0.0)
     return p / tl.sum(p, axis=1, keep_dims=True)
@@ -73,13 +76,15 @@ def softmax(logits, inside):
 
 @triton.jit
 def kl(log_p, log_q, inside):
-    """KL(p || q) of each row: [ROWS, K] twice to [ROWS]."""
+    """Return KL(p || q) of each row: [ROWS, K] twice to [ROWS]."""
     return tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_q), 0.0), axis=1)
 
 
 @triton.jit
 def is_argmax(logits, columns, target, inside):
-    """1.0 for every row whose first largest entry is at `target`, else 0.0. NaN is larger than any number.
+    """Return 1.0 for every row whose first largest entry is at `target`, else 0.0.
+
+    NaN is larger than any number, as in `torch.argmax`.
 
     Args:
         logits: [ROWS, K]; columns: [1, K] column numbers; target: [ROWS, 1].
@@ -94,11 +99,11 @@ def is_argmax(logits, columns, target, inside):
 
 @triton.jit
 def box_muller(first, second):
-    """Two standard normals from two uniforms in [0, 1).
+    """Return two standard normals from two uniforms in [0, 1) (Box and Muller, 1958).
 
-    The quadrant is taken off before the angle is formed, so both series see at most pi/4, where the
-    terms kept are exact to float64; the library's sine would bring its large-argument path and with it
-    local memory.
+    The quadrant is subtracted before the angle is computed, so the arguments of both series are at
+    most pi/4, and the terms here are exact to float64. The library's sine has a path for large
+    arguments, which needs local memory.
     """
     radius = tl.sqrt(-2.0 * tl.log(1.0 - first))
     quadrant = tl.floor(4.0 * second + 0.5)
@@ -130,9 +135,9 @@ def box_muller(first, second):
 
 @triton.jit
 def byte_to_unit(v):
-    """v / 255, correctly rounded, for whole v in [0, 255], without a division.
+    """Return v / 255, correctly rounded, for whole v in [0, 255], without a division.
 
-    1/255 = 257/2^16 + (2^-24 + 2^-32 + ...): the first product is exact and the second is too small
-    for its own rounding to reach the result (all 256 values are tested).
+    1/255 = 257/2^16 + (2^-24 + 2^-32 + ...): the first product is exact, and the rounding of the
+    second product is too small to change the result (a test holds all 256 values).
     """
     return v * 0.0039215087890625 + v * 5.983838848033773e-08

@@ -1,4 +1,4 @@
-"""Momentum SGD and AdamW with the weights' moving average: one launch for all parameters, or two."""
+"""Momentum SGD and AdamW with the weights' moving average, in one or two launches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Table(NamedTuple):
 
 
 class _Member(NamedTuple):
-    """One parameter and what belongs to it."""
+    """Hold one parameter with its gradient, moments, average and weight decay."""
 
     p: Tensor
     g: Tensor
@@ -46,8 +46,8 @@ class _Member(NamedTuple):
     decay: float
 
 
-# Gradients that autograd allocates anew mostly land on the addresses of an earlier step, so a few
-# tables serve a whole run.
+# The gradients of a step mostly have the addresses of an earlier step's, so a few tables serve a
+# whole run.
 _tables: OrderedDict[tuple, _Table] = OrderedDict()
 _MOST_TABLES = 32
 
@@ -257,7 +257,7 @@ def _sgd(
     p_ptr, g_ptr, m_ptr, e_ptr, offsets, n, lr, momentum, decay, towards,
     NESTEROV: tl.constexpr, AVERAGE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step for the elements `offsets` (below n, if MASKED) of one tensor; scalars in its type."""
+    """Update the elements `offsets` (below n, if MASKED) of one tensor; scalars in its type."""
     mask = offsets < n if MASKED else None
     p = tl.load(p_ptr + offsets, mask=mask)
     m = tl.load(m_ptr + offsets, mask=mask)
@@ -277,7 +277,7 @@ def _adamw(
     keep, rate, root, towards_m, beta2, towards_v, eps, towards,
     AVERAGE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One step for the elements `offsets` (below n, if MASKED) of one tensor; scalars in its type."""
+    """Update the elements `offsets` (below n, if MASKED) of one tensor; scalars in its type."""
     mask = offsets < n if MASKED else None
     p = tl.load(p_ptr + offsets, mask=mask)
     m = tl.load(m_ptr + offsets, mask=mask)
@@ -296,7 +296,7 @@ def _adamw(
 
 @triton.jit
 def _address(row, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address that the table holds at `row`."""
+    """Load the address at `row` of the table."""
     pointer = tl.load(row).to(tl.pointer_type(TYPE))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
@@ -307,16 +307,17 @@ def sgd_ema_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, NESTEROV: tl.constexpr, AVERAGE: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program i updates chunk i, BLOCK elements of one tensor. Grid: (chunks,).
+    """Update chunk i, BLOCK elements of one tensor, in program i. Grid: (chunks,).
 
-    Full chunks take no mask, so their accesses are 128 bits wide whatever the tensor's size.
+    A full chunk needs no mask, so its accesses are 128 bits wide for any size of the tensor.
 
     Args:
-        pointers_ptr: int64 [T, 5], addresses of param, grad, momentum, average and the element count.
+        pointers_ptr: int64 [T, 5], addresses of param, grad, momentum and average, and the element
+            count.
         chunks_ptr: int64 [P, 2], tensor and first element; decay_ptr: float64 [T].
-        lr_ptr, found_inf_ptr, ema_ptr: one float each: learning rate, overflow flag (nothing is written
-            where it is not 0), decay of the average.
-        PARAM, GRAD: element types; momentum and average have PARAM's.
+        lr_ptr, found_inf_ptr, ema_ptr: one float each: learning rate, overflow flag (if it is not
+            0, nothing is written), decay of the average.
+        PARAM, GRAD: element types; momentum and average have the type PARAM.
         ALIGNED: every address is a multiple of 16 bytes.
     """
     if tl.load(found_inf_ptr) == 0:
@@ -350,11 +351,11 @@ def adamw_ema_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, AVERAGE: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As `sgd_ema_kernel`, for AdamW.
+    """Update chunk i by AdamW, in program i, as `sgd_ema_kernel` does by SGD. Grid: (chunks,).
 
     Args:
-        pointers_ptr: int64 [T, 6], addresses of param, grad, first and second moment, average, and the
-            element count.
+        pointers_ptr: int64 [T, 6], addresses of param, grad, first and second moment and average,
+            and the element count.
         count_ptr: one float, the number of this update from 1.
         log_beta1, log_beta2: natural logarithms of the betas.
     """
@@ -368,7 +369,7 @@ def adamw_ema_kernel(
         n = tl.load(row + 5)
         start = tl.multiple_of(start, BLOCK)
         offsets = start + tl.arange(0, BLOCK)
-        # Bias corrections in float64: 1 - beta^n cancels.
+        # Use float64 for the bias corrections: 1 - beta^n cancels digits.
         count, lr = tl.load(count_ptr).to(tl.float64), tl.load(lr_ptr).to(tl.float64)
         decay = tl.load(decay_ptr + tensor)
         rate = (lr / (1.0 - tl.exp(count * log_beta1))).to(PARAM)

@@ -1,4 +1,7 @@
-"""The first convolution's input gradient and the attack step, without the gradient ever in memory (Linf)."""
+"""The first convolution's input gradient and the attack step.
+
+For Linf, one kernel does both, and the gradient is never in memory.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from .launch import INTERPRETING, flat_tile, on_device
 from .maths import linf_step
 
 _WARPS = 4
-# Lanes over pixels, four a thread: each weight that is read serves four products.
+# Lanes over pixels, four a thread: each loaded weight serves four products.
 _PIXELS = 512
-# Lanes over output channels too, where those are innermost: a pixel's 16 in 16 bits are one sector of
-# memory, read by two threads. Two pixels a thread: with four it takes 200 registers.
+# Lanes over output channels too, if the channels are innermost: 16 channels of a pixel in 16 bits
+# are one sector of memory, which two threads read. Two pixels a thread: four need 200 registers.
 _CHANNELS, _TILE = 16, 2048
 
 
@@ -38,9 +41,9 @@ def input_grad_step(
     group = min(c, 3)
     lanes, tile = 1, _PIXELS
     if stem_grad.stride(1) == 1 and o > 1:
-        # channels_last: lanes over pixels alone would take 2 or 4 bytes from each of 32 lines.
+        # In channels_last, lanes over pixels only would read 2 or 4 bytes of each of 32 lines.
         lanes, tile = min(triton.next_power_of_2(o), _CHANNELS), _TILE
-        # What a thread reads of the weights lies together too: 6 loads for 16 gradients, not 24.
+        # In this order a thread's weights are adjacent: 6 loads for 16 gradients, not 24.
         weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
     block = (flat_tile(pixels * lanes)["BLOCK"] if INTERPRETING else tile) // lanes
     grid = (triton.cdiv(pixels, block), stride * stride, triton.cdiv(c, group))
@@ -58,7 +61,7 @@ def input_grad_step(
 
 @triton.jit
 def _finish(acc, x_ptr, z_ptr, out_ptr, eps_ptr, alpha_ptr, at, mask, STEP: tl.constexpr):
-    """Store the gradient, or take the Linf step with it and store the iterate. acc: [BLOCK, LANES]."""
+    """Store the gradient, or the next point of the Linf step. acc: [BLOCK, LANES]."""
     acc = tl.sum(acc, axis=1)
     if STEP:
         x = tl.load(x_ptr + at, mask=mask, other=0.0)
@@ -77,23 +80,27 @@ def input_grad_kernel(
     STRIDE: tl.constexpr, PADDING: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK pixels of one residue class, up to three channels each.
+    """Compute BLOCK pixels of one residue class, up to three channels each.
+
     Grid: (ceil(batch * ceil(H / STRIDE) * ceil(W / STRIDE) / BLOCK), STRIDE^2, ceil(C / GROUP)).
 
-    Gather form: input pixel y receives from output row (y + PADDING - ky) / STRIDE where that is whole.
-    Pixels with the same (y, x) modulo STRIDE meet the same taps, so a program takes one such class:
-    no tap is tried in vain and all its pixels share their weights. A matrix product on tensor cores
-    would pad the 1 or 3 channels to 16 and round to TF32.
+    The kernel gathers: input pixel y receives from output row (y + PADDING - ky) / STRIDE if that
+    is whole. Pixels with the same (y, x) modulo STRIDE have the same taps, so a program takes one
+    such class: every tap counts, and all pixels share their weights. A matrix product on tensor
+    cores would pad the 1 or 3 channels to 16 and round to TF32.
 
-    A pixel has LANES sums, each over every LANES-th output channel, that meet at the end.
+    A pixel has LANES sums, each over every LANES-th output channel; the last step adds them.
 
     Args:
-        grad_ptr: any float [batch, out_channels, out_h, out_w], strides grad_b, grad_o, grad_y, grad_x.
-        weight_ptr: any float [out_channels, C, KH, KW], strides weight_o, weight_c, weight_y, weight_x.
+        grad_ptr: any float [batch, out_channels, out_h, out_w], strides grad_b, grad_o, grad_y,
+            grad_x.
+        weight_ptr: any float [out_channels, C, KH, KW], strides weight_o, weight_c, weight_y,
+            weight_x.
         x_ptr, z_ptr, out_ptr: float32 or float64 [batch, C, H, W], strides x_b, x_c, x_y, x_x.
         eps_ptr, alpha_ptr: one float each.
-        STEP: out is the next Linf iterate; otherwise out is the gradient and x, z, eps, alpha are not read.
-        LANES: output channels at a time, next to each other in memory (grad_o == 1) if more than one.
+        STEP: out is the next point of the Linf step; otherwise out is the gradient, and the kernel
+            does not read x, z, eps and alpha.
+        LANES: output channels at a time, adjacent in memory (grad_o == 1) if more than one.
         WHOLE: out_channels is a multiple of LANES.
     """
     dtype = x_ptr.dtype.element_ty

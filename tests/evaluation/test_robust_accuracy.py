@@ -102,6 +102,35 @@ def test_images_outside_the_box_are_refused(trained):
 
 
 @pytest.mark.parametrize("classes", [2, 3])
+def test_few_classes_get_the_attacks_that_are_defined(classes):
+    """At a radius where some images fall, each attack is named, and APGD's answer is the package's."""
+    torch.manual_seed(0)
+    model = Tiny(classes=classes)
+    images, labels = blobs(256, classes=classes)
+    engine.train(model, (images, labels), Linf(0.1), epochs=3, batch_size=64, lr=0.1)
+    x, y = blobs(40, seed=9, classes=classes)
+    x = x.float() / 255
+    report = engine.evaluate(model, x, y, Linf(0.3), pgd_steps=5, pgd_restarts=1, seed=3)
+    assert report.attacks == ("apgd-ce", "apgd-difference", "fab-t", "square")
+    assert tuple(report.after)[:2] == report.attacks[:2]
+    assert report.autoattack <= report.clean
+    direct = AutoAttack(
+        model.eval(), norm="Linf", eps=0.3, seed=3, version="custom", attacks=["apgd-ce"]
+    )
+    found, _ = direct.run_standard_evaluation(x, y, batch_size=500)
+    assert report.after["apgd-ce"] == pytest.approx(
+        float((predictions(model, found) == y).double().mean()), abs=1e-4
+    )
+    assert report.autoattack < report.clean
+
+
+def test_one_class_is_no_classifier():
+    x = torch.rand(8, 1, 6, 6)
+    with pytest.raises(EngineError, match="at least 2 classes"):
+        engine.evaluate(Foreign(classes=1), x, torch.zeros(8, dtype=torch.int64), Linf(0.1))
+
+
+@pytest.mark.parametrize("classes", [2, 3])
 def test_two_or_three_classes_are_judged_by_the_engine(classes):
     """The package's targeted losses need four classes."""
     x = torch.rand(8, 1, 6, 6)

@@ -80,9 +80,9 @@ class Loader(abc.ABC):
 
 
 def to_device(t: Tensor, device: torch.device | str) -> Tensor:
-    """`t` on `device`; from the host to a GPU by a copy that the host does not wait for.
+    """Return `t` on `device`. The host does not wait for a copy to a GPU.
 
-    Out of memory that is not pinned the host would wait for it, whatever it asked for.
+    The host waits for every copy from memory that is not pinned, so `t` is pinned first.
     """
     if torch.device(device).type == "cuda" and t.device.type == "cpu":
         t = t.pin_memory()

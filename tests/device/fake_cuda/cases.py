@@ -208,7 +208,7 @@ class Fault:
     """Hold what is done to a batch (x, y), and what the spy has to say of it."""
 
     does: Callable[[Tensor, Tensor], object]
-    said: str
+    complaint: str
 
 
 FAULTS: dict[str, Fault] = {
@@ -282,14 +282,14 @@ LONG = ("cifar10-", "cifar100", "mnist-")
 
 def cases() -> dict[str, Case]:
     """Return every case by its name."""
-    found = {
+    named = {
         f"{name} {precision}": Case(name, step, {"step.precision": precision})
         for name in recipes.names()
         for precision in ("bf16", "fp16", "tf32")
     }
-    found |= VARIANTS
-    found |= {f"fault: {name}": Case(_SMALL, partial(faulty, name)) for name in FAULTS}
-    return found
+    named |= VARIANTS
+    named |= {f"fault: {name}": Case(_SMALL, partial(faulty, name)) for name in FAULTS}
+    return named
 
 
 def _ran(names: list[str]) -> Iterator[dict[str, Any]]:

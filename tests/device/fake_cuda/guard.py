@@ -15,10 +15,10 @@ VARIABLE = "ENGINE_FAKE_CUDA_GUARD"
 
 
 def _torch() -> Path:
-    found = importlib.util.find_spec("torch")
-    assert found is not None
-    assert found.origin is not None
-    return Path(found.origin).parent
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def unavailable() -> str | None:

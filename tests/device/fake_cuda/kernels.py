@@ -19,10 +19,10 @@ _DELEGATE = re.compile(r"^  structured_delegate: (\S+)", re.M)
 
 @cache
 def _table() -> dict[str, bool]:
-    found = importlib.util.find_spec("torchgen")
-    assert found is not None
-    assert found.origin is not None
-    path = Path(found.origin).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    spec = importlib.util.find_spec("torchgen")
+    assert spec is not None
+    assert spec.origin is not None
+    path = Path(spec.origin).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
     served: dict[str, bool] = {}
     delegates: dict[str, str] = {}
     for entry in path.read_text().split("\n- func: ")[1:]:

@@ -50,5 +50,5 @@ def test_a_gpu_would_take_every_operator(rows, name):
 
 @pytest.mark.parametrize("name", [f"fault: {fault}" for fault in FAULTS])
 def test_a_planted_fault_is_caught(rows, name):
-    said = FAULTS[name.removeprefix("fault: ")].said
-    assert any(said in line for line in rows[name]["complaints"]), rows[name]["complaints"]
+    complaint = FAULTS[name.removeprefix("fault: ")].complaint
+    assert any(complaint in line for line in rows[name]["complaints"]), rows[name]["complaints"]

@@ -95,16 +95,16 @@ def run(stage: Stage, tree: Path, out: Path, environment: dict[str, str], limit:
                 stderr=subprocess.STDOUT,
                 timeout=limit,
             ).returncode
-            said = "" if status == 0 else f"exit status {status} "
+            remark = "" if status == 0 else f"exit status {status} "
         except subprocess.TimeoutExpired:
-            status, said = 1, "ended at its limit of time "
+            status, remark = 1, "ended at its limit of time "
     text = log.read_text(errors="replace")
     if stage.forbidden and stage.forbidden in text:
-        status, said = 1, f"it says {stage.forbidden!r} "
+        status, remark = 1, f"it says {stage.forbidden!r} "
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
     seconds = time.monotonic() - began
     print(
-        f"{stage.name:15} {'ok' if status == 0 else 'BAD':4} {seconds:4.0f} s  {said}{last[:140]}",
+        f"{stage.name:15} {'ok' if status == 0 else 'BAD':4} {seconds:4.0f} s  {remark}{last[:140]}",
         flush=True,
     )
     return status == 0

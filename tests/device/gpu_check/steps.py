@@ -35,15 +35,15 @@ EAGER, TIMED = 4, 20
 
 def built(recipe: Recipe, batch: int, recorder: capture.Recorder | None) -> Step:
     """Return the recipe's step on random images of its dataset's shape, at a batch of its own."""
-    where, about = device(), datasets.info(recipe.data.name)
+    target, about = device(), datasets.info(recipe.data.name)
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4 * batch, *about.shape), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, len(about.classes), (len(images),), generator=draw)
     torch.manual_seed(0)
-    model = build.build_model(recipe, images, len(about.classes), images.shape[1:]).to(where)
-    memory = build.memory_for(recipe, images, where)
+    model = build.build_model(recipe, images, len(about.classes), images.shape[1:]).to(target)
+    memory = build.memory_for(recipe, images, target)
     sampling = build.sampling_of(recipe)
-    loader = ResidentLoader(images, labels, batch, device=where, memory=memory, **sampling)
+    loader = ResidentLoader(images, labels, batch, device=target, memory=memory, **sampling)
     step = build.build_step(
         recipe, model, steps=64, memory=memory, take=loader.take, recorder=recorder
     )
@@ -88,26 +88,26 @@ def waits(step: Step) -> list[str]:
 
 def check(recipe: Recipe, batch: int) -> dict[str, Any]:
     """Run one recipe both ways from one state and compare all that a step changes."""
-    where = device()
+    target = device()
     recipe = replace(recipe, step=replace(recipe.step, capture="off"))
     eager = built(recipe, batch, None)
     for _ in range(EAGER - 2):
         eager()
-    found = waits(eager)
+    waiting = waits(eager)
     eager_ms = timed(eager, 1)
-    recorder: Any = capture.CudaGraphs(where) if where.type == "cuda" else Tape()
+    recorder: Any = capture.CudaGraphs(target) if target.type == "cuda" else Tape()
     captured = built(recipe, batch, recorder)
     for _ in range(EAGER):
         captured()
     ours, theirs = captured.tensors(), eager.tensors()
     different = [name for name, t in ours.items() if not torch.equal(t, theirs[name])]
-    captured_ms = timed(captured, TIMED if where.type == "cuda" else 1)
+    captured_ms = timed(captured, TIMED if target.type == "cuda" else 1)
     row = {
         "recipe": recipe.name,
         "precision": captured.precision,
         "batch": batch,
         "why_eager": captured.why_eager,
-        "waits": found,
+        "waits": waiting,
         "different": different[:5],
         "eager_ms": round(eager_ms, 3),
         "captured_ms": round(captured_ms, 3),
@@ -115,7 +115,7 @@ def check(recipe: Recipe, batch: int) -> dict[str, Any]:
         "memory_mb": peak_memory_mb(),
     }
     captured.close()
-    row["ok"] = not (captured.why_eager or found or different)
+    row["ok"] = not (captured.why_eager or waiting or different)
     return row
 
 

@@ -63,7 +63,7 @@ def test_all_stages_run_with_stand_ins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("code", "said"),
+    ("code", "remark"),
     [
         ("print('fine')", "ok"),
         ("print('1 BAD'); raise SystemExit(3)", "exit status 3"),
@@ -72,10 +72,10 @@ def test_all_stages_run_with_stand_ins(tmp_path):
     ],
     ids=["good", "failing", "slow", "forbidden"],
 )
-def test_a_stage_is_bad_where_it_fails(tmp_path, capsys, code, said):
+def test_a_stage_is_bad_where_it_fails(tmp_path, capsys, code, remark):
     stage = Stage("it", 9, [sys.executable, "-c", code], forbidden="without a CUDA graph")
-    assert run(stage, tmp_path, tmp_path, dict(os.environ), limit=2) == (said == "ok")
-    assert said in capsys.readouterr().out
+    assert run(stage, tmp_path, tmp_path, dict(os.environ), limit=2) == (remark == "ok")
+    assert remark in capsys.readouterr().out
     assert (tmp_path / "it.log").exists()
 
 

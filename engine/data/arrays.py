@@ -1,0 +1,37 @@
+"""Take NumPy arrays where the Python interface takes tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import EngineError
+
+
+def pair(data: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Return (images, labels) as tensors; None where `data` is no pair of arrays or tensors.
+
+    An array becomes a tensor on `device`: floats as float32, uint8 as uint8, other integers as int64.
+    A tensor is returned as it is.
+    """
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        return None
+    if not all(isinstance(part, (Tensor, np.ndarray)) for part in data):
+        return None
+    images, labels = (_tensor(part, device) for part in data)
+    return images, labels.long() if isinstance(data[1], np.ndarray) else labels
+
+
+def _tensor(array: Tensor | np.ndarray, device: torch.device) -> Tensor:
+    if isinstance(array, Tensor):
+        return array
+    if array.dtype.kind not in "iuf":
+        raise EngineError(f"an array of {array.dtype}: images are uint8 or floats, labels integers")
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+    elif array.dtype != np.uint8:
+        array = array.astype(np.int64)
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
