@@ -135,8 +135,8 @@ class StepOptions:
     deterministic: Annotated[
         bool,
         Field(
-            description="on a GPU: cuDNN takes algorithms that give the same bits each time, so that a "
-            "resumed run ends as an unbroken one does (slower)"
+            description="on a GPU: cuDNN takes algorithms that give the same bits each time, so "
+            "that a resumed run ends as an unbroken one does (slower)"
         ),
     ] = False
     sync_batch_norm: Annotated[
@@ -178,7 +178,8 @@ class Evaluation:
         Literal["pyautoattack", "engine"],
         Field(
             description="AutoAttack by its authors' package, or by the engine's own form of the "
-            "same attacks (docs/autoattack.md); networks of two or three classes: always the engine's"
+            "same attacks (docs/autoattack.md); networks of two or three classes: always the "
+            "engine's"
         ),
     ] = "pyautoattack"
     batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500

@@ -131,9 +131,6 @@ def test_robustbench_loads_the_weights_without_renaming(name, classes, normalise
         torch.testing.assert_close(network(inside), ours(x), rtol=1e-4, atol=1e-4)
 
 
-# ---- masked gradients ------------------------------------------------------------------------
-
-
 class Rounded(nn.Module):
     """The textbook's masked gradient: levels, whose derivative is nothing."""
 
