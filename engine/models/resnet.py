@@ -87,7 +87,7 @@ class ResNet18(_Residual18):
 
 
 class PreActResNet18(_Residual18):
-    """RobustBench's `PreActResNet(PreActBlock, [2, 2, 2, 2])`; any image size (32 in the literature).
+    """Hold RobustBench's `PreActResNet(PreActBlock, [2, 2, 2, 2])`, for any image size.
 
     Of the variants in use this one takes the shortcut from a block's input and has no batch norm
     before the linear layer, as Wong2020Fast and Andriushchenko2020Understanding.

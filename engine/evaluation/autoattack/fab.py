@@ -100,8 +100,8 @@ def project_onto_plane(x: Tensor, normal: Tensor, height: Tensor, norm: str) -> 
     Where the box does not reach the plane, x + d is the box's nearest point to it. Every coordinate
     moves by min(s b, room): b = 1 under Linf and |normal| under L2, room the way to the box's edge,
     and s solves sum |normal| min(s b, room) = |height|. The left side is concave and piecewise
-    linear in s, so Newton's method from 0 reaches the solution from below, in finitely many steps and
-    without the sort that the textbook solution needs.
+    linear in s, so Newton's method from 0 reaches the solution from below, in finitely many steps
+    and without the sort that the textbook solution needs.
 
     Args:
         x: [B, C, H, W] in [0, 1]; normal: like `x`; height: [B].
