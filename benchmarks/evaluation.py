@@ -68,8 +68,8 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
             Fashion-MNIST and 1,000 images (100 for small-cnn).
     Returns:
         A row an attack, and a row "all": network, recipe, norm, eps, images, attack; CPU seconds by
-        each judge and their ratio (the engine's over the package's); robust accuracy after the attack
-        by each judge; on the rows "all" the share of images with the same verdict.
+        each judge and their ratio (the engine's over the package's); robust accuracy after the
+        attack by each judge; on the rows "all" the share of images with the same verdict.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 
     python -m engine.benchmarks.showcase RUNS
 
-`engine compare benchmarks/studies/showcase.toml --out RUNS` makes RUNS. It keeps every row as the row
+`engine compare benchmarks/studies/showcase.toml --out RUNS` makes RUNS. It keeps every row as it
 comes, and draws RUNS/compare.png. After a stop, the same command goes on.
 """
 
@@ -27,7 +27,7 @@ _HEAD = (
 
 
 def predictable(gpu: str | None) -> str | None:
-    """Return `engine plan`'s name of a device: "h100" for "NVIDIA H100 80GB HBM3"; None: it has none."""
+    """Return `engine plan`'s name of a device: "h100" for "NVIDIA H100 80GB HBM3", or None."""
     words = (gpu or "").lower().replace("-", " ").split()
     return next((name for name in plan.GPUS if name in words), None)
 

@@ -129,8 +129,8 @@ def peak_gflops(device: torch.device | str = "cpu", precision: str = "fp32") -> 
     """Return the highest rate of a large matrix product, with torch's present threads [GFLOP/s].
 
     A step's rate is compared with this rate, because the machine reached it; a vendor's number is
-    only promised. The best of a few, so that other work on the machine does not lower it. It takes a
-    second on two cores.
+    only promised. The best of a few counts, so that other work on the machine does not lower it.
+    It takes a second on two cores.
 
     Args:
         precision: as `engine.device.precision.resolve` gives it.
