@@ -139,6 +139,25 @@ def test_state_dict_of_the_resnets(preact):
         assert shapes(make("preact-resnet18" if preact else "resnet18")) == expected
 
 
+@pytest.mark.parametrize("name", ["resnet18", "preact-resnet18"])
+def test_a_thin_resnet_has_the_same_names_and_every_channel_count_scaled(name):
+    with torch.device("meta"):
+        whole = shapes(build(name, in_channels=3, image_size=32, classes=10, width=64))
+        thin = shapes(build(name, in_channels=3, image_size=32, classes=10, width=8))
+        assert whole == shapes(make(name))
+    ends = {3, 10, 1}  # images' channels, classes, a 1x1 kernel
+    for key, shape in whole.items():
+        kernel = shape[2:]
+        assert thin[key] == tuple(n if n in ends else n // 8 for n in shape[:2]) + kernel, key
+
+
+def test_width_of_a_network_that_has_one_only_is_refused():
+    with pytest.raises(EngineError, match=r"fast-at-mnist has one width.*resnet18"):
+        build("fast-at-mnist", in_channels=1, image_size=28, classes=10, width=8)
+    with pytest.raises(EngineError, match="width of model resnet18 must be at least 1"):
+        build("resnet18", in_channels=1, image_size=28, classes=10, width=0)
+
+
 def test_state_dict_of_the_wide_resnet():
     expected = {"conv1.weight": (16, 3, 3, 3), "fc.weight": (10, 640), "fc.bias": (10,)}
     expected |= batch_norm("bn1", 640)
