@@ -253,7 +253,7 @@ def _folder(path: Path) -> Path:
     try:
         files.make_folder(path)
     except OSError as error:
-        raise EngineError(f"cannot make the folder {path}: {error.strerror}") from error
+        raise EngineError(f"cannot write {path}: {error.strerror}") from error
     return path
 
 
@@ -267,7 +267,7 @@ def _new_folder(recipe: Recipe) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise EngineError(f"cannot make the folder {path}: {error.strerror}") from error
+            raise EngineError(f"cannot write {path}: {error.strerror}") from error
         return path
 
 
