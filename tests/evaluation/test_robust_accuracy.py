@@ -58,7 +58,7 @@ def test_pgd_is_no_stronger_than_the_ball_allows(trained, threat):
 
 
 def test_pgd_finds_what_a_plain_loop_finds(trained):
-    """An independent PGD, written out, breaks no image that ours says is robust at every iterate."""
+    """Break, by an independent PGD, no image that the engine's PGD finds robust."""
     model, x, y = trained
     eps, steps = 0.3, 20
     ours = pgd(model, x, y, Linf(eps), steps=steps, restarts=3)
@@ -171,7 +171,7 @@ def test_images_outside_the_box_are_refused(trained):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_few_classes_get_the_attacks_that_are_defined(classes):
-    """At a radius where some images fall, each attack is named, and APGD's answer is the package's."""
+    """Name each attack at a radius where some images fall; APGD's result is the package's."""
     torch.manual_seed(0)
     model = Tiny(classes=classes)
     images, labels = blobs(256, classes=classes)

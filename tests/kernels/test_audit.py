@@ -32,9 +32,6 @@ def run_compiling(code):
     return json.loads(done.stdout)
 
 
-# ---- the promises ----------------------------------------------------------------------------
-
-
 def hold(row):
     """Every way in which a row falls short, in words."""
     failures = []
@@ -86,7 +83,7 @@ print(json.dumps(audit.rows()))
 
 
 def test_a_channels_last_gradient_is_read_wide():
-    """Training's case under bf16: 16 bits from each of 32 lines would be most of an attack step's time."""
+    """Read wide under bf16: 16 bits from each of 32 lines would take most of an attack step."""
     found = run_compiling("""
 import json
 from engine.kernels import audit
@@ -222,11 +219,9 @@ print(json.dumps(failures))
 
 @pytest.mark.slow
 def test_every_type_and_edge_compiles():
-    """The interpreter runs what the compiler refuses: sizes of one become constants, branches must agree in type."""
+    """Compile all types and edges: sizes of one are constants, branches must agree in type."""
     assert run_compiling(COMPILE) == {}
 
-
-# ---- reading machine code --------------------------------------------------------------------
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;             /* 0x00000a00ff017b82 */
