@@ -427,7 +427,10 @@ def stored() -> dict[str, tuple[str, str]]:
 
 
 def _page_of(rows: list[dict[str, Any]]) -> str:
-    """Return the page that shows a comparison: MNIST and CIFAR-10 have one each, Fashion-MNIST's searches their own."""
+    """Return the page that shows a comparison.
+
+    MNIST and CIFAR-10 have a page each; the searches on Fashion-MNIST have one.
+    """
     dataset = rows[0]["dataset"]
     if "cifar10" in dataset:
         return "docs/results-cifar10.md"

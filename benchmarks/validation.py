@@ -1,7 +1,8 @@
 """Which validation attack tells the truth? `python -m engine.benchmarks.validation RUN [RUN ...]`.
 
-The checkpoints of finished runs are attacked on the same held-out training images by PGD on the cross-entropy, by PGD on
-the margin, and by AutoAttack's two APGD attacks. No test image is looked at.
+The checkpoints of finished runs are attacked on the same held-out training images by PGD on the
+cross-entropy, by PGD on the margin, and by AutoAttack's two APGD attacks. No test image is looked
+at.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def attacked(run: Run, *, checkpoint: str = "best", examples: int = 300) -> dict
     """Attack a run's checkpoint on the first `examples` of its held-out images.
 
     Returns:
-        run (its folder and the folder around it), checkpoint, examples, and accuracies [0..1]: clean; constant_ce, constant_margin,
-        decaying_ce and decaying_margin by PGD with 20 steps; apgd.
+        run (its folder and the folder around it), checkpoint, examples, and accuracies [0..1]:
+        clean; constant_ce, constant_margin, decaying_ce and decaying_margin by PGD with 20 steps;
+        apgd.
     """
     recipe = run.recipe
     model = evaluate.load_model(run, checkpoint)

@@ -50,7 +50,7 @@ def towards_errors(y: Tensor, label_smoothing: float = 0.0) -> LogitsGrad:
 
 
 def towards_runner_up(y: Tensor) -> LogitsGrad:
-    """Return the gradient of the margin, the best wrong logit minus that of the label `y` int64 [B].
+    """Return the gradient of the margin: the best wrong logit minus the logit of label `y`.
 
     Unlike the cross-entropy's it does not shrink where the network is sure of its answer (Carlini &
     Wagner, arXiv 1608.04644, their loss f6).

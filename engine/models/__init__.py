@@ -51,8 +51,8 @@ def build(
         mean, std: for normalisation inside the model, one number a channel; both or neither.
             Without them the state dict has no `mu` and `sigma`.
     Raises:
-        EngineError: for an unknown name, an image size that does not fit, numbers out of range, or a
-            width for a network that has only one.
+        EngineError: for an unknown name, an image size that does not fit, numbers out of range, or
+            a width for a network that has only one.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.0)[0]

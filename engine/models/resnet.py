@@ -56,7 +56,10 @@ class _PreActBlock(nn.Module):
 
 
 class _Residual18(Network):
-    """conv1, four stages of two blocks, mean over the image, linear; a stage has twice its predecessor's channels."""
+    """Hold conv1, four stages of two blocks, the mean over the image, and a linear layer.
+
+    Each stage has twice the channels of the stage before it.
+    """
 
     stages = 4
 
