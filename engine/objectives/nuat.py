@@ -93,7 +93,7 @@ class NuAT(Objective):
 
 
 def _guided(clean: Tensor, y: Tensor, weight: Tensor) -> LogitsGrad:
-    """Return the gradient of the batch's sum of CE plus weight ||clean - logits||_*, at the logits."""
+    """Return the gradient of summed CE + weight ||clean - logits||_* with respect to the logits."""
 
     def grad(logits: Tensor) -> Tensor:
         pull = -weight * unitary_factor(clean - logits.float())

@@ -74,7 +74,9 @@ def test_pgd_finds_what_a_plain_loop_finds(trained):
 
 
 def test_the_margin_is_attacked_where_the_cross_entropy_has_no_gradient(trained):
-    """Logits a million times as large change no answer; float32's cross-entropy is flat there, the margin is not."""
+    """Logits a million times as large change no answer; float32's cross-entropy is flat there, the
+    margin is not.
+    """
     model, x, y = trained
     steep = nn.Sequential(model, _Times(1e6)).eval()
     options = {"steps": 20, "restarts": 1}
@@ -104,7 +106,9 @@ def test_step_sizes_of_pgd(trained, monkeypatch, step, sizes):
 
 
 def test_decaying_steps_find_what_constant_ones_step_over():
-    """A narrow valley: only points within 0.02 of 0.43 are misread, and steps of eps / 4 jump across."""
+    """A narrow valley: only points within 0.02 of 0.43 are misread, and steps of eps / 4 jump
+    across.
+    """
 
     class Valley(nn.Module):
         def forward(self, x):

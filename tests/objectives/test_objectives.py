@@ -607,7 +607,7 @@ def test_liet_is_the_papers_formula(model, batch, projected):
 
 
 def test_liet_starts_from_what_a_grey_image_says_of_the_label(model, batch):
-    """With nothing erased it is x + I_y or x - I_y by the step's coin; with all erased it is noise."""
+    """With nothing erased, x + I_y or x - I_y by the step's coin; with all erased, noise."""
     x, y = batch
     x, threat = 0.3 + 0.4 * x, Linf(0.1)
     grey = torch.full((4, *x.shape[1:]), 0.5, requires_grad=True)
