@@ -17,15 +17,11 @@ import torch
 
 from engine import recipes
 from engine.evaluation import robust_accuracy
+from engine.evaluation.autoattack.verdict import Verdict
 from engine.progress import stderr
 from engine.recipes import Recipe
 from engine.runs import evaluate, images, train
 from engine.runs.folder import Run
-
-JUDGES = {
-    "pyautoattack": robust_accuracy.autoattack,
-    "engine": robust_accuracy.engines_autoattack,
-}
 
 
 @dataclass(frozen=True)
@@ -87,24 +83,33 @@ def _rows(setting: Setting) -> list[dict[str, Any]]:
         train.train(run)
         network = evaluate.load_model(run)
     x, y = (t[: setting.examples] for t in images.test_set(recipe))
-    verdicts, seconds, after = {}, {}, {}
+    verdicts: dict[str, Verdict] = {}
+    clocks: dict[str, _Clock] = {}
     with robust_accuracy.evaluation_mode(network):
-        for judge, attack in JUDGES.items():
-            clock = _Clock()
-            verdicts[judge], after[judge], _ = attack(
-                network, x, y, recipe.threat, seed=recipe.seed, progress=clock
+        for judge, attack in robust_accuracy.JUDGES.items():
+            clocks[judge] = _Clock()
+            verdicts[judge] = attack(
+                network, x, y, recipe.threat, seed=recipe.seed, progress=clocks[judge]
             )
-            seconds[judge] = clock.seconds
     about = _about(recipe, len(x))
     rows = [
-        {**about, "attack": name, **_compared(*(seconds[j].get(name, 0.0) for j in JUDGES))}
-        | {f"robust_{judge}": after[judge].get(name) for judge in JUDGES}
-        for name in after["engine"]
+        {
+            **about,
+            "attack": name,
+            **_compared(*(clock.seconds.get(name, 0.0) for clock in clocks.values())),
+            **{f"robust_{judge}": verdict.after.get(name) for judge, verdict in verdicts.items()},
+        }
+        for name in verdicts["engine"].after
     ]
-    same = (verdicts["engine"] == verdicts["pyautoattack"]).double().mean()
-    whole = _compared(*(sum(seconds[j].values()) for j in JUDGES))
-    accuracy = {f"robust_{j}": float(v.double().mean()) for j, v in verdicts.items()}
-    return [*rows, {**about, "attack": "all", **whole, **accuracy, "agreement": float(same)}]
+    robust = {judge: verdict.robust for judge, verdict in verdicts.items()}
+    whole = {
+        **about,
+        "attack": "all",
+        **_compared(*(sum(clock.seconds.values()) for clock in clocks.values())),
+        **{f"robust_{judge}": float(mask.double().mean()) for judge, mask in robust.items()},
+        "agreement": float((robust["engine"] == robust["pyautoattack"]).double().mean()),
+    }
+    return [*rows, whole]
 
 
 def _about(recipe: Recipe, count: int) -> dict[str, Any]:

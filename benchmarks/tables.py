@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import recipes, results
+from engine import results
 from engine.compare import picture
-from engine.performance import plan
 from engine.text import percent
 
-from . import scaling_picture
+from . import predictions, scaling_picture
+from .markdown import header
 
 # The comparison in README's table.
 HEADLINE = "compare-curves"
@@ -33,7 +33,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     else:
         attack = {"standard": "AutoAttack %", "apgd": "APGD %"}[rows[0]["autoattack_version"]]
         scores = {"clean": "clean %", "pgd": "PGD %", "autoattack": attack}
-    lines = _header("method", "passes", "epochs", "seeds", *scores.values(), "training s", share)
+    lines = header("method", "passes", "epochs", "seeds", *scores.values(), "training s", share)
     judged = [*scores][-1]
     # A replay counts as an epoch, and does not always divide the budget.
     alone = len({row["method"] for row in rows}) == len(rows)
@@ -61,7 +61,7 @@ def headline(rows: list[dict[str, Any]]) -> str:
     longest = max(row["epochs"] for row in rows)
     chosen = [row for row in rows if row["epochs"] == longest]
     strong = next(row["train_seconds_mean"] for row in chosen if row["method"] == "pgd-10")
-    lines = _header(
+    lines = header(
         f"{longest} epochs",
         "passes",
         "clean %",
@@ -82,7 +82,7 @@ def headline(rows: list[dict[str, Any]]) -> str:
 
 def loaders(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench loaders` rows."""
-    lines = _header(
+    lines = header(
         "images",
         "loader",
         "images/s",
@@ -103,7 +103,7 @@ def loaders(rows: list[dict[str, Any]]) -> str:
 
 def ops(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench ops` rows: our backend against others."""
-    lines = _header(
+    lines = header(
         "op",
         "shape",
         "p50 ms",
@@ -130,7 +130,7 @@ def ops(rows: list[dict[str, Any]]) -> str:
 
 def step(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench step` rows."""
-    lines = _header(
+    lines = header(
         "network",
         "objective",
         "k",
@@ -160,7 +160,7 @@ def step(rows: list[dict[str, Any]]) -> str:
 
 def scaling(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench scaling` rows: the ends of each axis."""
-    lines = _header(
+    lines = header(
         "axis",
         "method",
         "ms a step, measured",
@@ -190,7 +190,7 @@ def scaling(rows: list[dict[str, Any]]) -> str:
 
 def end_to_end(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench end-to-end` rows."""
-    lines = _header(
+    lines = header(
         "training",
         "passes",
         "s an epoch (p20 / p50 / p80)",
@@ -219,7 +219,7 @@ def end_to_end(rows: list[dict[str, Any]]) -> str:
 
 def accuracy(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench accuracy` rows; time over the last recipe's."""
-    lines = _header(
+    lines = header(
         "recipe",
         "passes",
         "PGD target",
@@ -267,73 +267,12 @@ def validation(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
-    """Return a Markdown table of `engine plan` for CIFAR-10 on every known GPU: predictions."""
-    lines = _header(
-        "recipe",
-        "GPU",
-        "passes",
-        "step ms",
-        "images/s",
-        "training, min",
-        "bound by compute",
-        "bound by memory",
-        "share of PGD-10",
-    )
-    for gpu in plan.GPUS:
-        for name in names:
-            prediction = plan.plan(recipes.load(name), gpu)
-            cells = [
-                f"`{name}`",
-                gpu,
-                prediction.passes["total"],
-                f"{prediction.step_ms:.1f}",
-                f"{prediction.images_per_second:,.0f}",
-                f"{prediction.train_minutes:.1f}",
-                f"{prediction.bound_by['compute']:.0%}",
-                f"{prediction.bound_by['memory']:.0%}",
-                f"{prediction.share_of_pgd10:.0%}",
-            ]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def full_scale() -> str:
-    """Return a Markdown table of the MNIST and CIFAR recipes, with predictions."""
-    lines = _header(
-        "recipe",
-        "network",
-        "Linf",
-        "objective, k",
-        "passes",
-        "epochs",
-        "H100, min (predicted)",
-    )
-    for name in recipes.names():
-        loaded = recipes.load(name)
-        if loaded.data.name not in ("mnist", "cifar10", "cifar100"):
-            continue
-        eps = loaded.threat.eps
-        prediction = plan.plan(loaded, "h100")
-        cells = [
-            f"`{name}`",
-            loaded.model.name,
-            f"{eps * 255:.0f}/255" if loaded.data.name != "mnist" else f"{eps:g}",
-            f"{loaded.objective.name}, {loaded.attack.steps}",
-            prediction.passes["total"],
-            loaded.optim.epochs,
-            f"{prediction.train_minutes:.2g}",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def audit(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine kernels` rows, one line a kernel.
 
     A cell holds a value for each architecture, or the common value.
     """
-    lines = _header(
+    lines = header(
         "kernel",
         "registers",
         "spills, local B",
@@ -367,7 +306,7 @@ def audit(rows: list[dict[str, Any]]) -> str:
 
 def evaluation(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench evaluation` rows: both judges of AutoAttack."""
-    lines = _header(
+    lines = header(
         "network",
         "norm, eps",
         "images",
@@ -449,8 +388,8 @@ def write(root: Path) -> list[str]:
         A line for each table and picture.
     """
     tables = stored() | {
-        "plans": ("docs/plan.md", plans()),
-        "full-scale": ("docs/recipes.md", full_scale()),
+        "plans": ("docs/plan.md", predictions.plans()),
+        "full-scale": ("docs/recipes.md", predictions.full_scale()),
     }
     written = []
     for name, (document, table) in tables.items():
@@ -475,11 +414,6 @@ def write(root: Path) -> list[str]:
         draw(kept, image)
         written.append(str(image.relative_to(root)))
     return written
-
-
-def _header(*titles: str) -> list[str]:
-    """Return the first two lines of a Markdown table."""
-    return ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
 
 
 def _growth(ends: Sequence[float]) -> list[str]:

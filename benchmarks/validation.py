@@ -16,6 +16,7 @@ import torch
 from engine import files, results
 from engine.device.machine import device, environment
 from engine.evaluation import robust_accuracy
+from engine.evaluation.autoattack import package
 from engine.progress import stderr
 from engine.runs import evaluate, images
 from engine.runs.folder import Run
@@ -44,7 +45,7 @@ def attacked(run: Run, *, checkpoint: str = "best", examples: int = 300) -> dict
                     model, x, y, recipe.threat, steps=20, restarts=1, loss=loss, step=step
                 )
                 found[f"{step}_{name}"] = robust_accuracy.share(robust)
-        robust, _, _ = robust_accuracy.autoattack(model, x, y, recipe.threat, version="apgd")
+        robust = package.run(model, x, y, recipe.threat, version="apgd").robust
     found["apgd"] = robust_accuracy.share(robust)
     return found
 

@@ -18,7 +18,7 @@ from .device.capture import CudaGraphs, unavailable
 from .device.precision import Precision
 from .errors import EngineError
 from .evaluation.autoattack import ensemble
-from .evaluation.autoattack.ensemble import Verdict
+from .evaluation.autoattack.verdict import Verdict
 from .evaluation.robust_accuracy import Report, check_images, evaluate, evaluation_mode
 from .objectives import LocalBall, Objective
 from .threat import ThreatModel, check_pixels

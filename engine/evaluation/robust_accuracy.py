@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import re
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,9 +24,9 @@ from ..data import arrays
 from ..errors import EngineError
 from ..models import stem_of
 from ..threat import ThreatModel
-from .autoattack import ensemble
+from .autoattack import ensemble, package
+from .autoattack.verdict import Progress, silent
 
-Progress = Callable[[str, int, int], None]
 Judge = Literal["pyautoattack", "engine"]
 PgdLoss = Literal["cross-entropy", "margin"]
 PgdStep = Literal["constant", "decaying"]
@@ -37,12 +34,6 @@ _GRADIENTS: dict[PgdLoss, Callable[[Tensor], LogitsGrad]] = {
     "cross-entropy": towards_errors,
     "margin": towards_runner_up,
 }
-# The package's targeted DLR loss compares four logits.
-_FEWEST_CLASSES = 4
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Show no progress."""
 
 
 @dataclass
@@ -172,95 +163,8 @@ def _break(
     return torch.cat(broken).unique()
 
 
-def autoattack(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatModel,
-    *,
-    version: str = "standard",
-    seed: int = 0,
-    batch_size: int = 500,
-    progress: Progress = silent,
-) -> tuple[Tensor, dict[str, float], list[str]]:
-    """Run AutoAttack (Croce & Hein, arXiv 2003.01690) of the package pyautoattack.
-
-    Args:
-        model: in evaluation mode, [0, 1] images to logits.
-        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N].
-        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first
-            two, where APGD-CE has the package's five restarts (standard: one).
-    Returns:
-        bool [N], True where robust; robust accuracy after each attack; the package's own warnings.
-    Raises:
-        EngineError: for fewer than four classes, which its targeted loss needs.
-    """
-    from pyautoattack import AutoAttack
-
-    classes = model(x[:1]).shape[1]
-    if classes < 4:
-        raise EngineError(f"AutoAttack needs at least 4 classes, the model has {classes}")
-    attacks = ["apgd-ce", "apgd-t"] if version == "apgd" else None
-    after: dict[str, float] = {}
-    listener = _Listener(after, progress, batches=math.ceil(len(x) / batch_size))
-    logger = logging.getLogger("auto-attack")
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(listener)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            judge = AutoAttack(
-                model,
-                norm=threat.norm,
-                eps=threat.eps,
-                seed=seed,
-                device=x.device,
-                version="custom" if attacks else "standard",
-                attacks=attacks,
-            )
-            # The standard is nine targets for ten classes and more.
-            judge.apgd_targeted.n_target_classes = min(9, classes - 1)
-            judge.fab.n_target_classes = min(9, classes - 1)
-            _, predicted = judge.run_standard_evaluation(x, y, batch_size=batch_size)
-    finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
-        logger.propagate = propagate
-    notes = listener.warnings + [
-        str(w.message) for w in caught if "autoattack" in str(w.filename).lower()
-    ]
-    return predicted == y, after, notes
-
-
-def engines_autoattack(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatModel,
-    *,
-    version: str = "standard",
-    seed: int = 0,
-    batch_size: int = 500,
-    progress: Progress = silent,
-) -> tuple[Tensor, dict[str, float], list[str]]:
-    """Run the engine's own AutoAttack; arguments and results as for `autoattack`."""
-    verdict = ensemble.run(
-        model,
-        x,
-        y,
-        threat,
-        version=version,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return verdict.robust, verdict.after, verdict.notes
-
-
 # Who runs AutoAttack, by the name that recipes use.
-_JUDGES = {"pyautoattack": autoattack, "engine": engines_autoattack}
+JUDGES = {"pyautoattack": package.run, "engine": ensemble.run}
 
 
 def attack_names(version: str, classes: int) -> tuple[str, ...]:
@@ -279,29 +183,8 @@ def attack_names(version: str, classes: int) -> tuple[str, ...]:
         raise EngineError(f"an attack needs at least 2 classes, the model has {classes}")
     if version == "none":
         return ()
-    second = "apgd-t" if classes >= _FEWEST_CLASSES else "apgd-difference"
+    second = "apgd-t" if classes >= package.FEWEST_CLASSES else "apgd-difference"
     return ("apgd-ce", second) + (("fab-t", "square") if version == "standard" else ())
-
-
-class _Listener(logging.Handler):
-    """Read AutoAttack's log lines: accuracy after each attack, progress, warnings."""
-
-    _AFTER = re.compile(r"robust accuracy after ([\w-]+): ([\d.]+)%")
-    _BATCH = re.compile(r"^([\w-]+) - (\d+)/(\d+) -")
-
-    def __init__(self, after: dict[str, float], progress: Progress, batches: int) -> None:
-        super().__init__(logging.DEBUG)
-        self.after, self.progress, self.batches = after, progress, batches
-        self.warnings: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            self.warnings.append(line)
-        if match := self._AFTER.match(line):
-            self.after[match[1].lower()] = float(match[2]) / 100
-        if match := self._BATCH.match(line):
-            self.progress(match[1], int(match[2]), int(match[3]))
 
 
 @contextlib.contextmanager
@@ -382,9 +265,9 @@ def evaluate(
         after: dict[str, float] = {}
         notes: list[str] = []
         if autoattack_version != "none":
-            if logits.shape[1] < _FEWEST_CLASSES:
+            if logits.shape[1] < package.FEWEST_CLASSES:
                 judge = "engine"
-            by_aa, after, notes = _JUDGES[judge](
+            verdict = JUDGES[judge](
                 model,
                 x,
                 y,
@@ -394,6 +277,7 @@ def evaluate(
                 batch_size=batch_size,
                 progress=progress,
             )
+            by_aa, after, notes = verdict.robust, verdict.after, verdict.notes
             worst = by_pgd & by_aa
     return Report(
         threat=threat,
