@@ -64,8 +64,7 @@ def usable(name: Backend) -> tuple[ModuleType | None, str]:
     """Return the result of `load`, after one launch on the backend's device if there is one.
 
     An import proves little: at its first launch Triton compiles its driver, which needs a C
-        compiler,
-    Python's headers and libcuda.
+    compiler, Python's headers and libcuda.
     """
     module, reason = load(name)
     if name != "triton" or module is None or not torch.cuda.is_available():

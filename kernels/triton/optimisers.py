@@ -57,8 +57,7 @@ class _Capture(NamedTuple):
 
     Attributes:
         tables: by device, rows and weight decays.
-        unfilled: pairs of a table that the capture allocated and its content, to be written after
-            it.
+        unfilled: tables that the capture allocated, each with the content to write afterwards.
     """
 
     tables: dict[tuple, _Table]
@@ -221,8 +220,7 @@ def _table(members: tuple[_Member, ...], rows: tuple[tuple[int, ...], ...], bloc
     """Return the table for these tensors; in a capture, allocate a missing one without content.
 
     Raises:
-        RuntimeError: in a capture outside `capturing`: nothing would keep the table for the
-            replays.
+        RuntimeError: in a capture outside `capturing`, where nothing keeps the table for replays.
     """
     decay = tuple(m.decay for m in members)
     device = members[0].p.device

@@ -468,7 +468,7 @@ class Net(torch.nn.Module):
 
 
 def train(steps, device):
-    """Train by the local ball with the public ops only; compare every loss and the final weights."""
+    """Train by the local ball with public ops only; compare every loss and the final weights."""
     torch.manual_seed(0)
     net = Net().to(device)
     parameters = list(net.parameters())

@@ -1,4 +1,4 @@
-"""Properties of all ops: torch.library's checks, their dispatches, errors that name the argument."""
+"""Properties of all ops: torch.library's checks, dispatches, errors that name the argument."""
 
 import pytest
 import torch
