@@ -10,8 +10,8 @@ from torch import nn
 import engine
 from engine import L2, EngineError, Linf
 from engine.adversary.ascent import towards_runner_up
-from engine.evaluation import robust_accuracy
-from engine.evaluation.robust_accuracy import evaluation_mode, pgd, predictions, robustbench_fields
+from engine.evaluation import robust_accuracy, robustbench
+from engine.evaluation.robust_accuracy import evaluation_mode, pgd, predictions
 
 from ..conftest import Foreign, Tiny, blobs
 
@@ -219,7 +219,7 @@ def test_robustbench_fields(trained):
     report = engine.evaluate(
         model, x, y, Linf(0.1), pgd_steps=3, pgd_restarts=1, autoattack_version="apgd"
     )
-    fields = robustbench_fields(report, name="n", architecture="a", dataset="d")
+    fields = robustbench.fields(report, name="n", architecture="a", dataset="d")
     assert fields["clean_acc"] == f"{100 * report.clean:.2f}"
     assert fields["autoattack_acc"] == f"{100 * report.autoattack:.2f}"
     assert set(report.after) == {"apgd-ce", "apgd-t"}
