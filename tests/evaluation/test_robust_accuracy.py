@@ -10,8 +10,8 @@ from torch import nn
 import engine
 from engine import L2, EngineError, Linf
 from engine.adversary.ascent import towards_runner_up
-from engine.evaluation import robust_accuracy
-from engine.evaluation.robust_accuracy import evaluation_mode, pgd, predictions, robustbench_fields
+from engine.evaluation import robust_accuracy, robustbench
+from engine.evaluation.robust_accuracy import evaluation_mode, pgd, predictions
 
 from ..conftest import Foreign, Tiny, blobs
 
@@ -32,8 +32,8 @@ def test_autoattack_is_pyautoattack_called_directly(trained):
     report = engine.evaluate(model, x, y, threat, pgd_steps=5, pgd_restarts=1, seed=3)
     direct = AutoAttack(model, norm="Linf", eps=0.3, seed=3, version="standard")
     direct.apgd_targeted.n_target_classes = direct.fab.n_target_classes = 3
-    found, _ = direct.run_standard_evaluation(x, y, batch_size=500)
-    robust = float((model(found).argmax(1) == y).double().mean())
+    adversary, _ = direct.run_standard_evaluation(x, y, batch_size=500)
+    robust = float((model(adversary).argmax(1) == y).double().mean())
     assert report.autoattack == pytest.approx(robust)
     assert 0 < robust < report.clean
     assert set(report.after) == {"apgd-ce", "apgd-t", "fab-t", "square"}
@@ -189,9 +189,9 @@ def test_few_classes_get_the_attacks_that_are_defined(classes):
     direct = AutoAttack(
         model.eval(), norm="Linf", eps=0.3, seed=3, version="custom", attacks=["apgd-ce"]
     )
-    found, _ = direct.run_standard_evaluation(x, y, batch_size=500)
+    adversary, _ = direct.run_standard_evaluation(x, y, batch_size=500)
     assert report.after["apgd-ce"] == pytest.approx(
-        float((predictions(model, found) == y).double().mean()), abs=1e-4
+        float((predictions(model, adversary) == y).double().mean()), abs=1e-4
     )
     assert report.autoattack < report.clean
 
@@ -219,7 +219,7 @@ def test_robustbench_fields(trained):
     report = engine.evaluate(
         model, x, y, Linf(0.1), pgd_steps=3, pgd_restarts=1, autoattack_version="apgd"
     )
-    fields = robustbench_fields(report, name="n", architecture="a", dataset="d")
+    fields = robustbench.fields(report, name="n", architecture="a", dataset="d")
     assert fields["clean_acc"] == f"{100 * report.clean:.2f}"
     assert fields["autoattack_acc"] == f"{100 * report.autoattack:.2f}"
     assert set(report.after) == {"apgd-ce", "apgd-t"}
@@ -237,7 +237,7 @@ def test_robustbench_fields(trained):
 
 def test_attack_face(trained):
     model, x, y = trained
-    found = engine.attack(model, x, y, L2(0.5), steps=5)
-    assert ((found - x).flatten(1).norm(dim=1) <= 0.5 * (1 + 1e-5)).all()
+    adversary = engine.attack(model, x, y, L2(0.5), steps=5)
+    assert ((adversary - x).flatten(1).norm(dim=1) <= 0.5 * (1 + 1e-5)).all()
     accuracy = lambda z: float((model(z).argmax(1) == y).double().mean())  # noqa: E731
     assert accuracy(engine.attack(model, x, y, Linf(0.4), steps=10)) < accuracy(x)

@@ -84,7 +84,7 @@ print(json.dumps(audit.rows()))
 
 def test_a_channels_last_gradient_is_read_wide():
     """Read wide under bf16: 16 bits from each of 32 lines would take most of an attack step."""
-    found = run_compiling("""
+    printed = run_compiling("""
 import json
 from engine.kernels import audit
 last = [e for e in audit.examples() if e.op == "input_grad_step" and "channels_last" in e.kernel]
@@ -98,7 +98,7 @@ for arch in audit.ARCHS:
         loads[f"{e.kernel} {arch}"] = audit.accesses(opcodes, "LDG")
 print(json.dumps([loads, audit.rows()]))
 """)
-    loads, rows = found
+    loads, rows = printed
     assert len(loads) == 2 * len(audit.ARCHS)
     for name, widths in loads.items():
         # Eight products of one load: two pixels' gradients, and six weights of three channels.

@@ -329,9 +329,9 @@ def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch)
             device = cuda
             data_ptr, numel = first.p.data_ptr, first.p.numel
 
-        found = table([first._replace(p=P()), *members[1:]], rows, block)
+        made = table([first._replace(p=P()), *members[1:]], rows, block)
         monkeypatch.setattr(torch, "empty_like", real)
-        return found
+        return made
 
     monkeypatch.setattr(sgd, "_table", pretending)
     monkeypatch.setattr(sgd, "sgd_ema_kernel", Recorded())
@@ -559,11 +559,11 @@ def test_where_there_is_a_gpu_all_tests_of_triton_are_marked_so(tmp_path):
         capture_output=True,
         text=True,
     )
-    found = done.stdout
-    assert "test_attack_step_l2[triton" in found
-    assert "test_thirty_steps_give_the_reference_losses" in found
-    assert "test_attack_step_l2[native" not in found
-    assert "test_attack_step_l2[reference" not in found
+    output = done.stdout
+    assert "test_attack_step_l2[triton" in output
+    assert "test_thirty_steps_give_the_reference_losses" in output
+    assert "test_attack_step_l2[native" not in output
+    assert "test_attack_step_l2[reference" not in output
 
 
 @pytest.mark.gpu

@@ -220,9 +220,9 @@ def test_attack_is_the_textbook_attack(model, batch, threat, steps):
     x, y = batch
     start = _project(x + 0.05 * torch.randn_like(x), x, threat.eps, threat.norm)
     attack = Attack(steps=steps)
-    found, first = attack(model, x, y, threat, start=start, state=engine_rng.state(0))
+    adversary, first = attack(model, x, y, threat, start=start, state=engine_rng.state(0))
     expected = _plain_attack(model, x, y, start, threat, attack.step_size(threat.eps), steps)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(adversary, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(first, model(start).detach())
 
 
@@ -490,14 +490,14 @@ def test_grad_align_of_gradients_whose_squares_vanish(size):
     a, b = (size * torch.randn(6, 784, generator=draw) for _ in range(2))
     a[5], b[4] = 0, 0
     point, exact = b.clone().requires_grad_(), b[:4].double().requires_grad_()
-    found = grad_align._cosine(a, point)
-    found.sum().backward()
+    cosine = grad_align._cosine(a, point)
+    cosine.sum().backward()
     wanted = F.cosine_similarity(a[:4].double(), exact, dim=1, eps=0)
     wanted.sum().backward()
-    torch.testing.assert_close(found[:4].double(), wanted.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(cosine[:4].double(), wanted.detach(), atol=1e-6, rtol=1e-6)
     scale = exact.grad.abs().max()
     assert (point.grad[:4].double() - exact.grad).abs().max() < 1e-6 * scale
-    assert found[4:].tolist() == [0, 0]
+    assert cosine[4:].tolist() == [0, 0]
     assert not point.grad[4:].any()
 
 
@@ -711,11 +711,11 @@ def test_batch_norm_policy_changes_the_attack(batch):
     model = Tiny(batch_norm=True).train()
     model.bn.running_mean.fill_(3.0)
     state = engine_rng.state(0)
-    found = {
+    adversaries = {
         policy: Attack(steps=3, batch_norm=policy)(model, x, y, Linf(0.1), state=state)[0]
         for policy in ("eval", "batch")
     }
-    assert not torch.equal(found["eval"], found["batch"])
+    assert not torch.equal(adversaries["eval"], adversaries["batch"])
 
 
 @pytest.mark.parametrize(
