@@ -63,8 +63,8 @@ def load(name: Backend) -> tuple[ModuleType | None, str]:
 def usable(name: Backend) -> tuple[ModuleType | None, str]:
     """Return what `load` does; where there is a device for the backend, after one launch on it.
 
-    An import shows little: at its first launch Triton compiles its driver, with a C compiler, Python's
-    headers and libcuda.
+    An import shows little: at its first launch Triton compiles its driver, with a C compiler,
+    Python's headers and libcuda.
     """
     module, reason = load(name)
     if name != "triton" or module is None or not torch.cuda.is_available():
@@ -93,7 +93,7 @@ def implementation(op: str, device: str, forced: Backend | None) -> Callable:
 
 
 def _plain(op: str) -> Callable:
-    """Return the reference's op. Autocast would round its convolutions and products, and no other backend's."""
+    """Return the reference's op, without autocast: no other backend's op would be rounded by it."""
     run = getattr(reference, op)
 
     @functools.wraps(run)

@@ -229,7 +229,10 @@ def _npy(member: Any, title: str) -> np.ndarray:
         raise EngineError(f"{title}: an .npy of version {version[0]}.{version[1]}")
     shape, fortran, dtype = read_header[version](member, max_header_size=10_000)
     if dtype.hasobject or dtype.kind not in "iu":
-        raise EngineError(f"{title}: holds {dtype}, not whole numbers")
+        raise EngineError(
+            f"{title}: holds {dtype}, not whole numbers: save images as uint8 in 0..255, and let "
+            "model.normalise normalise them"
+        )
     size = prod(shape) * dtype.itemsize
     if size > LIMIT or any(n < 0 for n in shape):
         raise EngineError(f"{title}: {size:,} bytes; at most {LIMIT:,} fit")

@@ -34,8 +34,8 @@ class Data:
     validation: Annotated[
         Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
         Field(
-            description="training images held out to choose the best checkpoint [count, or share "
-            "0..1]"
+            description="training images held out to choose the best checkpoint "
+            "[count, or share 0..1]"
         ),
     ] = 1000
     train_examples: Annotated[
