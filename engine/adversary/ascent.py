@@ -49,6 +49,21 @@ def towards_errors(y: Tensor, label_smoothing: float = 0.0) -> LogitsGrad:
     return gradient
 
 
+def towards_runner_up(y: Tensor) -> LogitsGrad:
+    """Return the gradient of the margin: the best wrong logit minus the logit of label `y`.
+
+    Unlike the cross-entropy's it does not shrink where the network is sure of its answer (Carlini &
+    Wagner, arXiv 1608.04644, their loss f6).
+    """
+
+    def grad(logits: Tensor) -> Tensor:
+        label = torch.zeros_like(logits).scatter_(1, y[:, None], 1.0)
+        best_wrong = logits.masked_fill(label > 0, -torch.inf).argmax(1, keepdim=True)
+        return torch.zeros_like(logits).scatter_(1, best_wrong, 1.0) - label
+
+    return grad
+
+
 def away_from(anchor: Tensor) -> LogitsGrad:
     """Return the gradient of KL(softmax(anchor) || softmax(logits)), a function of logits [B, K].
 

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng
-from ..adversary.ascent import ascend, random_point, towards_errors
+from ..adversary.ascent import (
+    LogitsGrad,
+    ascend,
+    random_point,
+    towards_errors,
+    towards_runner_up,
+)
 from ..data import arrays
 from ..errors import EngineError
 from ..models import stem_of
@@ -25,6 +31,12 @@ from .autoattack import ensemble
 
 Progress = Callable[[str, int, int], None]
 Judge = Literal["pyautoattack", "engine"]
+PgdLoss = Literal["cross-entropy", "margin"]
+PgdStep = Literal["constant", "decaying"]
+_GRADIENTS: dict[PgdLoss, Callable[[Tensor], LogitsGrad]] = {
+    "cross-entropy": towards_errors,
+    "margin": towards_runner_up,
+}
 # The package's targeted DLR loss compares four logits.
 _FEWEST_CLASSES = 4
 
@@ -85,30 +97,39 @@ def pgd(
     *,
     steps: int = 50,
     restarts: int = 10,
+    loss: PgdLoss = "cross-entropy",
+    step: PgdStep = "constant",
     seed: int = 0,
     batch_size: int = 500,
     progress: Progress = silent,
 ) -> Tensor:
-    """Run PGD on the cross-entropy with restarts (Madry et al., arXiv 1706.06083).
+    """Run PGD with restarts (Madry et al., arXiv 1706.06083).
 
-    An image counts as broken if any point of any restart is misclassified. The step size is eps / 4
-    (2.5 eps / steps below ten steps). Broken images leave the batch, so the cost falls with the
-    robust accuracy.
+    An image counts as broken if any point of any restart is misclassified. Broken images leave the
+    batch, so the cost falls with the robust accuracy.
 
     Args:
         model: in evaluation mode, [0, 1] images to logits.
         x: float32 [N, ...] in [0, 1]; y: int64 [N].
+        loss: what the steps climb: the cross-entropy, or the margin, which is the best wrong logit
+            minus the label's.
+        step: the step size. constant: eps / 4 (2.5 eps / steps below ten steps); decaying: from eps
+            linearly to eps / steps. Constant steps overstate robust accuracy at a large radius.
     Returns:
         bool [N], True for images that every point leaves correctly classified.
     """
-    alpha = threat.eps * max(0.25, 2.5 / steps)
+    gradient = _GRADIENTS[loss]
+    if step == "decaying":
+        sizes = [threat.eps * (1 - k / steps) for k in range(steps)]
+    else:
+        sizes = [threat.eps * max(0.25, 2.5 / steps)] * steps
     robust = predictions(model, x, batch_size=batch_size) == y
     for restart in range(restarts):
         alive = robust.nonzero().flatten()
         progress("pgd", restart, restarts)
         for number, indices in enumerate(alive.split(batch_size)):
             state = rng.state(seed, x.device, step=restart * 1_000_003 + number)
-            robust[_break(model, x, y, indices, threat, alpha, steps, state)] = False
+            robust[_break(model, x, y, indices, threat, gradient, sizes, state)] = False
     progress("pgd", restarts, restarts)
     return robust
 
@@ -119,18 +140,22 @@ def _break(
     y: Tensor,
     indices: Tensor,
     threat: ThreatModel,
-    alpha: float,
-    steps: int,
+    gradient: Callable[[Tensor], LogitsGrad],
+    sizes: list[float],
     state: Tensor,
 ) -> Tensor:
-    """Return the members of `indices` that one restart of PGD breaks."""
+    """Return the members of `indices` that one restart of PGD breaks.
+
+    Args:
+        sizes: of the steps, one after the other [pixel units].
+    """
     ball, labels, stem = threat.around(x[indices]), y[indices], stem_of(model)
     z = random_point(ball, state, stream=rng.RESTART)
     broken: list[Tensor] = []
-    for step in range(steps + 1):
-        if step < steps:
+    for step in range(len(sizes) + 1):
+        if step < len(sizes):
             following, logits = ascend(
-                model, ball, z, towards_errors(labels), alpha=alpha, stem=stem
+                model, ball, z, gradient(labels), alpha=sizes[step], stem=stem
             )
         else:
             with torch.no_grad():

@@ -58,6 +58,14 @@ def trained_pass(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
+def bernoulli_start(x: Tensor, size: float | Tensor, state: Tensor) -> Tensor:
+    """Return `x` plus or minus `size` [pixel units] in every pixel, like `x`, clipped to [0, 1]."""
+    with phase(ATTACK_START):
+        middle = torch.full_like(x, 0.5)
+        signs = (random_point(Ball(middle, 0.25, "Linf"), state) - middle).sign()
+        return (x + size * signs).clamp(0, 1)
+
+
 def attacked_pass(
     model: nn.Module, x: Tensor, adversary: Tensor, threat: ThreatModel, attack: Attack
 ) -> tuple[Tensor, Tensor | Callable[[], Tensor]]:
@@ -69,14 +77,6 @@ def attacked_pass(
         return trained_pass(model, adversary), adversary
     logits, step = ascend_after_training(model, adversary)
     return logits, lambda: step(threat.around(x), attack.step_size(threat.eps))
-
-
-def bernoulli_start(x: Tensor, size: float | Tensor, state: Tensor) -> Tensor:
-    """Return `x` plus or minus `size` [pixel units] in every pixel, like `x`, clipped to [0, 1]."""
-    with phase(ATTACK_START):
-        middle = torch.full_like(x, 0.5)
-        signs = (random_point(Ball(middle, 0.25, "Linf"), state) - middle).sign()
-        return (x + size * signs).clamp(0, 1)
 
 
 def trained_passes(sets: int) -> Passes:

@@ -46,6 +46,8 @@ def build_trainer(
         epochs=recipe.optim.epochs,
         validation=as_floats(*_part(split(recipe).validation, world), step.device),
         validation_steps=recipe.validation.steps,
+        validation_loss=recipe.validation.loss,
+        validation_step=recipe.validation.step,
         validate_every=recipe.validation.every,
         seed=recipe.seed,
         hooks=hooks,

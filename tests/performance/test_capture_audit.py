@@ -68,9 +68,11 @@ def test_every_recipe_can_be_captured(name):
     found = capture_audit.audit(recipe)
     assert found.complaints == []
     # The whole of it outside the network: what the kernels are for. These rivals' losses have none.
-    plain = recipe.objective.name in ("mart", "gat", "llr", "grad-align", "fgsm-pgi")
-    assert found.attack_step_ops <= (20 if plain else 2)
-    assert found.loss_ops <= (30 if plain else 2)
+    plain = recipe.objective.name in ("mart", "gat", "liet", "llr", "grad-align", "fgsm-pgi")
+    # NuAT's nuclear norm takes 22 iterations of two products.
+    iterated = 60 if recipe.objective.name == "nuat" else 0
+    assert found.attack_step_ops <= (iterated or (20 if plain else 2))
+    assert found.loss_ops <= (iterated + 30 if iterated or plain else 2)
     assert found.optimiser_ops == 1
 
 

@@ -103,10 +103,8 @@ def run(stage: Stage, tree: Path, out: Path, environment: dict[str, str], limit:
         status, remark = 1, f"it says {stage.forbidden!r} "
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
     seconds = time.monotonic() - began
-    print(
-        f"{stage.name:15} {'ok' if status == 0 else 'BAD':4} {seconds:4.0f} s  {remark}{last[:140]}",
-        flush=True,
-    )
+    verdict = "ok" if status == 0 else "BAD"
+    print(f"{stage.name:15} {verdict:4} {seconds:4.0f} s  {remark}{last[:140]}", flush=True)
     return status == 0
 
 
