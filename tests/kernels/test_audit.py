@@ -235,7 +235,7 @@ SASS = """
         /*0070*/                   EXIT ;                             /* 0x0 */
         /*0080*/                   BRA 0x80;                          /* 0x0 */
         /*0090*/                   NOP;                               /* 0x0 */
-"""  # noqa: E501
+"""
 
 
 def test_machine_code_is_read_as_it_stands():
