@@ -243,7 +243,7 @@ def _download(url: str, spec: Spec, folder: Path, file: str, progress: bool) -> 
             resumed = out.seek(0, os.SEEK_END) > 0
             try:
                 append(url, out, file, _packed_limit(spec, file), progress)
-                read_parts(spec, part, spec.files[file], where=url)
+                read_parts(spec, part, spec.files[file], title=url)
             except ConnectionCut:
                 raise
             except EngineError:
@@ -265,7 +265,7 @@ def _download_afresh(
 ) -> None:
     try:
         append(url, out, file, _packed_limit(spec, file), progress)
-        read_parts(spec, part, spec.files[file], where=url)
+        read_parts(spec, part, spec.files[file], title=url)
     except ConnectionCut:
         raise
     except EngineError:
@@ -292,4 +292,4 @@ def _landing(spec: Spec, folder: Path, file: str, origin: str) -> Iterator[Binar
     with atomic(folder / file) as draft:
         with draft.open("wb") as out:
             yield out
-        read_parts(spec, draft, spec.files[file], where=origin)
+        read_parts(spec, draft, spec.files[file], title=origin)

@@ -218,7 +218,7 @@ def _npz(path: Path, wanted: Names) -> dict[str, np.ndarray]:
     return found
 
 
-def _npy(member: Any, where: str) -> np.ndarray:
+def _npy(member: Any, title: str) -> np.ndarray:
     """Return an array of whole numbers; read the bytes that its header announces and no more."""
     version = np.lib.format.read_magic(member)
     read_header = {
@@ -226,19 +226,19 @@ def _npy(member: Any, where: str) -> np.ndarray:
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     if version not in read_header:
-        raise EngineError(f"{where}: an .npy of version {version[0]}.{version[1]}")
+        raise EngineError(f"{title}: an .npy of version {version[0]}.{version[1]}")
     shape, fortran, dtype = read_header[version](member, max_header_size=10_000)
     if dtype.hasobject or dtype.kind not in "iu":
         raise EngineError(
-            f"{where}: holds {dtype}, not whole numbers: save images as uint8 in 0..255, and let "
+            f"{title}: holds {dtype}, not whole numbers: save images as uint8 in 0..255, and let "
             "model.normalise normalise them"
         )
     size = prod(shape) * dtype.itemsize
     if size > LIMIT or any(n < 0 for n in shape):
-        raise EngineError(f"{where}: {size:,} bytes; at most {LIMIT:,} fit")
+        raise EngineError(f"{title}: {size:,} bytes; at most {LIMIT:,} fit")
     data = member.read(size)
     if len(data) < size or member.read(1):
-        raise EngineError(f"{where}: its length is not what its header says")
+        raise EngineError(f"{title}: its length is not what its header says")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 

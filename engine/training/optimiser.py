@@ -80,7 +80,7 @@ class Optimiser:
 
         moments = {"sgd": 1, "adamw": 2}.get(name, 0)
         self._moments = [[torch.zeros_like(p) for p in self.params] for _ in range(moments)]
-        self._theirs = None if moments else self._foreign(name)
+        self._external = None if moments else self._foreign(name)
 
     def zero_grad(self) -> None:
         for p in self.params:
@@ -110,7 +110,7 @@ class Optimiser:
             if scale is not None and not self.name.startswith("apex"):
                 scale.unscale_(grads)
                 self._count.sub_(scale.found_inf)
-        if self._theirs is None:
+        if self._external is None:
             self._ours(used, grads, self._never if scale is None else scale.found_inf)
         else:
             self._others(scale)
@@ -135,12 +135,12 @@ class Optimiser:
         found = {"plan": self._plan, "now": self._now, "count": self._count, "never": self._never}
         for number, moments in enumerate(self._moments):
             found |= {f"moment{number}.{i}": m for i, m in enumerate(moments)}
-        if self._theirs is not None:
+        if self._external is not None:
             for i, p in enumerate(self.params):
-                for key, value in self._theirs.state[p].items():
+                for key, value in self._external.state[p].items():
                     if isinstance(value, Tensor):
                         found[f"{key}.{i}"] = value
-            for i, group in enumerate(self._theirs.param_groups):
+            for i, group in enumerate(self._external.param_groups):
                 if isinstance(group.get("step"), Tensor):
                     found[f"step.{i}"] = group["step"]
         if self._averages:
@@ -180,32 +180,34 @@ class Optimiser:
         sgd: dict[str, Any] = {"momentum": self.momentum, **decay}
         adam: dict[str, Any] = {"betas": _BETAS, "eps": _ADAM_EPS, **decay}
         if name == "torch-sgd":
-            theirs: Any = torch.optim.SGD(self.params, lr=self.lr, fused=True, **sgd)
+            external: Any = torch.optim.SGD(self.params, lr=self.lr, fused=True, **sgd)
             for p in self.params:
-                theirs.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                external.state[p]["momentum_buffer"] = torch.zeros_like(p)
         elif name == "torch-adamw":
-            theirs = torch.optim.AdamW(
+            external = torch.optim.AdamW(
                 self.params, lr=self.lr, fused=True, capturable=on_gpu, **adam
             )
             for p in self.params:
-                theirs.state[p] = {
+                external.state[p] = {
                     "step": torch.zeros((), device=p.device),
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
         else:
             apex.check(name, self.params[0].device)
-            theirs = apex.build(name, self.params, self.lr, **(sgd if name == "apex-sgd" else adam))
-        return theirs
+            external = apex.build(
+                name, self.params, self.lr, **(sgd if name == "apex-sgd" else adam)
+            )
+        return external
 
     def _others(self, scale: LossScale | None) -> None:
-        assert self._theirs is not None
+        assert self._external is not None
         if not self.name.startswith("apex"):
-            self._theirs.found_inf = None if scale is None else scale.found_inf  # type: ignore[attr-defined]
+            self._external.found_inf = None if scale is None else scale.found_inf  # type: ignore[attr-defined]
         if self.uncapturable:
-            for group in self._theirs.param_groups:
+            for group in self._external.param_groups:
                 group |= {"lr": self.rates[self.steps], "step": self.steps}
-        self._theirs.step()
+        self._external.step()
         if self._averages:
             towards = self._towards
             if scale is not None:
