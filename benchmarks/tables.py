@@ -13,6 +13,7 @@ from engine.performance import plan
 from engine.text import percent
 
 from . import scaling_picture
+from .markdown import each, growth, header, short, times
 
 # The comparison in README's table.
 HEADLINE = "compare-curves"
@@ -33,7 +34,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     else:
         attack = {"standard": "AutoAttack %", "apgd": "APGD %"}[rows[0]["autoattack_version"]]
         scores = {"clean": "clean %", "pgd": "PGD %", "autoattack": attack}
-    lines = _header("method", "passes", "epochs", "seeds", *scores.values(), "training s", share)
+    lines = header("method", "passes", "epochs", "seeds", *scores.values(), "training s", share)
     judged = [*scores][-1]
     # A replay counts as an epoch, and does not always divide the budget.
     alone = len({row["method"] for row in rows}) == len(rows)
@@ -61,13 +62,7 @@ def headline(rows: list[dict[str, Any]]) -> str:
     longest = max(row["epochs"] for row in rows)
     chosen = [row for row in rows if row["epochs"] == longest]
     strong = next(row["train_seconds_mean"] for row in chosen if row["method"] == "pgd-10")
-    lines = _header(
-        f"{longest} epochs",
-        "passes",
-        "clean %",
-        "AutoAttack %",
-        "time against PGD-10",
-    )
+    lines = header(f"{longest} epochs", "passes", "clean %", "AutoAttack %", "time against PGD-10")
     for row in sorted(chosen, key=lambda row: -row["autoattack_mean"]):
         cells = [
             row["method"],
@@ -82,7 +77,7 @@ def headline(rows: list[dict[str, Any]]) -> str:
 
 def loaders(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench loaders` rows."""
-    lines = _header(
+    lines = header(
         "images",
         "loader",
         "images/s",
@@ -103,7 +98,7 @@ def loaders(rows: list[dict[str, Any]]) -> str:
 
 def ops(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench ops` rows: our backend against others."""
-    lines = _header(
+    lines = header(
         "op",
         "shape",
         "p50 ms",
@@ -121,8 +116,8 @@ def ops(rows: list[dict[str, Any]]) -> str:
             f"{row['p50_ms']:.3f}",
             f"{row['gbps']:.1f}",
             f"{row['share_of_copy']:.0%}",
-            _times(row["speedup_vs_eager"]),
-            _times(row["speedup_vs_compile"]),
+            times(row["speedup_vs_eager"]),
+            times(row["speedup_vs_compile"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -130,7 +125,7 @@ def ops(rows: list[dict[str, Any]]) -> str:
 
 def step(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench step` rows."""
-    lines = _header(
+    lines = header(
         "network",
         "objective",
         "k",
@@ -160,7 +155,7 @@ def step(rows: list[dict[str, Any]]) -> str:
 
 def scaling(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench scaling` rows: the ends of each axis."""
-    lines = _header(
+    lines = header(
         "axis",
         "method",
         "ms a step, measured",
@@ -180,9 +175,9 @@ def scaling(rows: list[dict[str, Any]]) -> str:
         cells = [
             f"{axis} {ends[0]['value']} to {ends[1]['value']}",
             method,
-            *_growth([end["p50_ms"] for end in ends]),
-            _times(ends[1]["gflops"] / ends[0]["gflops"]),
-            *_growth([end["p50_ms"] for end in predicted if end is not None]),
+            *growth([end["p50_ms"] for end in ends]),
+            times(ends[1]["gflops"] / ends[0]["gflops"]),
+            *growth([end["p50_ms"] for end in predicted if end is not None]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -190,7 +185,7 @@ def scaling(rows: list[dict[str, Any]]) -> str:
 
 def end_to_end(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench end-to-end` rows."""
-    lines = _header(
+    lines = header(
         "training",
         "passes",
         "s an epoch (p20 / p50 / p80)",
@@ -211,7 +206,7 @@ def end_to_end(rows: list[dict[str, Any]]) -> str:
             f"{row['gflop_per_s']:.1f}",
             f"{row['share_of_peak']:.0%}",
             f"{row['share_in_steps']:.0%}",
-            _times(row["speedup_vs_plain"]),
+            times(row["speedup_vs_plain"]),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -219,7 +214,7 @@ def end_to_end(rows: list[dict[str, Any]]) -> str:
 
 def accuracy(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench accuracy` rows; time over the last recipe's."""
-    lines = _header(
+    lines = header(
         "recipe",
         "passes",
         "PGD target",
@@ -250,7 +245,7 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
 
 def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
     """Return a Markdown table of `engine plan` for CIFAR-10 on every known GPU: predictions."""
-    lines = _header(
+    lines = header(
         "recipe",
         "GPU",
         "passes",
@@ -281,14 +276,8 @@ def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong"))
 
 def full_scale() -> str:
     """Return a Markdown table of the MNIST and CIFAR recipes, with predictions."""
-    lines = _header(
-        "recipe",
-        "network",
-        "Linf",
-        "objective, k",
-        "passes",
-        "epochs",
-        "H100, min (predicted)",
+    lines = header(
+        "recipe", "network", "Linf", "objective, k", "passes", "epochs", "H100, min (predicted)"
     )
     for name in recipes.names():
         loaded = recipes.load(name)
@@ -314,7 +303,7 @@ def audit(rows: list[dict[str, Any]]) -> str:
 
     A cell holds a value for each architecture, or the common value.
     """
-    lines = _header(
+    lines = header(
         "kernel",
         "registers",
         "spills, local B",
@@ -329,16 +318,16 @@ def audit(rows: list[dict[str, Any]]) -> str:
         op = builds[0]["op"]
         cells = [
             f"`{kernel}`" if kernel == op else f"`{kernel}` of `{op}`",
-            _each(builds, lambda row: str(row["registers"])),
-            _each(builds, lambda row: f"{row['spill_bytes']}, {row['local_bytes']}"),
-            _each(builds, lambda row: str(row["shared_bytes"])),
-            _each(builds, lambda row: str(row["threads"])),
-            _each(builds, lambda row: f"{row['occupancy']:.0%}".rstrip("%")),
-            _each(builds, lambda row: f"{row['load_bits']}, {row['store_bits']}"),
-            _each(
+            each(builds, lambda row: str(row["registers"])),
+            each(builds, lambda row: f"{row['spill_bytes']}, {row['local_bytes']}"),
+            each(builds, lambda row: str(row["shared_bytes"])),
+            each(builds, lambda row: str(row["threads"])),
+            each(builds, lambda row: f"{row['occupancy']:.0%}".rstrip("%")),
+            each(builds, lambda row: f"{row['load_bits']}, {row['store_bits']}"),
+            each(
                 builds,
                 lambda row: ", ".join(
-                    _short(row[key]) for key in ("bytes_per_element", "min_bytes_per_element")
+                    short(row[key]) for key in ("bytes_per_element", "min_bytes_per_element")
                 ),
             ),
         ]
@@ -348,7 +337,7 @@ def audit(rows: list[dict[str, Any]]) -> str:
 
 def evaluation(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench evaluation` rows: both judges of AutoAttack."""
-    lines = _header(
+    lines = header(
         "network",
         "norm, eps",
         "images",
@@ -446,34 +435,6 @@ def write(root: Path) -> list[str]:
         draw(kept, image)
         written.append(str(image.relative_to(root)))
     return written
-
-
-def _header(*titles: str) -> list[str]:
-    """Return the first two lines of a Markdown table."""
-    return ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-
-
-def _growth(ends: Sequence[float]) -> list[str]:
-    """Return the first and the last of two times and their ratio; dashes for no times."""
-    if not ends:
-        return ["-", "-"]
-    first, last = ends
-    # Round to three digits first: "g" alone would write powers of ten.
-    return [" to ".join(f"{float(f'{end:.3g}'):,g}" for end in ends), f"{last / first:.1f}x"]
-
-
-def _each(rows: list[dict[str, Any]], shown: Callable[[dict[str, Any]], str]) -> str:
-    """Return the text of every row, or their common text."""
-    words = [shown(row) for row in rows]
-    return words[0] if len(set(words)) == 1 else " / ".join(words)
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.1f}x"
 
 
 if __name__ == "__main__":

@@ -56,9 +56,9 @@ def train(
 
     Args:
         model: any module from images in [0, 1] to logits [B, K], normalisation inside.
-        data: (images, labels), tensors or NumPy arrays: images uint8 [N, C, H, W] or float32 [N, ...]
-            in [0, 1], labels int64 [N]; or anything with a length that yields such (x, y) batches, a
-            DataLoader for one (then the loader sets batch size, crops and mirroring).
+        data: (images, labels), tensors or NumPy arrays: images uint8 [N, C, H, W] or float32
+            [N, ...] in [0, 1], labels int64 [N]; or anything with a length that yields such (x, y)
+            batches, a DataLoader for one (then the loader sets batch size, crops and mirroring).
         threat: the ball to train against.
         attack: default two steps from a random start. From memory it needs (images, labels).
         objective: default `LocalBall()`.

@@ -1,4 +1,4 @@
-"""Read what earlier sittings of a comparison left: compare.json and steps.json, which may be damaged."""
+"""Read compare.json and steps.json of a comparison's earlier sittings; they may be damaged."""
 
 from __future__ import annotations
 

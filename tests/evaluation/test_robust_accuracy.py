@@ -103,7 +103,7 @@ def test_images_outside_the_box_are_refused(trained):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_few_classes_get_the_attacks_that_are_defined(classes):
-    """At a radius where some images fall, each attack is named, and APGD's answer is the package's."""
+    """Each attack is named, and APGD's answer is the package's."""
     torch.manual_seed(0)
     model = Tiny(classes=classes)
     images, labels = blobs(256, classes=classes)
