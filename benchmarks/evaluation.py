@@ -30,7 +30,12 @@ JUDGES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Hold a network to attack: the recipe that trains it, changes to the recipe, test images [count]."""
+    """Hold a network to attack.
+
+    Attributes:
+        recipe: trains the network; changes: made to the recipe.
+        examples: test images to attack [count].
+    """
 
     recipe: str
     changes: Mapping[str, str]
@@ -59,12 +64,12 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     """Attack each network by both judges.
 
     Args:
-        quick: two networks of the 8x8 digits and 60 images of each, in place of six of Fashion-MNIST
-            and 1,000 (100 for small-cnn).
+        quick: two networks of the 8x8 digits and 60 images of each, in place of six networks of
+            Fashion-MNIST and 1,000 images (100 for small-cnn).
     Returns:
-        A row an attack, and a row "all": network, recipe, norm, eps, images, attack; seconds by each
-        judge and their ratio (engine's over the package's); robust accuracy after the attack by each;
-        on the rows "all" the share of images with the same verdict.
+        A row an attack, and a row "all": network, recipe, norm, eps, images, attack; CPU seconds by
+        each judge and their ratio (the engine's over the package's); robust accuracy after the
+        attack by each judge; on the rows "all" the share of images with the same verdict.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -243,6 +243,25 @@ def accuracy(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def validation(rows: list[dict[str, Any]]) -> str:
+    """Return a Markdown table of `engine.benchmarks.validation` rows."""
+    attacks = {
+        "constant_ce": "constant step, cross-entropy",
+        "constant_margin": "constant step, margin",
+        "decaying_ce": "decaying step, cross-entropy",
+        "decaying_margin": "decaying step, margin",
+        "apgd": "APGD",
+    }
+    lines = [
+        f"| run | clean % | {' % | '.join(attacks.values())} % |",
+        "|---|---|" + "---|" * len(attacks),
+    ]
+    for row in rows:
+        cells = [row["run"], *(percent(row[key]) for key in ("clean", *attacks))]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
     """Return a Markdown table of `engine plan` for CIFAR-10 on every known GPU: predictions."""
     lines = header(
@@ -382,6 +401,8 @@ def stored() -> dict[str, tuple[str, str]]:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         if path.stem == "audit":
             tables[path.stem] = ("docs/kernels.md", audit(rows))
+        elif path.stem == "validation":
+            tables[path.stem] = ("docs/results-mnist.md", validation(rows))
         elif path.stem == "evaluation":
             tables[path.stem] = ("docs/autoattack.md", evaluation(rows))
         elif path.stem in makers:
@@ -395,7 +416,15 @@ def stored() -> dict[str, tuple[str, str]]:
 
 
 def _page_of(rows: list[dict[str, Any]]) -> str:
-    """Return the page that shows a comparison; searches on held-out images have their own."""
+    """Return the page that shows a comparison.
+
+    MNIST and CIFAR-10 have a page each; the searches on Fashion-MNIST have one.
+    """
+    dataset = rows[0]["dataset"]
+    if "cifar10" in dataset:
+        return "docs/results-cifar10.md"
+    if dataset == "mnist":
+        return "docs/results-mnist.md"
     searched = rows[0]["clean_mean"] is None
     return "docs/results-searches.md" if searched else "docs/results.md"
 

@@ -7,6 +7,7 @@ from .api import train as train
 from .errors import EngineError as EngineError
 from .objectives import FGSMPGI as FGSMPGI
 from .objectives import GAT as GAT
+from .objectives import LIET as LIET
 from .objectives import LLR as LLR
 from .objectives import MART as MART
 from .objectives import NFGSM as NFGSM
@@ -15,6 +16,7 @@ from .objectives import TRADES as TRADES
 from .objectives import Clean as Clean
 from .objectives import GradAlign as GradAlign
 from .objectives import LocalBall as LocalBall
+from .objectives import NuAT as NuAT
 from .objectives import Objective as Objective
 from .objectives import Outcome as Outcome
 from .runs.evaluate import load as load

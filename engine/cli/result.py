@@ -43,10 +43,11 @@ def _lines(row: Mapping[str, Any], recipe: Recipe) -> list[str]:
 
 
 def _accuracies(row: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """The accuracy table, and the sentence that says what was attacked."""
+    """Return the accuracy table, and the sentence that names the threat."""
+    from ..threat import as_written
+
     if row.get("clean") is None:
         return []
-    from ..threat import as_written  # imports torch
 
     evaluation, n = recipe.evaluation, row["examples"]
     attacks = row.get("autoattack_attacks") or ()

@@ -1,4 +1,4 @@
-"""Read compare.json and steps.json of a comparison's earlier sittings; they may be damaged."""
+"""Read the files of earlier sittings of a comparison, compare.json and steps.json, with checks."""
 
 from __future__ import annotations
 

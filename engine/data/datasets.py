@@ -67,9 +67,6 @@ class FileCheck:
     detail: str
 
 
-# ---- the face --------------------------------------------------------------------------------
-
-
 def names() -> tuple[str, ...]:
     """Return the names of the known data sets."""
     return tuple(SPECS)
@@ -196,9 +193,6 @@ def _outcome(read: Callable[[], object]) -> tuple[bool, str]:
     return True, "whole"
 
 
-# ---- folders and files -----------------------------------------------------------------------
-
-
 def data_root(root: Path | str | None = None) -> Path:
     """Return `root`, `$ENGINE_DATA`, or `robust-engine` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if root is None:
@@ -269,9 +263,6 @@ def _missing(spec: Spec, folder: Path, parts: Iterable[Part]) -> list[str]:
     parts = tuple(parts)
     held = [part for some in present(spec, folder, parts).values() for part in some]
     return [part.name for part in parts if part not in held]
-
-
-# ---- reading ---------------------------------------------------------------------------------
 
 
 def read_parts(

@@ -89,9 +89,6 @@ def read(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
     return _checked(images, labels, classes, path), tuple(map(str, range(classes)))
 
 
-# ---- folders ---------------------------------------------------------------------------------
-
-
 def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     """Return every image of a split with its label, and the training split's class names."""
     try:
@@ -185,9 +182,6 @@ def _opened(file: Path) -> Any:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else "no image in it"
         raise EngineError(f"{file}: cannot read it: {reason}") from None
-
-
-# ---- arrays ----------------------------------------------------------------------------------
 
 
 def _names(split: str) -> Names:

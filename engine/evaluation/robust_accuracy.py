@@ -1,4 +1,4 @@
-"""Robust accuracy: PGD with restarts of our own, AutoAttack by its authors' package, pointwise worst case."""
+"""Robust accuracy: PGD with restarts, AutoAttack, and the pointwise worst case of both."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng
-from ..adversary.ascent import ascend, random_point, towards_errors
+from ..adversary.ascent import (
+    LogitsGrad,
+    ascend,
+    random_point,
+    towards_errors,
+    towards_runner_up,
+)
 from ..data import arrays
 from ..errors import EngineError
 from ..models import stem_of
@@ -25,17 +31,23 @@ from .autoattack import ensemble
 
 Progress = Callable[[str, int, int], None]
 Judge = Literal["pyautoattack", "engine"]
+PgdLoss = Literal["cross-entropy", "margin"]
+PgdStep = Literal["constant", "decaying"]
+_GRADIENTS: dict[PgdLoss, Callable[[Tensor], LogitsGrad]] = {
+    "cross-entropy": towards_errors,
+    "margin": towards_runner_up,
+}
 # The package's targeted DLR loss compares four logits.
 _FEWEST_CLASSES = 4
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """No progress shown."""
+    """Show no progress."""
 
 
 @dataclass
 class Report:
-    """What an evaluation found.
+    """Hold the results of an evaluation.
 
     Attributes:
         threat: the ball that was attacked in.
@@ -65,13 +77,13 @@ class Report:
     attacks: tuple[str, ...] = ()
 
     def standard_error(self, accuracy: float) -> float:
-        """Binomial standard error of an accuracy measured on `examples` images."""
+        """Return the binomial standard error of an accuracy on `examples` images."""
         return math.sqrt(accuracy * (1 - accuracy) / max(self.examples, 1))
 
 
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor, *, batch_size: int = 1000) -> Tensor:
-    """Predicted classes, int64 [N], of [0, 1] images x [N, ...]; the model's mode is left alone."""
+    """Predict classes, int64 [N], of [0, 1] images x [N, ...], in the model's present mode."""
     if len(x) == 0:
         return torch.zeros(0, dtype=torch.int64, device=x.device)
     return torch.cat([model(chunk).argmax(dim=1) for chunk in x.split(batch_size)])
@@ -85,29 +97,39 @@ def pgd(
     *,
     steps: int = 50,
     restarts: int = 10,
+    loss: PgdLoss = "cross-entropy",
+    step: PgdStep = "constant",
     seed: int = 0,
     batch_size: int = 500,
     progress: Progress = silent,
 ) -> Tensor:
-    """PGD on the cross-entropy with restarts; an image that falls at any iterate of any restart counts as broken.
+    """Run PGD with restarts (Madry et al., arXiv 1706.06083).
 
-    Step size eps / 4 (2.5 eps / steps below ten steps). Broken images leave the batch, so the
-    cost follows the robust accuracy.
+    An image counts as broken if any point of any restart is misclassified. Broken images leave the
+    batch, so the cost falls with the robust accuracy.
 
     Args:
         model: in evaluation mode, [0, 1] images to logits.
         x: float32 [N, ...] in [0, 1]; y: int64 [N].
+        loss: what the steps climb: the cross-entropy, or the margin, which is the best wrong logit
+            minus the label's.
+        step: the step size. constant: eps / 4 (2.5 eps / steps below ten steps); decaying: from eps
+            linearly to eps / steps. Constant steps overstate robust accuracy at a large radius.
     Returns:
-        bool [N], True where the prediction was right throughout.
+        bool [N], True for images that every point leaves correctly classified.
     """
-    alpha = threat.eps * max(0.25, 2.5 / steps)
+    gradient = _GRADIENTS[loss]
+    if step == "decaying":
+        sizes = [threat.eps * (1 - k / steps) for k in range(steps)]
+    else:
+        sizes = [threat.eps * max(0.25, 2.5 / steps)] * steps
     robust = predictions(model, x, batch_size=batch_size) == y
     for restart in range(restarts):
         alive = robust.nonzero().flatten()
         progress("pgd", restart, restarts)
         for number, indices in enumerate(alive.split(batch_size)):
             state = rng.state(seed, x.device, step=restart * 1_000_003 + number)
-            robust[_break(model, x, y, indices, threat, alpha, steps, state)] = False
+            robust[_break(model, x, y, indices, threat, gradient, sizes, state)] = False
     progress("pgd", restarts, restarts)
     return robust
 
@@ -118,18 +140,22 @@ def _break(
     y: Tensor,
     indices: Tensor,
     threat: ThreatModel,
-    alpha: float,
-    steps: int,
+    gradient: Callable[[Tensor], LogitsGrad],
+    sizes: list[float],
     state: Tensor,
 ) -> Tensor:
-    """The members of `indices` that one restart of PGD breaks."""
+    """Return the members of `indices` that one restart of PGD breaks.
+
+    Args:
+        sizes: of the steps, one after the other [pixel units].
+    """
     ball, labels, stem = threat.around(x[indices]), y[indices], stem_of(model)
     z = random_point(ball, state, stream=rng.RESTART)
     broken: list[Tensor] = []
-    for step in range(steps + 1):
-        if step < steps:
+    for step in range(len(sizes) + 1):
+        if step < len(sizes):
             following, logits = ascend(
-                model, ball, z, towards_errors(labels), alpha=alpha, stem=stem
+                model, ball, z, gradient(labels), alpha=sizes[step], stem=stem
             )
         else:
             with torch.no_grad():
@@ -138,7 +164,7 @@ def _break(
         broken.append(indices[~alive])
         if not alive.any():
             break
-        # Copying the batch costs; it pays once a tenth of it has fallen.
+        # A copy of the batch costs time; it pays after a tenth of the batch is broken.
         if (~alive).sum() * 10 >= len(alive):
             indices, labels, following = indices[alive], labels[alive], following[alive]
             ball = threat.around(ball.centre[alive])
@@ -157,13 +183,13 @@ def autoattack(
     batch_size: int = 500,
     progress: Progress = silent,
 ) -> tuple[Tensor, dict[str, float], list[str]]:
-    """AutoAttack (Croce & Hein, arXiv 2003.01690) by the package pyautoattack.
+    """Run AutoAttack (Croce & Hein, arXiv 2003.01690) of the package pyautoattack.
 
     Args:
         model: in evaluation mode, [0, 1] images to logits.
         x: float32 [N, C, H, W] in [0, 1]; y: int64 [N].
-        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first two, where
-            APGD-CE has the package's five restarts (standard: one).
+        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first
+            two, where APGD-CE has the package's five restarts (standard: one).
     Returns:
         bool [N], True where robust; robust accuracy after each attack; the package's own warnings.
     Raises:
@@ -194,10 +220,10 @@ def autoattack(
                 version="custom" if attacks else "standard",
                 attacks=attacks,
             )
-            # Nine targets is the standard for ten classes and more.
+            # The standard is nine targets for ten classes and more.
             judge.apgd_targeted.n_target_classes = min(9, classes - 1)
             judge.fab.n_target_classes = min(9, classes - 1)
-            _, found = judge.run_standard_evaluation(x, y, batch_size=batch_size)
+            _, predicted = judge.run_standard_evaluation(x, y, batch_size=batch_size)
     finally:
         logger.removeHandler(listener)
         logger.setLevel(level)
@@ -205,7 +231,7 @@ def autoattack(
     notes = listener.warnings + [
         str(w.message) for w in caught if "autoattack" in str(w.filename).lower()
     ]
-    return found == y, after, notes
+    return predicted == y, after, notes
 
 
 def engines_autoattack(
@@ -258,7 +284,7 @@ def attack_names(version: str, classes: int) -> tuple[str, ...]:
 
 
 class _Listener(logging.Handler):
-    """Reads AutoAttack's log lines: accuracy after each attack, progress, warnings."""
+    """Read AutoAttack's log lines: accuracy after each attack, progress, warnings."""
 
     _AFTER = re.compile(r"robust accuracy after ([\w-]+): ([\d.]+)%")
     _BATCH = re.compile(r"^([\w-]+) - (\d+)/(\d+) -")
@@ -280,12 +306,12 @@ class _Listener(logging.Handler):
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode and no weight gradients in the block, each module's and weight's own state afterwards."""
+    """Set evaluation mode without weight gradients in the block, then restore the old state."""
     modes = [(m, m.training) for m in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     model.eval()
     for p, _ in wanted:
-        # Activations kept only for weight gradients would cost memory in every attack.
+        # Weight gradients would keep activations, and so memory, in every attack.
         p.requires_grad_(False)
     try:
         yield model
@@ -310,7 +336,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Report:
-    """Clean accuracy, PGD with restarts and AutoAttack on the same images.
+    """Measure clean accuracy, and run PGD with restarts and AutoAttack on the same images.
 
     Args:
         model: any module from [0, 1] images to logits; its mode is restored afterwards.
@@ -319,14 +345,14 @@ def evaluate(
         threat: the ball to attack in.
         pgd_steps, pgd_restarts: of `pgd`, at least 1 each.
         autoattack_version: "standard" (four attacks), "apgd" (the first two) or "none".
-        judge: who runs AutoAttack: "pyautoattack", the authors' package, or "engine", the engine's own
-            form of the same attacks. It also judges networks of two or three classes, which the
+        judge: who runs AutoAttack: "pyautoattack", the authors' package, or "engine", the engine's
+            own form of the same attacks. It also judges networks of two or three classes, which the
             package's targeted losses do not take.
         batch_size: images in memory at once.
         seed: of both attacks.
         progress: called with (attack, done, total).
     Returns:
-        Accuracies, and what was left after each of AutoAttack's attacks.
+        The accuracies, and the robust accuracy after each of AutoAttack's attacks.
     Raises:
         EngineError: if the images leave [0, 1], there are none, or the model returns no logits
             [N, K] of at least two classes.
@@ -390,7 +416,7 @@ def evaluate(
 def robustbench_fields(
     report: Report, *, name: str, architecture: str, dataset: str
 ) -> dict[str, Any]:
-    """The fields of a RobustBench model-info file that an evaluation can fill, plus what it measured."""
+    """Return the fields of a RobustBench model-info file, and further results of the evaluation."""
 
     def percent(value: float | None) -> str | None:
         return None if value is None else f"{100 * value:.2f}"
@@ -427,15 +453,16 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def share(mask: Tensor) -> float:
-    """The share of True in bool [N]."""
+    """Return the share of True in bool [N]."""
     return float(mask.double().mean())
 
 
 def check_images(x: Tensor, y: Tensor) -> None:
-    """Raise an EngineError where there are no images, or images outside [0, 1]."""
+    """Raise an EngineError for no images, or for images outside [0, 1]."""
     if len(x) == 0 or len(x) != len(y):
         raise EngineError(f"cannot evaluate {len(x)} images with {len(y)} labels")
     if x.dtype != torch.float32 or float(x.min()) < 0 or float(x.max()) > 1:
         raise EngineError(
-            "images must be float32 in [0, 1]: put the normalisation inside the model, not in the data"
+            "images must be float32 in [0, 1]: put the normalisation inside the model, not in the "
+            "data"
         )

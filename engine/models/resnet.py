@@ -1,5 +1,6 @@
 """ResNet-18 and pre-activation ResNet-18 for small images: 3x3 stem, no first pooling (He et al.,
-arXiv 1512.03385 and 1603.05027). Parameter names are RobustBench's (its `ResNet` and `PreActResNet`).
+arXiv 1512.03385 and 1603.05027). Parameter names are RobustBench's (its `ResNet` and
+`PreActResNet`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 from .network import Network
 
-_WIDTHS = (64, 128, 256, 512)
+# Of RobustBench's networks.
+_WIDTH = 64
 
 
 def _conv3x3(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -48,51 +50,65 @@ class _PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(self.bn1(x).relu_())
         out = self.conv2(self.bn2(out).relu_())
-        # From x itself, not from its activation: see `PreActResNet18`.
+        # The shortcut starts at x, not at its activation: see `PreActResNet18`.
         out += self.shortcut(x)
         return out
 
 
 class _Residual18(Network):
-    """conv1, four stages of two blocks, mean over the image, linear."""
+    """Hold conv1, four stages of two blocks, the mean over the image, and a linear layer.
+
+    Each stage has twice the channels of the stage before it.
+    """
+
+    stages = 4
 
     def __init__(
-        self, block: type[_BasicBlock] | type[_PreActBlock], in_channels: int, classes: int
+        self,
+        block: type[_BasicBlock] | type[_PreActBlock],
+        in_channels: int,
+        classes: int,
+        width: int,
     ) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, _WIDTHS[0])
-        channels = _WIDTHS[0]
-        for number, width in enumerate(_WIDTHS, start=1):
-            first = block(channels, width, 1 if number == 1 else 2)
-            self.add_module(f"layer{number}", nn.Sequential(first, block(width, width, 1)))
-            channels = width
+        self.conv1 = _conv3x3(in_channels, width)
+        channels = width
+        for stage in range(self.stages):
+            wider = width * 2**stage
+            first = block(channels, wider, 1 if stage == 0 else 2)
+            self.add_module(f"layer{stage + 1}", nn.Sequential(first, block(wider, wider, 1)))
+            channels = wider
         self.linear = nn.Linear(channels, classes)
 
     def body(self, h: Tensor) -> Tensor:
-        for number in range(1, len(_WIDTHS) + 1):
+        for number in range(1, self.stages + 1):
             h = self.get_submodule(f"layer{number}")(h)
         return self.linear(h.mean((2, 3)))
 
 
 class ResNet18(_Residual18):
-    """RobustBench's `ResNet18`; any image size (32 in the literature)."""
+    """RobustBench's `ResNet18` at width 64; any image size (32 in the literature)."""
 
-    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
-        super().__init__(_BasicBlock, in_channels, classes)
-        self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
+    def __init__(
+        self, in_channels: int, image_size: int, classes: int, width: int = _WIDTH
+    ) -> None:
+        super().__init__(_BasicBlock, in_channels, classes, width)
+        self.bn1 = nn.BatchNorm2d(width)
 
     def body(self, h: Tensor) -> Tensor:
         return super().body(self.bn1(h).relu_())
 
 
 class PreActResNet18(_Residual18):
-    """RobustBench's `PreActResNet(PreActBlock, [2, 2, 2, 2])`; any image size (32 in the literature).
+    """Hold RobustBench's `PreActResNet(PreActBlock, [2, 2, 2, 2])` at width 64, for any image size.
 
     Of the variants in use this one takes the shortcut from a block's input and has no batch norm
-    before the linear layer, as Wong2020Fast and Andriushchenko2020Understanding. Rice2020Overfitting's
-    (`PreActBlockV2`: shortcut from the activated input, final batch norm) is another network; its
-    checkpoints have keys `bn.*` and do not load here.
+    before the linear layer, as Wong2020Fast and Andriushchenko2020Understanding.
+    Rice2020Overfitting's (`PreActBlockV2`: shortcut from the activated input, final batch norm) is
+    another network; its checkpoints have keys `bn.*` and do not load here.
     """
 
-    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
-        super().__init__(_PreActBlock, in_channels, classes)
+    def __init__(
+        self, in_channels: int, image_size: int, classes: int, width: int = _WIDTH
+    ) -> None:
+        super().__init__(_PreActBlock, in_channels, classes, width)

@@ -1,4 +1,4 @@
-"""Training losses, one file a method. A new one joins `AnyObjective` and gets a recipe."""
+"""Training losses, one file for each method; a new one joins `AnyObjective` and gets a recipe."""
 
 from typing import Annotated
 
@@ -9,21 +9,24 @@ from .clean import Clean
 from .fgsm_pgi import FGSMPGI
 from .gat import GAT
 from .grad_align import GradAlign
+from .liet import LIET
 from .llr import LLR
 from .local_ball import LocalBall
 from .mart import MART
 from .n_fgsm import NFGSM
+from .nuat import NuAT
 from .pgd import PGD
 from .trades import TRADES
 
 AnyObjective = Annotated[
-    LocalBall | PGD | TRADES | MART | NFGSM | FGSMPGI | GradAlign | LLR | GAT | Clean,
+    LocalBall | PGD | TRADES | MART | NFGSM | FGSMPGI | GradAlign | LLR | GAT | NuAT | LIET | Clean,
     Field(discriminator="name"),
 ]
 
 __all__ = [
     "FGSMPGI",
     "GAT",
+    "LIET",
     "LLR",
     "MART",
     "NFGSM",
@@ -33,6 +36,7 @@ __all__ = [
     "Clean",
     "GradAlign",
     "LocalBall",
+    "NuAT",
     "Objective",
     "Outcome",
     "Passes",

@@ -1,32 +1,41 @@
-"""GAT (Sriramanan et al., "Guided Adversarial Attack for Evaluating and Enhancing Adversarial Defenses", arXiv 2011.14969).
+"""GAT (Sriramanan et al., arXiv 2011.14969). 8 F.
 
-Their section 5: CE(f(x), y) + lambda ||p(x) - p(a)||^2, a one step of size eps from Bernoulli noise,
-along the gradient of CE(z) + lambda ||p(x) - p(z)||^2. On CIFAR-10 their code has lambda 10, noise of eps / 2
-and the second term in every other iteration; on MNIST 15, noise of eps, and both terms in all. It raises lambda
-late in the run (fourfold at 85 %, threefold at half of it), which is left out here. The clean pass serves attack and
-loss: 8 F, where their code makes it twice.
+Paper: "Guided Adversarial Attack for Evaluating and Enhancing Adversarial Defenses". The loss is
+section 5's, CE(f(x), y) + lambda ||p(x) - p(a)||^2. The adversary a is one step of size eps from
+Bernoulli noise, along the gradient of CE(z) + lambda ||p(x) - p(z)||^2. On CIFAR-10 the authors'
+code has lambda 10, noise of eps / 2, and the second term in every other iteration; on MNIST it has
+lambda 15, noise of eps, and both terms in every iteration. The code raises lambda late in the run
+(fourfold at 85 %, threefold at half of it), which is left out here. One clean pass serves attack
+and loss; the authors' code makes two.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels
-from ..adversary.ascent import LogitsGrad, climb, random_point
+from ..adversary.ascent import LogitsGrad, climb
 from ..adversary.attack import Attack
-from ..device.phases import ATTACK_START, LOSS, phase
-from ..threat import Ball, ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+from ..device.phases import LOSS, phase
+from ..threat import ThreatModel
+from .base import (
+    Objective,
+    Outcome,
+    Passes,
+    attack_passes,
+    bernoulli_start,
+    trained_pass,
+    trained_passes,
+)
 
 
 @dataclass(frozen=True)
 class GAT(Objective):
-    """Cross-entropy on the clean image, and the distance of the guided adversary's probabilities."""
+    """Add the distance of the guided adversary's probabilities to the clean cross-entropy."""
 
     name: Literal["gat"] = "gat"
     weight: Annotated[
@@ -56,8 +65,8 @@ class GAT(Objective):
         clean = trained_pass(model, x)
         p = clean.float().softmax(1)
         if start is None:
-            start = self._noisy(x, threat, state)
-        # Alternating: odd steps only; the counter lies on the device.
+            start = bernoulli_start(x, self.noise * threat.eps, state)
+        # Alternate by the step counter, which is on the device: odd steps are guided.
         guided = self.weight * (state[1] % 2) if self.guided == "alternate" else self.weight
         adversary, _ = climb(
             model,
@@ -78,16 +87,9 @@ class GAT(Objective):
             loss, adversary, {"ce": stats.cross_entropy, "distance": distance.detach()}, correct
         )
 
-    def _noisy(self, x: Tensor, threat: ThreatModel, state: Tensor) -> Tensor:
-        """Return `x` plus Bernoulli noise of -/+ `noise` eps, clipped to [0, 1]."""
-        with phase(ATTACK_START):
-            middle = torch.full_like(x, 0.5)
-            signs = (random_point(Ball(middle, 0.25, "Linf"), state) - middle).sign()
-            return (x + self.noise * threat.eps * signs).clamp(0, 1)
-
 
 def _guided(p: Tensor, y: Tensor, weight: Tensor | float) -> LogitsGrad:
-    """The gradient of CE + weight ||p - q||^2 with respect to the logits of q = softmax(logits)."""
+    """Return the gradient of CE + weight ||p - q||^2 in the logits of q = softmax(logits)."""
 
     def grad(logits: Tensor) -> Tensor:
         q = logits.float().softmax(1)

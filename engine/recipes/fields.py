@@ -13,6 +13,7 @@ from ..adversary.attack import Attack
 from ..data.loaders import LoaderName
 from ..data.own import absolute
 from ..device.precision import Precision
+from ..evaluation.robust_accuracy import PgdLoss, PgdStep
 from ..objectives import AnyObjective, LocalBall
 from ..threat import Number, ThreatModel
 from ..training.optimiser import OptimiserName
@@ -34,7 +35,8 @@ class Data:
     validation: Annotated[
         Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
         Field(
-            description="training images held out to choose the best checkpoint [count, or share 0..1]"
+            description="training images held out to choose the best checkpoint "
+            "[count, or share 0..1]"
         ),
     ] = 1000
     train_examples: Annotated[
@@ -72,6 +74,14 @@ class Data:
 @dataclass(frozen=True)
 class Model:
     name: Annotated[str, Field(description="network: see `engine doctor`")] = "tiny-cnn"
+    width: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="ResNet-18s: channels of the first stage; left out: 64, the literature's "
+            "[count]",
+        ),
+    ] = None
     init: Annotated[
         str | None,
         AfterValidator(_absolute_path),
@@ -135,8 +145,8 @@ class StepOptions:
     deterministic: Annotated[
         bool,
         Field(
-            description="on a GPU: cuDNN takes algorithms that give the same bits each time, so that a "
-            "resumed run ends as an unbroken one does (slower)"
+            description="on a GPU: cuDNN takes algorithms that give the same bits each time, so "
+            "that a resumed run ends as an unbroken one does (slower)"
         ),
     ] = False
     sync_batch_norm: Annotated[
@@ -151,6 +161,20 @@ class StepOptions:
 @dataclass(frozen=True)
 class Validation:
     steps: Annotated[int, Field(ge=1, description="PGD steps on the validation split [count]")] = 10
+    loss: Annotated[
+        PgdLoss,
+        Field(
+            description="what those steps climb: the cross-entropy, or the margin between the best "
+            "wrong logit and the label's"
+        ),
+    ] = "cross-entropy"
+    step: Annotated[
+        PgdStep,
+        Field(
+            description="size of those steps: eps / 4 throughout, or decaying from eps to nothing, "
+            "which is the more honest at a large radius"
+        ),
+    ] = "constant"
     every: Annotated[int, Field(ge=1, description="epochs between validations [count]")] = 1
 
 
@@ -178,7 +202,8 @@ class Evaluation:
         Literal["pyautoattack", "engine"],
         Field(
             description="AutoAttack by its authors' package, or by the engine's own form of the "
-            "same attacks (docs/autoattack.md); networks of two or three classes: always the engine's"
+            "same attacks (docs/autoattack.md); networks of two or three classes: always the "
+            "engine's"
         ),
     ] = "pyautoattack"
     batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500

@@ -77,6 +77,7 @@ def build_model(
         in_channels=shape[0],
         image_size=shape[-1],
         classes=classes,
+        width=recipe.model.width,
         mean=mean,
         std=std,
     )

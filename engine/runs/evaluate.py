@@ -86,8 +86,12 @@ def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
             seed=recipe.seed,
             progress=EvaluationBar(progress),
         )
+    width = "" if recipe.model.width is None else f", width {recipe.model.width}"
     fields = robust_accuracy.robustbench_fields(
-        report, name=recipe.name, architecture=recipe.model.name, dataset=recipe.data.name
+        report,
+        name=recipe.name,
+        architecture=recipe.model.name + width,
+        dataset=recipe.data.name,
     )
     run.write_json("evaluation.json", {**fields, "checkpoint": checkpoint})
     return report

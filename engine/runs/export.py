@@ -97,9 +97,9 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
     return claim
 
 
-def architecture_of(network: str, classes: int) -> tuple[str, str] | None:
+def architecture_of(network: str, classes: int, width: int | None = None) -> tuple[str, str] | None:
     """Return RobustBench's file and the call in it that builds `network`, or None."""
-    if network not in _ARCHITECTURES:
+    if network not in _ARCHITECTURES or width not in (None, 64):
         return None
     file, call = _ARCHITECTURES[network]
     return file, call.format(classes)
@@ -122,7 +122,9 @@ def _card(run: Run, found: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
         k=recipe.attack.steps,
         passes=passes.total,
         parameters=sum(t.numel() for t in tensors.values() if t.is_floating_point()),
-        architecture=architecture_of(recipe.model.name, len(images.classes(recipe))),
+        architecture=architecture_of(
+            recipe.model.name, len(images.classes(recipe)), recipe.model.width
+        ),
         normalised="mu" in tensors,
         shape=tuple(images.shape_of(recipe)),
         classes=len(images.classes(recipe)),

@@ -92,12 +92,15 @@ class Trainer:
         epochs: int,
         validation: tuple[Tensor, Tensor] | None = None,
         validation_steps: int = 10,
+        validation_loss: robust_accuracy.PgdLoss = "cross-entropy",
+        validation_step: robust_accuracy.PgdStep = "constant",
         validate_every: int = 1,
         seed: int = 0,
         hooks: Hooks | None = None,
     ) -> None:
         self.step, self.loader, self.epochs = step, loader, epochs
         self.validation, self.validation_steps = validation, validation_steps
+        self.validation_loss, self.validation_step = validation_loss, validation_step
         self.validate_every, self.seed = validate_every, seed
         self.hooks = hooks or Hooks()
         self.result = Result(step.optimiser.average)
@@ -294,6 +297,8 @@ class Trainer:
                 self.step.threat,
                 steps=self.validation_steps,
                 restarts=1,
+                loss=self.validation_loss,
+                step=self.validation_step,
                 seed=self.seed,
             )
         several = bool((y != y[:1]).any())

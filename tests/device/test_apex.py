@@ -128,7 +128,10 @@ def test_apex_with_float16_is_refused_before_anything_begins(name):
 
 @pytest.mark.parametrize("name", ["apex-sgd", "apex-adam", "apex-lamb"])
 def test_apex_follows_the_schedule_and_goes_on_from_a_checkpoint(fake, name):
-    """Against torch's own; apex's Adam and this LAMB stand-in are AdamW. The state is whole before the first step."""
+    """Compare with torch's optimisers: apex's Adam and this LAMB stand-in are AdamW.
+
+    The state is whole before the first step.
+    """
     fake(apex=types.ModuleType("apex"), apex_optimizers=optimisers, amp_C=types.ModuleType("amp_C"))
     rates = [0.5, 0.25, 0.125, 0.0625]
 

@@ -47,7 +47,8 @@ FRAMES = """<!doctype html><body style="margin:0">
 def look(folder: Path, page: str, picture: Path) -> str:
     """Open a page of `folder` at all sizes at once, check it, and return its text.
 
-    Checks: no message on the console, no missing picture, no page wider than its window. The browser
+    Checks: no message on the console, no missing picture, no page wider than its window. The
+    browser
     can reach no other host; a page that asks for one causes a message on the console.
     """
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from pyautoattack import AutoAttack
+from torch import nn
 
 import engine
 from engine import L2, EngineError, Linf
+from engine.adversary.ascent import towards_runner_up
+from engine.evaluation import robust_accuracy
 from engine.evaluation.robust_accuracy import evaluation_mode, pgd, predictions, robustbench_fields
 
 from ..conftest import Foreign, Tiny, blobs
@@ -55,7 +58,7 @@ def test_pgd_is_no_stronger_than_the_ball_allows(trained, threat):
 
 
 def test_pgd_finds_what_a_plain_loop_finds(trained):
-    """An independent PGD, written out, breaks no image that ours says is robust at every iterate."""
+    """Break, by an independent PGD, no image that the engine's PGD finds robust."""
     model, x, y = trained
     eps, steps = 0.3, 20
     ours = pgd(model, x, y, Linf(eps), steps=steps, restarts=3)
@@ -68,6 +71,75 @@ def test_pgd_finds_what_a_plain_loop_finds(trained):
     # Random starts differ: near-ties may go either way, the totals may not.
     assert abs(int(ours.sum()) - int(plain.sum())) <= 3
     assert ours.sum() <= (predictions(model, x) == y).sum()
+
+
+def test_the_margin_is_attacked_where_the_cross_entropy_has_no_gradient(trained):
+    """Logits a million times as large change no answer; float32's cross-entropy is flat there, the
+    margin is not.
+    """
+    model, x, y = trained
+    steep = nn.Sequential(model, _Times(1e6)).eval()
+    options = {"steps": 20, "restarts": 1}
+    clean = int((predictions(model, x) == y).sum())
+    assert int(pgd(steep, x, y, Linf(0.3), **options).sum()) == clean
+    honest = pgd(model, x, y, Linf(0.3), loss="margin", **options)
+    assert torch.equal(pgd(steep, x, y, Linf(0.3), loss="margin", **options), honest)
+    assert int(honest.sum()) < clean
+
+
+@pytest.mark.parametrize(
+    ("step", "sizes"),
+    [("constant", [0.25] * 10), ("decaying", [1 - k / 10 for k in range(10)])],
+)
+def test_step_sizes_of_pgd(trained, monkeypatch, step, sizes):
+    model, x, y = trained
+    taken = []
+
+    def ascend(*words, alpha, **options):
+        taken.append(alpha)
+        return robust_accuracy_ascend(*words, alpha=alpha, **options)
+
+    robust_accuracy_ascend = robust_accuracy.ascend
+    monkeypatch.setattr(robust_accuracy, "ascend", ascend)
+    pgd(model, x, y, Linf(0.2), steps=10, restarts=1, step=step)
+    assert taken == pytest.approx([0.2 * size for size in sizes])
+
+
+def test_decaying_steps_find_what_constant_ones_step_over():
+    """A narrow valley: only points within 0.02 of 0.43 are misread, and steps of eps / 4 jump
+    across.
+    """
+
+    class Valley(nn.Module):
+        def forward(self, x):
+            away = (x.flatten(1) - 0.43).abs().amax(1, keepdim=True)
+            return torch.cat([away - 0.02, torch.zeros_like(away)], dim=1)
+
+    x, y = torch.full((8, 1, 1, 1), 0.5), torch.zeros(8, dtype=torch.int64)
+    options = {"steps": 20, "restarts": 1, "loss": "margin"}
+    assert pgd(Valley(), x, y, Linf(0.3), **options).any()
+    assert not pgd(Valley(), x, y, Linf(0.3), step="decaying", **options).any()
+
+
+def test_the_margins_gradient_is_autograds():
+    torch.manual_seed(0)
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    y = torch.tensor([0, 1, 2, 3, 4, 0])
+    margin = 0.0
+    for row, label in zip(logits, y.tolist(), strict=True):
+        wrong = torch.cat([row[:label], row[label + 1 :]])
+        margin = margin + wrong.max() - row[label]
+    (expected,) = torch.autograd.grad(margin, logits)
+    assert torch.equal(towards_runner_up(y)(logits.detach()), expected)
+
+
+class _Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits):
+        return logits * self.factor
 
 
 def test_small_batches_change_nothing(trained):
@@ -103,7 +175,7 @@ def test_images_outside_the_box_are_refused(trained):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_few_classes_get_the_attacks_that_are_defined(classes):
-    """Each attack is named, and APGD's answer is the package's."""
+    """Name each attack at a radius where some images fall; APGD's result is the package's."""
     torch.manual_seed(0)
     model = Tiny(classes=classes)
     images, labels = blobs(256, classes=classes)

@@ -139,6 +139,25 @@ def test_state_dict_of_the_resnets(preact):
         assert shapes(make("preact-resnet18" if preact else "resnet18")) == expected
 
 
+@pytest.mark.parametrize("name", ["resnet18", "preact-resnet18"])
+def test_a_thin_resnet_has_the_same_names_and_every_channel_count_scaled(name):
+    with torch.device("meta"):
+        whole = shapes(build(name, in_channels=3, image_size=32, classes=10, width=64))
+        thin = shapes(build(name, in_channels=3, image_size=32, classes=10, width=8))
+        assert whole == shapes(make(name))
+    ends = {3, 10, 1}  # images' channels, classes, a 1x1 kernel
+    for key, shape in whole.items():
+        kernel = shape[2:]
+        assert thin[key] == tuple(n if n in ends else n // 8 for n in shape[:2]) + kernel, key
+
+
+def test_width_of_a_network_that_has_one_only_is_refused():
+    with pytest.raises(EngineError, match=r"fast-at-mnist has one width.*resnet18"):
+        build("fast-at-mnist", in_channels=1, image_size=28, classes=10, width=8)
+    with pytest.raises(EngineError, match="width of model resnet18 must be at least 1"):
+        build("resnet18", in_channels=1, image_size=28, classes=10, width=0)
+
+
 def test_state_dict_of_the_wide_resnet():
     expected = {"conv1.weight": (16, 3, 3, 3), "fc.weight": (10, 640), "fc.bias": (10,)}
     expected |= batch_norm("bn1", 640)
@@ -203,7 +222,7 @@ def test_small_cnn_pools_before_relu_without_changing_anything():
 
 @pytest.mark.parametrize(("name", "from_activation"), [("preact", False), ("wide", True)])
 def test_where_a_pre_activation_shortcut_begins(name, from_activation):
-    """RobustBench's PreActBlock takes a widening shortcut from x, its WideResNet from relu(bn1(x))."""
+    """RobustBench's PreActBlock widens its shortcut from x, its WideResNet from relu(bn1(x))."""
     if name == "preact":
         block = make("preact-resnet18").layer2[0]
         shortcut = block.shortcut
@@ -298,7 +317,9 @@ def test_stem_gradient_and_input_grad_step_are_autograd_to_the_pixels(network):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients_of_images_and_weights_are_those_of_double_precision(name):
-    """The stem's gradients are ops in float32 and the library's in float64; a penalty takes them twice."""
+    """The stem's gradients are ops in float32 and the library's in float64; a penalty takes them
+    twice.
+    """
     model = make(name, normalised=True)
     exact = make(name, normalised=True).double()
     channels, size, _ = KNOWN[name]

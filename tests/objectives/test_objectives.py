@@ -1,4 +1,4 @@
-"""Objectives: what they compute, against formulas written out here, and what they cost in passes."""
+"""Objectives: their values, against formulas written out here, and their passes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from engine import (
     FGSMPGI,
     GAT,
     L2,
+    LIET,
     LLR,
     MART,
     NFGSM,
@@ -26,15 +27,14 @@ from engine import (
     GradAlign,
     Linf,
     LocalBall,
+    NuAT,
 )
 from engine import rng as engine_rng
 from engine.kernels import backends
 from engine.models import Network
-from engine.objectives import Passes, grad_align
+from engine.objectives import Passes, grad_align, nuat
 
 from ..conftest import Foreign, Tiny
-
-# ---- passes ----------------------------------------------------------------------------------
 
 
 class _Counted(torch.autograd.Function):
@@ -89,6 +89,7 @@ CHEAP = [
     TRADES(),
     MART(),
     GAT(),
+    NuAT(),
     NFGSM(),
     FGSMPGI(),
     Clean(),
@@ -127,7 +128,7 @@ def test_passes_declared_are_the_passes_made(objective, steps, network, batch):
     ids=repr,
 )
 def test_a_free_step_costs_no_pass(objective, network, batch):
-    """k = 0 trains at the start and hands over its next point, from the passes of training alone."""
+    """With k = 0, train at the start and return the next point, without a further pass."""
     model, attack = network(), Attack(steps=0, start="memory", alpha=0.05)
     x, y = batch
     outcome = objective(model, x, y, Linf(0.1), attack, start=x)
@@ -147,7 +148,7 @@ def test_a_free_step_costs_no_pass(objective, network, batch):
 @pytest.mark.parametrize("distance", ["kl", "squared"])
 @pytest.mark.parametrize("direction", ["kl", "ce"])
 def test_balls_for_a_share_of_the_batch(direction, distance, model, batch):
-    """Cross-entropy of all, the local term of the first 6 of 16 as if they were the batch; gradients too."""
+    """Take cross-entropy of all 16 and the local term of the first 6; gradients too."""
     x, y = batch
     attack, state = Attack(steps=1), engine_rng.state(3)
     options = {"direction": direction, "distance": distance, "rho": 0.5}
@@ -179,9 +180,6 @@ def test_documented_totals():
         assert LocalBall(global_weight=1.0).passes(attack).total == 2 * k + 2 + 9
         assert LocalBall(direction="ce").passes(attack).total == 2 * k + 7
     assert Passes(1, 2, 3).total == 6
-
-
-# ---- formulas --------------------------------------------------------------------------------
 
 
 def _kl(p_logits, q_logits):
@@ -487,7 +485,7 @@ def test_grad_align_is_the_papers_formula(batch):
 
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e-20, 1e-28])
 def test_grad_align_of_gradients_whose_squares_vanish(size):
-    """The cosine and its derivative, against float64; a row without a gradient counts as 0 and has none."""
+    """Compare the cosine and its derivative with float64; a zero row gives 0, without gradient."""
     draw = torch.Generator().manual_seed(0)
     a, b = (size * torch.randn(6, 784, generator=draw) for _ in range(2))
     a[5], b[4] = 0, 0
@@ -554,6 +552,97 @@ def test_gat_is_the_papers_formula(model, batch, guided, step):
     _weights_agree(model, outcome, F.cross_entropy(model(x), y) + 10.0 * distance)
 
 
+@pytest.mark.parametrize("step", [0, 1])
+def test_nuat_is_the_papers_formula(model, batch, step):
+    """The nuclear norm by PyTorch's decomposition and its autograd; it guides every other step."""
+    x, y = batch
+    x = 0.2 + 0.6 * x
+    threat, state = Linf(0.1), engine_rng.state(3, step=step)
+    start = x + 0.05 * torch.randn_like(x).sign()
+    outcome = NuAT(weight=4.5)(model, x, y, threat, Attack(steps=1), start=start, state=state)
+
+    point = start.clone().requires_grad_()
+    at_point = model(point)
+    nuclear = torch.linalg.matrix_norm(model(x).detach() - at_point, "nuc") / len(x)
+    cost = F.cross_entropy(at_point, y) + step * 4.5 * nuclear
+    (grad,) = torch.autograd.grad(cost, point)
+    a = _project(start + 0.1 * grad.sign(), x, 0.1, "Linf")
+    torch.testing.assert_close(outcome.adversary, a, atol=1e-6, rtol=1e-5)
+    nuclear = torch.linalg.matrix_norm(model(x) - model(a), "nuc") / len(x)
+    _weights_agree(model, outcome, F.cross_entropy(model(x), y) + 4.5 * nuclear)
+
+
+@pytest.mark.parametrize("shape", [(128, 10), (6, 10), (32, 100)])
+def test_the_unitary_factor_is_the_decompositions(shape):
+    """Of matrices whose singular values lie three powers of ten apart; of zeros it is zero."""
+    torch.manual_seed(0)
+    rank = min(shape)
+    u, _, v = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrix = (u * torch.logspace(0, -3, rank)) @ v
+    found = nuat.unitary_factor(matrix)
+    torch.testing.assert_close(found, u @ v, atol=1e-3, rtol=0)
+    wanted = torch.linalg.matrix_norm(matrix, "nuc")
+    torch.testing.assert_close((found * matrix).sum(), wanted, atol=0, rtol=1e-4)
+    assert not nuat.unitary_factor(torch.zeros(shape)).any()
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_liet_is_the_papers_formula(model, batch, projected):
+    """From a given start: the step, and the divergence from both ends to their mean."""
+    x, y = batch
+    threat, start = Linf(0.1), (x + 0.09 * torch.randn_like(x).sign()).clamp(0, 1)
+    objective = LIET(weight=7.0, label_smoothing=0.4, projected=projected)
+    outcome = objective(model, x, y, threat, Attack(steps=1), start=start)
+
+    point = start.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(point), y, label_smoothing=0.4), point)
+    a = start + 0.1 * grad.sign()
+    a = _project(a, x, 0.1, "Linf") if projected else a.clamp(0, 1)
+    torch.testing.assert_close(outcome.adversary, a, atol=1e-6, rtol=1e-5)
+    p, q = model(start).softmax(1), model(a).softmax(1)
+    m = ((p + q) / 2).log()
+    apart = F.kl_div(m, p, reduction="batchmean") + F.kl_div(m, q, reduction="batchmean")
+    loss = F.cross_entropy(model(a), y, label_smoothing=0.4) + 7.0 * apart / 2
+    _weights_agree(model, outcome, loss)
+
+
+def test_liet_starts_from_what_a_grey_image_says_of_the_label(model, batch):
+    """With nothing erased, x + I_y or x - I_y by the step's coin; with all erased, noise."""
+    x, y = batch
+    x, threat = 0.3 + 0.4 * x, Linf(0.1)
+    grey = torch.full((4, *x.shape[1:]), 0.5, requires_grad=True)
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(grey), torch.arange(4)), grey)
+    written = 0.1 * grad.sign()[y]
+    signs = set()
+    for step in range(8):
+        state = engine_rng.state(0, step=step)
+        delta = LIET(erased=(0.0, 0.0), label_smoothing=0.0)._start(model, x, y, threat, state) - x
+        sign = float((delta * written).sum().sign())
+        torch.testing.assert_close(delta, sign * written, atol=1e-6, rtol=0)
+        signs.add(sign)
+        half = LIET(erased=(0.5, 0.5))._start(model, x, y, threat, state) - x
+        kept = (half.abs() - 0.1).abs() < 1e-6
+        assert 0.4 < float(kept.float().mean()) < 0.6
+        noise = LIET(erased=(1.0, 1.0), noise=2.0)._start(model, x, y, threat, state) - x
+        assert 0.19 < float(noise.abs().max()) <= 0.2 + 1e-6
+        assert abs(float(noise.mean())) < 0.02
+    assert signs == {1.0, -1.0}
+
+
+def test_liet_costs_what_fgsm_pgi_costs_and_the_grey_images(batch):
+    x, y = batch
+    model, attack = CountingStem(), Attack(steps=1)
+    LIET()(model, x, y, Linf(0.1), attack).loss.backward()
+    declared = LIET().passes(attack)
+    assert declared == FGSMPGI().passes(attack)
+    # Four classes, and one image to find out that there are four.
+    assert model.counts["forward"] == declared.forward * len(x) + 5
+    assert model.counts["input_grad"] == declared.input_grad * len(x) + 4
+    assert model.counts["weight_grad"] == declared.weight_grad * len(x)
+    with pytest.raises(EngineError, match="start must be random"):
+        LIET().check(Attack(steps=1, start="memory"))
+
+
 @pytest.mark.parametrize("noise", [0.5, 1.0])
 def test_gat_starts_from_bernoulli_noise(batch, noise):
     x, y = batch
@@ -569,9 +658,6 @@ def test_gat_starts_from_bernoulli_noise(batch, noise):
     start = seen[1] - x
     torch.testing.assert_close(start.abs(), torch.full_like(x, 0.1 * noise))
     assert 0.4 < float((start > 0).float().mean()) < 0.6
-
-
-# ---- properties ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)

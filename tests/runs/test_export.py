@@ -131,7 +131,9 @@ def test_robustbench_loads_the_weights_without_renaming(name, classes, normalise
         torch.testing.assert_close(network(inside), ours(x), rtol=1e-4, atol=1e-4)
 
 
-# ---- masked gradients ------------------------------------------------------------------------
+def test_a_thin_network_is_not_said_to_be_robustbenchs():
+    assert architecture_of("resnet18", 10, 64) == architecture_of("resnet18", 10)
+    assert architecture_of("resnet18", 10, 16) is None
 
 
 class Rounded(nn.Module):

@@ -7,8 +7,11 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import engine
-from engine import PGD, Attack, EngineError, Linf, LocalBall
+from engine import PGD, Attack, EngineError, Linf, LocalBall, recipes
 from engine.data.loaders import TensorLoader
+from engine.evaluation import robust_accuracy
+from engine.runs import build
+from engine.runs.train import build_trainer
 from engine.training.optimiser import Optimiser
 from engine.training.step import Step
 from engine.training.trainer import Trainer
@@ -115,6 +118,28 @@ def test_best_epoch_is_chosen_on_validation_and_both_are_kept():
     assert [e for name, e in saved if name == "last"] == [1, 2, 3, 4]
     assert [e for name, e in saved if name == "best"][-1] == result.best_epoch
     assert [row["epoch"] for row in result.rows] == [1, 2, 3, 4]
+
+
+def test_validation_attacks_as_the_recipe_says(monkeypatch):
+    asked = []
+
+    def pgd(*words, **options):
+        asked.append(options)
+        return real(*words, **options)
+
+    real = robust_accuracy.pgd
+    monkeypatch.setattr(robust_accuracy, "pgd", pgd)
+    changes = {"validation.loss": "margin", "validation.step": "decaying", "validation.steps": "3"}
+    recipe = recipes.load("quickstart", {**changes, "optim.epochs": "1", "threat.eps": "0.2"})
+    step, loader = build.prepare(recipe, 1)
+    trainer = build_trainer(recipe, step, loader, engine.Hooks())
+    (row,) = trainer.run().rows
+    (options,) = asked
+    assert (options["loss"], options["step"], options["steps"]) == ("margin", "decaying", 3)
+    x, y = trainer.validation
+    with robust_accuracy.evaluation_mode(step.optimiser.average) as model:
+        robust = real(model, x, y, recipe.threat, **options)
+    assert row["val_pgd"] == pytest.approx(float(robust.double().mean()))
 
 
 def test_a_dataloader_and_a_foreign_module():

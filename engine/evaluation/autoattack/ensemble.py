@@ -1,7 +1,7 @@
 """AutoAttack: APGD on two losses, FAB and Square, one after the other on the images that are left.
 
-Croce & Hein (arXiv 2003.01690), the standard version. From one seed it draws the random numbers that
-the authors' package draws on the CPU, so both attack along the same iterates up to rounding.
+Croce & Hein (arXiv 2003.01690), the standard version. From one seed it draws the random numbers
+that the authors' package draws on the CPU, so both attack along the same iterates up to rounding.
 """
 
 from __future__ import annotations
