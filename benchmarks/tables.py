@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from engine.compare import picture
 from engine.text import percent
 
 from . import predictions, scaling_picture
-from .markdown import header
+from .markdown import each, growth, header, short, times
 
 # The comparison in README's table.
 HEADLINE = "compare-curves"
@@ -61,13 +61,7 @@ def headline(rows: list[dict[str, Any]]) -> str:
     longest = max(row["epochs"] for row in rows)
     chosen = [row for row in rows if row["epochs"] == longest]
     strong = next(row["train_seconds_mean"] for row in chosen if row["method"] == "pgd-10")
-    lines = header(
-        f"{longest} epochs",
-        "passes",
-        "clean %",
-        "AutoAttack %",
-        "time against PGD-10",
-    )
+    lines = header(f"{longest} epochs", "passes", "clean %", "AutoAttack %", "time against PGD-10")
     for row in sorted(chosen, key=lambda row: -row["autoattack_mean"]):
         cells = [
             row["method"],
@@ -121,8 +115,8 @@ def ops(rows: list[dict[str, Any]]) -> str:
             f"{row['p50_ms']:.3f}",
             f"{row['gbps']:.1f}",
             f"{row['share_of_copy']:.0%}",
-            _times(row["speedup_vs_eager"]),
-            _times(row["speedup_vs_compile"]),
+            times(row["speedup_vs_eager"]),
+            times(row["speedup_vs_compile"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -180,9 +174,9 @@ def scaling(rows: list[dict[str, Any]]) -> str:
         cells = [
             f"{axis} {ends[0]['value']} to {ends[1]['value']}",
             method,
-            *_growth([end["p50_ms"] for end in ends]),
-            _times(ends[1]["gflops"] / ends[0]["gflops"]),
-            *_growth([end["p50_ms"] for end in predicted if end is not None]),
+            *growth([end["p50_ms"] for end in ends]),
+            times(ends[1]["gflops"] / ends[0]["gflops"]),
+            *growth([end["p50_ms"] for end in predicted if end is not None]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -211,7 +205,7 @@ def end_to_end(rows: list[dict[str, Any]]) -> str:
             f"{row['gflop_per_s']:.1f}",
             f"{row['share_of_peak']:.0%}",
             f"{row['share_in_steps']:.0%}",
-            _times(row["speedup_vs_plain"]),
+            times(row["speedup_vs_plain"]),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -287,16 +281,16 @@ def audit(rows: list[dict[str, Any]]) -> str:
         op = builds[0]["op"]
         cells = [
             f"`{kernel}`" if kernel == op else f"`{kernel}` of `{op}`",
-            _each(builds, lambda row: str(row["registers"])),
-            _each(builds, lambda row: f"{row['spill_bytes']}, {row['local_bytes']}"),
-            _each(builds, lambda row: str(row["shared_bytes"])),
-            _each(builds, lambda row: str(row["threads"])),
-            _each(builds, lambda row: f"{row['occupancy']:.0%}".rstrip("%")),
-            _each(builds, lambda row: f"{row['load_bits']}, {row['store_bits']}"),
-            _each(
+            each(builds, lambda row: str(row["registers"])),
+            each(builds, lambda row: f"{row['spill_bytes']}, {row['local_bytes']}"),
+            each(builds, lambda row: str(row["shared_bytes"])),
+            each(builds, lambda row: str(row["threads"])),
+            each(builds, lambda row: f"{row['occupancy']:.0%}".rstrip("%")),
+            each(builds, lambda row: f"{row['load_bits']}, {row['store_bits']}"),
+            each(
                 builds,
                 lambda row: ", ".join(
-                    _short(row[key]) for key in ("bytes_per_element", "min_bytes_per_element")
+                    short(row[key]) for key in ("bytes_per_element", "min_bytes_per_element")
                 ),
             ),
         ]
@@ -414,29 +408,6 @@ def write(root: Path) -> list[str]:
         draw(kept, image)
         written.append(str(image.relative_to(root)))
     return written
-
-
-def _growth(ends: Sequence[float]) -> list[str]:
-    """Return the first and the last of two times and their ratio; dashes for no times."""
-    if not ends:
-        return ["-", "-"]
-    first, last = ends
-    # Round to three digits first: "g" alone would write powers of ten.
-    return [" to ".join(f"{float(f'{end:.3g}'):,g}" for end in ends), f"{last / first:.1f}x"]
-
-
-def _each(rows: list[dict[str, Any]], shown: Callable[[dict[str, Any]], str]) -> str:
-    """Return the text of every row, or their common text."""
-    words = [shown(row) for row in rows]
-    return words[0] if len(set(words)) == 1 else " / ".join(words)
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.1f}x"
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def _accuracies(row: Mapping[str, Any], recipe: Recipe) -> list[str]:
 
     if row.get("clean") is None:
         return []
+
     evaluation, n = recipe.evaluation, row["examples"]
     attacks = row.get("autoattack_attacks") or ()
     restarts = f"{evaluation.pgd_restarts} restart{'s' * (evaluation.pgd_restarts != 1)}"
