@@ -208,8 +208,8 @@ def run(quick: bool) -> list[dict[str, Any]]:
 
 
 def _measure(setting: Setting, chosen: Mapping[str, Recipe], plain: Recipe) -> list[dict[str, Any]]:
-    where = machine.device()
-    arithmetic = precision.resolve(plain.step.precision, where)
+    device = machine.device()
+    arithmetic = precision.resolve(plain.step.precision, device)
     peak = 0.0
     with tempfile.TemporaryDirectory() as folder, bar() as progress, contextlib.ExitStack() as held:
         trainings: dict[str, Training | Plain] = {
@@ -223,7 +223,7 @@ def _measure(setting: Setting, chosen: Mapping[str, Recipe], plain: Recipe) -> l
             held.callback(training.close)
         times: dict[str, list[float]] = {name: [] for name in trainings}
         for _ in range(setting.epochs):
-            peak = max(peak, timing.peak_gflops(where, arithmetic))
+            peak = max(peak, timing.peak_gflops(device, arithmetic))
             for name, training in trainings.items():
                 times[name].append(timing.timed(training.epoch))
     timings = {name: timing.quantiles(values) for name, values in times.items()}

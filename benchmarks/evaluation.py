@@ -17,20 +17,21 @@ import torch
 
 from engine import recipes
 from engine.evaluation import robust_accuracy
+from engine.evaluation.autoattack.verdict import Verdict
 from engine.progress import stderr
 from engine.recipes import Recipe
 from engine.runs import evaluate, images, train
 from engine.runs.folder import Run
 
-JUDGES = {
-    "pyautoattack": robust_accuracy.autoattack,
-    "engine": robust_accuracy.engines_autoattack,
-}
-
 
 @dataclass(frozen=True)
 class Setting:
-    """Hold a network to attack: the recipe that trains it, changes to the recipe, test images [count]."""
+    """Hold a network to attack.
+
+    Attributes:
+        recipe: trains the network; changes: made to the recipe.
+        examples: test images to attack [count].
+    """
 
     recipe: str
     changes: Mapping[str, str]
@@ -59,12 +60,12 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
     """Attack each network by both judges.
 
     Args:
-        quick: two networks of the 8x8 digits and 60 images of each, in place of six of Fashion-MNIST
-            and 1,000 (100 for small-cnn).
+        quick: two networks of the 8x8 digits and 60 images of each, in place of six networks of
+            Fashion-MNIST and 1,000 images (100 for small-cnn).
     Returns:
-        A row an attack, and a row "all": network, recipe, norm, eps, images, attack; seconds by each
-        judge and their ratio (engine's over the package's); robust accuracy after the attack by each;
-        on the rows "all" the share of images with the same verdict.
+        A row an attack, and a row "all": network, recipe, norm, eps, images, attack; CPU seconds by
+        each judge and their ratio (the engine's over the package's); robust accuracy after the
+        attack by each judge; on the rows "all" the share of images with the same verdict.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -82,24 +83,33 @@ def _rows(setting: Setting) -> list[dict[str, Any]]:
         train.train(run)
         network = evaluate.load_model(run)
     x, y = (t[: setting.examples] for t in images.test_set(recipe))
-    verdicts, seconds, after = {}, {}, {}
+    verdicts: dict[str, Verdict] = {}
+    clocks: dict[str, _Clock] = {}
     with robust_accuracy.evaluation_mode(network):
-        for judge, attack in JUDGES.items():
-            clock = _Clock()
-            verdicts[judge], after[judge], _ = attack(
-                network, x, y, recipe.threat, seed=recipe.seed, progress=clock
+        for judge, attack in robust_accuracy.JUDGES.items():
+            clocks[judge] = _Clock()
+            verdicts[judge] = attack(
+                network, x, y, recipe.threat, seed=recipe.seed, progress=clocks[judge]
             )
-            seconds[judge] = clock.seconds
     about = _about(recipe, len(x))
     rows = [
-        {**about, "attack": name, **_compared(*(seconds[j].get(name, 0.0) for j in JUDGES))}
-        | {f"robust_{judge}": after[judge].get(name) for judge in JUDGES}
-        for name in after["engine"]
+        {
+            **about,
+            "attack": name,
+            **_compared(*(clock.seconds.get(name, 0.0) for clock in clocks.values())),
+            **{f"robust_{judge}": verdict.after.get(name) for judge, verdict in verdicts.items()},
+        }
+        for name in verdicts["engine"].after
     ]
-    same = (verdicts["engine"] == verdicts["pyautoattack"]).double().mean()
-    whole = _compared(*(sum(seconds[j].values()) for j in JUDGES))
-    accuracy = {f"robust_{j}": float(v.double().mean()) for j, v in verdicts.items()}
-    return [*rows, {**about, "attack": "all", **whole, **accuracy, "agreement": float(same)}]
+    robust = {judge: verdict.robust for judge, verdict in verdicts.items()}
+    whole = {
+        **about,
+        "attack": "all",
+        **_compared(*(sum(clock.seconds.values()) for clock in clocks.values())),
+        **{f"robust_{judge}": float(mask.double().mean()) for judge, mask in robust.items()},
+        "agreement": float((robust["engine"] == robust["pyautoattack"]).double().mean()),
+    }
+    return [*rows, whole]
 
 
 def _about(recipe: Recipe, count: int) -> dict[str, Any]:

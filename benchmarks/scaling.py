@@ -185,7 +185,7 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def _axis(setting: Setting, axis: str) -> list[dict[str, Any]]:
-    where = machine.device()
+    device = machine.device()
     points = {
         (method, value): replace(setting.base, method=method, **{axis: value})
         for method in METHODS
@@ -196,14 +196,14 @@ def _axis(setting: Setting, axis: str) -> list[dict[str, Any]]:
     with ExitStack() as stack:
         calls: dict[str, Callable[[], object]] = {}
         for key, case in cases.items():
-            step, batch = step_of(points[case], where)
+            step, batch = step_of(points[case], device)
             stack.callback(step.close)
             calls[key] = partial(_call, step, batch)
         times = timing.side_by_side(calls, seconds=setting.seconds, sample_ms=0.0)
     rows = []
     for key, (method, value) in cases.items():
         price, batch_size = prices[method, value], points[method, value].batch
-        rows.append(_row(axis, value, method, where.type, times[key], price.flops, batch_size))
+        rows.append(_row(axis, value, method, device.type, times[key], price.flops, batch_size))
     for (method, value), price in prices.items():
         middle = 1e3 * price.seconds
         rows.append(

@@ -1,9 +1,9 @@
-"""Measured steps and accuracies of a comparison beside `engine plan`'s prediction: `make gpu-showcase`.
+"""Show measured steps and accuracies beside `engine plan`'s prediction: `make gpu-showcase`.
 
     python -m engine.benchmarks.showcase RUNS
 
-`engine compare benchmarks/studies/showcase.toml --out RUNS` has made RUNS; it keeps every row as it comes, and its
-picture is RUNS/compare.png. Called again after a stop it goes on.
+`engine compare benchmarks/studies/showcase.toml --out RUNS` makes RUNS. It keeps every row as it
+comes, and draws RUNS/compare.png. After a stop, the same command goes on.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from engine.errors import EngineError
 from engine.performance import plan
 
 _HEAD = (
-    "method", "passes", "ms a step", "predicted", "images/s", "training minutes", "clean %", "PGD %", "AutoAttack %",
+    "method", "passes", "ms a step", "predicted", "images/s", "training minutes",
+    "clean %", "PGD %", "AutoAttack %",
 )  # fmt: skip
 
 
 def predictable(gpu: str | None) -> str | None:
-    """Return the name that `engine plan` has for a device, "h100" for "NVIDIA H100 80GB HBM3"; None: none."""
+    """Return `engine plan`'s name of a device: "h100" for "NVIDIA H100 80GB HBM3", or None."""
     words = (gpu or "").lower().replace("-", " ").split()
     return next((name for name in plan.GPUS if name in words), None)
 
 
 def rows(kept: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each method of a compare.json: the step measured and predicted, and the accuracies."""
+    """Return a row for each method of a compare.json: measured and predicted step, accuracies."""
     gpu = predictable(kept["environment"].get("gpu"))
     table_rows = []
     for row in kept["rows"]:

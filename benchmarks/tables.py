@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine import recipes, results
+from engine import results
 from engine.compare import picture
-from engine.performance import plan
 from engine.text import percent
 
-from . import scaling_picture
+from . import predictions, scaling_picture
+from .markdown import each, growth, header, short, times
 
 # The comparison in README's table.
 HEADLINE = "compare-curves"
@@ -33,7 +33,7 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     else:
         attack = {"standard": "AutoAttack %", "apgd": "APGD %"}[rows[0]["autoattack_version"]]
         scores = {"clean": "clean %", "pgd": "PGD %", "autoattack": attack}
-    lines = _header("method", "passes", "epochs", "seeds", *scores.values(), "training s", share)
+    lines = header("method", "passes", "epochs", "seeds", *scores.values(), "training s", share)
     judged = [*scores][-1]
     # A replay counts as an epoch, and does not always divide the budget.
     alone = len({row["method"] for row in rows}) == len(rows)
@@ -61,13 +61,7 @@ def headline(rows: list[dict[str, Any]]) -> str:
     longest = max(row["epochs"] for row in rows)
     chosen = [row for row in rows if row["epochs"] == longest]
     strong = next(row["train_seconds_mean"] for row in chosen if row["method"] == "pgd-10")
-    lines = _header(
-        f"{longest} epochs",
-        "passes",
-        "clean %",
-        "AutoAttack %",
-        "time against PGD-10",
-    )
+    lines = header(f"{longest} epochs", "passes", "clean %", "AutoAttack %", "time against PGD-10")
     for row in sorted(chosen, key=lambda row: -row["autoattack_mean"]):
         cells = [
             row["method"],
@@ -82,7 +76,7 @@ def headline(rows: list[dict[str, Any]]) -> str:
 
 def loaders(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench loaders` rows."""
-    lines = _header(
+    lines = header(
         "images",
         "loader",
         "images/s",
@@ -103,7 +97,7 @@ def loaders(rows: list[dict[str, Any]]) -> str:
 
 def ops(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench ops` rows: our backend against others."""
-    lines = _header(
+    lines = header(
         "op",
         "shape",
         "p50 ms",
@@ -121,8 +115,8 @@ def ops(rows: list[dict[str, Any]]) -> str:
             f"{row['p50_ms']:.3f}",
             f"{row['gbps']:.1f}",
             f"{row['share_of_copy']:.0%}",
-            _times(row["speedup_vs_eager"]),
-            _times(row["speedup_vs_compile"]),
+            times(row["speedup_vs_eager"]),
+            times(row["speedup_vs_compile"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -130,7 +124,7 @@ def ops(rows: list[dict[str, Any]]) -> str:
 
 def step(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench step` rows."""
-    lines = _header(
+    lines = header(
         "network",
         "objective",
         "k",
@@ -160,7 +154,7 @@ def step(rows: list[dict[str, Any]]) -> str:
 
 def scaling(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench scaling` rows: the ends of each axis."""
-    lines = _header(
+    lines = header(
         "axis",
         "method",
         "ms a step, measured",
@@ -180,9 +174,9 @@ def scaling(rows: list[dict[str, Any]]) -> str:
         cells = [
             f"{axis} {ends[0]['value']} to {ends[1]['value']}",
             method,
-            *_growth([end["p50_ms"] for end in ends]),
-            _times(ends[1]["gflops"] / ends[0]["gflops"]),
-            *_growth([end["p50_ms"] for end in predicted if end is not None]),
+            *growth([end["p50_ms"] for end in ends]),
+            times(ends[1]["gflops"] / ends[0]["gflops"]),
+            *growth([end["p50_ms"] for end in predicted if end is not None]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -190,7 +184,7 @@ def scaling(rows: list[dict[str, Any]]) -> str:
 
 def end_to_end(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench end-to-end` rows."""
-    lines = _header(
+    lines = header(
         "training",
         "passes",
         "s an epoch (p20 / p50 / p80)",
@@ -211,7 +205,7 @@ def end_to_end(rows: list[dict[str, Any]]) -> str:
             f"{row['gflop_per_s']:.1f}",
             f"{row['share_of_peak']:.0%}",
             f"{row['share_in_steps']:.0%}",
-            _times(row["speedup_vs_plain"]),
+            times(row["speedup_vs_plain"]),
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
@@ -219,7 +213,7 @@ def end_to_end(rows: list[dict[str, Any]]) -> str:
 
 def accuracy(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench accuracy` rows; time over the last recipe's."""
-    lines = _header(
+    lines = header(
         "recipe",
         "passes",
         "PGD target",
@@ -267,73 +261,12 @@ def validation(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong")) -> str:
-    """Return a Markdown table of `engine plan` for CIFAR-10 on every known GPU: predictions."""
-    lines = _header(
-        "recipe",
-        "GPU",
-        "passes",
-        "step ms",
-        "images/s",
-        "training, min",
-        "bound by compute",
-        "bound by memory",
-        "share of PGD-10",
-    )
-    for gpu in plan.GPUS:
-        for name in names:
-            prediction = plan.plan(recipes.load(name), gpu)
-            cells = [
-                f"`{name}`",
-                gpu,
-                prediction.passes["total"],
-                f"{prediction.step_ms:.1f}",
-                f"{prediction.images_per_second:,.0f}",
-                f"{prediction.train_minutes:.1f}",
-                f"{prediction.bound_by['compute']:.0%}",
-                f"{prediction.bound_by['memory']:.0%}",
-                f"{prediction.share_of_pgd10:.0%}",
-            ]
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def full_scale() -> str:
-    """Return a Markdown table of the MNIST and CIFAR recipes, with predictions."""
-    lines = _header(
-        "recipe",
-        "network",
-        "Linf",
-        "objective, k",
-        "passes",
-        "epochs",
-        "H100, min (predicted)",
-    )
-    for name in recipes.names():
-        loaded = recipes.load(name)
-        if loaded.data.name not in ("mnist", "cifar10", "cifar100"):
-            continue
-        eps = loaded.threat.eps
-        prediction = plan.plan(loaded, "h100")
-        cells = [
-            f"`{name}`",
-            loaded.model.name,
-            f"{eps * 255:.0f}/255" if loaded.data.name != "mnist" else f"{eps:g}",
-            f"{loaded.objective.name}, {loaded.attack.steps}",
-            prediction.passes["total"],
-            loaded.optim.epochs,
-            f"{prediction.train_minutes:.2g}",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
 def audit(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine kernels` rows, one line a kernel.
 
     A cell holds a value for each architecture, or the common value.
     """
-    lines = _header(
+    lines = header(
         "kernel",
         "registers",
         "spills, local B",
@@ -348,16 +281,16 @@ def audit(rows: list[dict[str, Any]]) -> str:
         op = builds[0]["op"]
         cells = [
             f"`{kernel}`" if kernel == op else f"`{kernel}` of `{op}`",
-            _each(builds, lambda row: str(row["registers"])),
-            _each(builds, lambda row: f"{row['spill_bytes']}, {row['local_bytes']}"),
-            _each(builds, lambda row: str(row["shared_bytes"])),
-            _each(builds, lambda row: str(row["threads"])),
-            _each(builds, lambda row: f"{row['occupancy']:.0%}".rstrip("%")),
-            _each(builds, lambda row: f"{row['load_bits']}, {row['store_bits']}"),
-            _each(
+            each(builds, lambda row: str(row["registers"])),
+            each(builds, lambda row: f"{row['spill_bytes']}, {row['local_bytes']}"),
+            each(builds, lambda row: str(row["shared_bytes"])),
+            each(builds, lambda row: str(row["threads"])),
+            each(builds, lambda row: f"{row['occupancy']:.0%}".rstrip("%")),
+            each(builds, lambda row: f"{row['load_bits']}, {row['store_bits']}"),
+            each(
                 builds,
                 lambda row: ", ".join(
-                    _short(row[key]) for key in ("bytes_per_element", "min_bytes_per_element")
+                    short(row[key]) for key in ("bytes_per_element", "min_bytes_per_element")
                 ),
             ),
         ]
@@ -367,7 +300,7 @@ def audit(rows: list[dict[str, Any]]) -> str:
 
 def evaluation(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table of `engine bench evaluation` rows: both judges of AutoAttack."""
-    lines = _header(
+    lines = header(
         "network",
         "norm, eps",
         "images",
@@ -427,7 +360,10 @@ def stored() -> dict[str, tuple[str, str]]:
 
 
 def _page_of(rows: list[dict[str, Any]]) -> str:
-    """Return the page that shows a comparison: MNIST and CIFAR-10 have one each, Fashion-MNIST's searches their own."""
+    """Return the page that shows a comparison.
+
+    MNIST and CIFAR-10 have a page each; the searches on Fashion-MNIST have one.
+    """
     dataset = rows[0]["dataset"]
     if "cifar10" in dataset:
         return "docs/results-cifar10.md"
@@ -446,8 +382,8 @@ def write(root: Path) -> list[str]:
         A line for each table and picture.
     """
     tables = stored() | {
-        "plans": ("docs/plan.md", plans()),
-        "full-scale": ("docs/recipes.md", full_scale()),
+        "plans": ("docs/plan.md", predictions.plans()),
+        "full-scale": ("docs/recipes.md", predictions.full_scale()),
     }
     written = []
     for name, (document, table) in tables.items():
@@ -472,34 +408,6 @@ def write(root: Path) -> list[str]:
         draw(kept, image)
         written.append(str(image.relative_to(root)))
     return written
-
-
-def _header(*titles: str) -> list[str]:
-    """Return the first two lines of a Markdown table."""
-    return ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-
-
-def _growth(ends: Sequence[float]) -> list[str]:
-    """Return the first and the last of two times and their ratio; dashes for no times."""
-    if not ends:
-        return ["-", "-"]
-    first, last = ends
-    # Round to three digits first: "g" alone would write powers of ten.
-    return [" to ".join(f"{float(f'{end:.3g}'):,g}" for end in ends), f"{last / first:.1f}x"]
-
-
-def _each(rows: list[dict[str, Any]], shown: Callable[[dict[str, Any]], str]) -> str:
-    """Return the text of every row, or their common text."""
-    words = [shown(row) for row in rows]
-    return words[0] if len(set(words)) == 1 else " / ".join(words)
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.1f}x"
 
 
 if __name__ == "__main__":

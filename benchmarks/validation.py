@@ -1,7 +1,8 @@
 """Which validation attack tells the truth? `python -m engine.benchmarks.validation RUN [RUN ...]`.
 
-The checkpoints of finished runs are attacked on the same held-out training images by PGD on the cross-entropy, by PGD on
-the margin, and by AutoAttack's two APGD attacks. No test image is looked at.
+The checkpoints of finished runs are attacked on the same held-out training images by PGD on the
+cross-entropy, by PGD on the margin, and by AutoAttack's two APGD attacks. No test image is looked
+at.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from engine import files, results
 from engine.device.machine import device, environment
 from engine.evaluation import robust_accuracy
+from engine.evaluation.autoattack import package
 from engine.progress import stderr
 from engine.runs import evaluate, images
 from engine.runs.folder import Run
@@ -26,8 +28,9 @@ def attacked(run: Run, *, checkpoint: str = "best", examples: int = 300) -> dict
     """Attack a run's checkpoint on the first `examples` of its held-out images.
 
     Returns:
-        run (its folder and the folder around it), checkpoint, examples, and accuracies [0..1]: clean; constant_ce, constant_margin,
-        decaying_ce and decaying_margin by PGD with 20 steps; apgd.
+        run (its folder and the folder around it), checkpoint, examples, and accuracies [0..1]:
+        clean; constant_ce, constant_margin, decaying_ce and decaying_margin by PGD with 20 steps;
+        apgd.
     """
     recipe = run.recipe
     model = evaluate.load_model(run, checkpoint)
@@ -42,7 +45,7 @@ def attacked(run: Run, *, checkpoint: str = "best", examples: int = 300) -> dict
                     model, x, y, recipe.threat, steps=20, restarts=1, loss=loss, step=step
                 )
                 found[f"{step}_{name}"] = robust_accuracy.share(robust)
-        robust, _, _ = robust_accuracy.autoattack(model, x, y, recipe.threat, version="apgd")
+        robust = package.run(model, x, y, recipe.threat, version="apgd").robust
     found["apgd"] = robust_accuracy.share(robust)
     return found
 

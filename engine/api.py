@@ -1,4 +1,4 @@
-"""The Python face: train, attack and evaluate any module on any images."""
+"""The Python interface: train, attack and evaluate any module on any images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .device.capture import CudaGraphs, unavailable
 from .device.precision import Precision
 from .errors import EngineError
 from .evaluation.autoattack import ensemble
-from .evaluation.autoattack.ensemble import Verdict
+from .evaluation.autoattack.verdict import Verdict
 from .evaluation.robust_accuracy import Report, check_images, evaluate, evaluation_mode
 from .objectives import LocalBall, Objective
 from .threat import ThreatModel, check_pixels
@@ -56,24 +56,28 @@ def train(
 
     Args:
         model: any module from images in [0, 1] to logits [B, K], normalisation inside.
-        data: (images, labels), tensors or NumPy arrays: images uint8 [N, C, H, W] or float32 [N, ...]
-            in [0, 1], labels int64 [N]; or anything with a length that yields such (x, y) batches, a
-            DataLoader for one (then the loader sets batch size, crops and mirroring).
-        threat: the ball to train against.
-        attack: default two steps from a random start. From memory it needs (images, labels).
+        data: (images, labels), tensors or NumPy arrays: images uint8 [N, C, H, W] or float32
+            [N, ...] in [0, 1], labels int64 [N]; or an iterable with a length that yields such
+            (x, y) batches, such as a DataLoader. An iterable sets batch size, crops and mirroring.
+        threat: the threat to train against.
+        attack: default two steps from a random start. A start from memory needs (images, labels).
         objective: default `LocalBall()`.
-        epochs: passes over the data, >= 1; batch_size: images a step, >= 1.
-        lr: peak learning rate, > 0; schedule: its course and eps's over the run, default one cycle
-            at constant eps.
+        epochs: passes over the data, >= 1.
+        batch_size: images a step, >= 1.
+        lr: peak learning rate, > 0.
         optimiser: "sgd", "adamw" (fused with the average), "torch-sgd", "torch-adamw", or apex's
-            where it is built; momentum: of SGD, [0, 1); weight_decay: >= 0.
-        ema: decay of the weights' moving average, [0, 1); 0: none.
+            if apex is built.
+        momentum: of SGD, in [0, 1).
+        weight_decay: >= 0.
+        ema: decay of the weights' moving average, in [0, 1); 0: no average.
+        schedule: course of the learning rate and of eps over the run, default one cycle at constant
+            eps.
         validation: held-out (x, y), floats in [0, 1], to choose `Result.best`.
         pad, flip: random crop and mirroring of uint8 images.
         precision: of the network's passes: "fp32", "tf32", "bf16", "fp16", or "auto" (bf16 on GPUs
             that have it).
         seed: of batches, crops, attacks and dropout.
-        hooks: what to call while it runs.
+        hooks: functions to call during the run.
     Returns:
         The trained network (its moving average with `ema` > 0) and the best epoch's state dict.
     Raises:
@@ -168,26 +172,27 @@ def attack(
     alpha: float | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Adversaries of `x` by projected gradient ascent on the cross-entropy.
+    """Attack `x` by projected gradient ascent on the cross-entropy.
 
     Args:
         model: [0, 1] images to logits; attacked in evaluation mode, restored afterwards.
         x: float32 [B, ...] in [0, 1]; y: int64 [B].
-        threat: the ball to stay in.
-        steps: gradient steps, >= 0; seed: of the random start.
+        threat: the ball of the adversaries.
+        steps: gradient steps, >= 0.
         alpha: step size in pixel units, > 0; default as for `Attack`.
+        seed: of the random start.
     Returns:
-        Like `x`, inside the threat ball and [0, 1].
+        The adversaries, like `x`, inside the threat ball and [0, 1].
     Raises:
         EngineError: for images that are not in [0, 1] or not finite.
     """
     x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
     check_pixels(x)
     with evaluation_mode(model):
-        found, _ = Attack(steps=steps, alpha=alpha)(
+        adversary, _ = Attack(steps=steps, alpha=alpha)(
             model, x, y, threat, state=rng.state(seed, x.device)
         )
-    return found
+    return adversary
 
 
 def autoattack(

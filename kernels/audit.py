@@ -53,7 +53,7 @@ _RESERVED_SHARED = 1024  # bytes of each block's shared memory that the system u
 
 
 class Launch(NamedTuple):
-    """One recorded launch."""
+    """Hold one recorded launch."""
 
     cubin: bytes
     ttgir: str  # Triton's last portable form of the kernel
@@ -64,7 +64,7 @@ class Launch(NamedTuple):
 
 @contextlib.contextmanager
 def recording(arch: str) -> Iterator[list[Launch]]:
-    """Compile for `arch` every Triton kernel launched in the block and list the launches; nothing runs."""
+    """Compile for `arch` the kernels that the block launches; list the launches and run none."""
     launches: list[Launch] = []
 
     def record(launched: Launched) -> None:

@@ -49,7 +49,7 @@ _log = logging.getLogger("engine.kernels")
 
 @cache
 def load(name: Backend) -> tuple[ModuleType | None, str]:
-    """The backend's module and how it came to be there, or None and the reason it is missing."""
+    """Return the backend's module and its origin, or None and the reason why it is missing."""
     if name == "reference":
         return reference, "always there"
     try:
@@ -61,10 +61,10 @@ def load(name: Backend) -> tuple[ModuleType | None, str]:
 
 @cache
 def usable(name: Backend) -> tuple[ModuleType | None, str]:
-    """Return what `load` does; where there is a device for the backend, after one launch on it.
+    """Return the result of `load`, after one launch on the backend's device if there is one.
 
-    An import shows little: at its first launch Triton compiles its driver, with a C compiler, Python's
-    headers and libcuda.
+    An import proves little: at its first launch Triton compiles its driver, which needs a C
+    compiler, Python's headers and libcuda.
     """
     module, reason = load(name)
     if name != "triton" or module is None or not torch.cuda.is_available():
@@ -88,12 +88,15 @@ def implementation(op: str, device: str, forced: Backend | None) -> Callable:
     own = None if module is reference else getattr(module, op, None)
     if own is None:
         return _plain(op)
-    # Who asks for a backend by name wants to hear of its errors.
+    # A backend that was asked for by name raises its errors.
     return own if forced else _or_plain(op, own, name, getattr(module, "REFUSED", ()))
 
 
 def _plain(op: str) -> Callable:
-    """Return the reference's op. Autocast would round its convolutions and products, and no other backend's."""
+    """Return the reference's op, which runs without autocast.
+
+    Autocast would round the convolutions and products of the reference, and of no other backend.
+    """
     run = getattr(reference, op)
 
     @functools.wraps(run)
@@ -108,7 +111,7 @@ def _plain(op: str) -> Callable:
 
 
 def _or_plain(op: str, own: Callable, name: str, refused: tuple[type[Exception], ...]) -> Callable:
-    """Return `own`; from the first launch that the device has no room for, the reference's op."""
+    """Return `own`, or the reference's op after a launch that is too large for the device."""
     if not refused:
         return own
     chosen = own
@@ -119,7 +122,7 @@ def _or_plain(op: str, own: Callable, name: str, refused: tuple[type[Exception],
         try:
             return chosen(*args)
         except refused as error:
-            # Nothing is written yet: an op's later launches want no more than its first.
+            # Nothing is written yet: an op's later launches need no more than its first.
             _log.warning("%s's %s does not run here (%s); plain PyTorch serves it", name, op, error)
             chosen = _plain(op)
             return chosen(*args)

@@ -2,9 +2,9 @@
 
     python -m tests.matrix [--torch 2.11.0,2.14.1] [--triton 3.6.0] [PYTEST WORD ...]
 
-Each version gets a virtual environment of its own under build/matrix, made once. A wheel of PyTorch for
-CUDA takes some 5 GB there; with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu pip takes the
-small ones for CPUs.
+Each version gets a virtual environment of its own under build/matrix, made once. A wheel of PyTorch
+for CUDA takes some 5 GB there; with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu pip
+takes the small ones for CPUs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# PyTorch's releases, each with the Triton that its CUDA wheel asks for. The oldest and the newest are the ends
-# of the ranges in pyproject.toml.
+# PyTorch's releases, each with the Triton that its CUDA wheel asks for. The oldest and the newest
+# are the ends of the ranges in pyproject.toml.
 PAIRS = {"2.11.0": "3.6.0", "2.12.1": "3.7.1", "2.13.0": "3.7.1", "2.14.1": "3.8.0"}
 # What constraints.txt pins beside PyTorch and goes with one version of it alone.
 _OF_TORCH = re.compile(r"(torch|triton|sympy|nvidia-(?!dali|libnvcomp|nvimgcodec|nvjpeg|nvtiff))")
@@ -38,7 +38,8 @@ def constraints(torch: str, triton: str) -> str:
 def environment(torch: str, triton: str) -> Path:
     """Make the virtual environment of one pair, or bring it up to date; return its Python.
 
-    An editable install knows the packages that were there when it was made, so it is made each time.
+    An editable install knows the packages that were there when it was made, so it is made each
+    time.
 
     Raises:
         subprocess.CalledProcessError: where pip finds no such release.

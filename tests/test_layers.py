@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Rows of the table: `| 3 | `files` |`. A room may import from rows below its own, and from no other.
+# Rows of the table: `| 3 | `files` |`. A room may import from rows below its own, and from no
+# other.
 ROWS = re.findall(
     r"^\| (\d+) \| (.*) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE
 )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# The tool itself, the project, and what PyTorch's wheel for CUDA pins by itself, version by version.
+# The tool itself, the project, and what PyTorch's wheel for CUDA pins by itself, version by
+# version.
 NOT_PINNED = re.compile(r"pip|robust-engine|(nvidia|cuda)-.*")
 # `make rivals` pins these in its own line.
 RIVALS = re.findall(r"([\w-]+)==", (ROOT / "Makefile").read_text())

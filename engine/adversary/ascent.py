@@ -24,14 +24,15 @@ from ..threat import Ball
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 LogitsGrad = Callable[[Tensor], Tensor]
-# Take an ascent step in a ball with a step size [pixel units], from a point whose gradient is known.
+# Take an ascent step in a ball with a step size [pixel units], from a point whose gradient is
+# known.
 AscentStep = Callable[[Ball, float | Tensor], Tensor]
 # Scale gradients by 128 so that small ones survive float16.
 _SCALE = {torch.float16: 128.0}
 
 
 def towards_errors(y: Tensor, label_smoothing: float = 0.0) -> LogitsGrad:
-    """Return the gradient of the cross-entropy at labels `y` int64 [B] as a function of logits [B, K].
+    """Return the cross-entropy's gradient at labels `y` int64 [B], a function of logits [B, K].
 
     The gradient's scale is arbitrary: an ascent step uses its sign or direction only.
     """
@@ -49,7 +50,7 @@ def towards_errors(y: Tensor, label_smoothing: float = 0.0) -> LogitsGrad:
 
 
 def towards_runner_up(y: Tensor) -> LogitsGrad:
-    """Return the gradient of the margin, the best wrong logit minus that of the label `y` int64 [B].
+    """Return the gradient of the margin: the best wrong logit minus the logit of label `y`.
 
     Unlike the cross-entropy's it does not shrink where the network is sure of its answer (Carlini &
     Wagner, arXiv 1608.04644, their loss f6).
@@ -64,7 +65,7 @@ def towards_runner_up(y: Tensor) -> LogitsGrad:
 
 
 def away_from(anchor: Tensor) -> LogitsGrad:
-    """Return the gradient of KL(softmax(anchor) || softmax(logits)) as a function of logits [B, K].
+    """Return the gradient of KL(softmax(anchor) || softmax(logits)), a function of logits [B, K].
 
     The gradient's scale is arbitrary: an ascent step uses its sign or direction only.
     """
@@ -125,7 +126,7 @@ class ForwardPass:
             return cls(stem, z, point, network.body(point))
 
     def gradient(self, logits_grad: LogitsGrad, *, retain_graph: bool = False) -> Tensor:
-        """Return the gradient at `point` of the loss whose gradient at the logits is `logits_grad`."""
+        """Return the gradient at `point` of the loss whose gradient at the logits is given."""
         with phase(ATTACK_STEP):
             towards = logits_grad(self.logits.detach())
         with phase(ATTACK_BACKWARD):
@@ -193,8 +194,9 @@ def ascend(
 ) -> tuple[Tensor, Tensor]:
     """Take one step of projected ascent from `z` in `ball`: one forward pass, one input gradient.
 
-    The backward pass starts at `logits_grad(logits)`, so no loss is formed. With a stem, the backward
-    pass ends at the stem's output, and one op does the rest. No weight gradient is computed.
+    The backward pass starts at `logits_grad(logits)`, so no loss is formed. With a stem, the
+    backward pass ends at the stem's output, and one op does the rest. No weight gradient is
+    computed.
 
     Args:
         z: float32 [B, ...], a point of the ball.

@@ -14,7 +14,7 @@ from .ascent import climb, random_point, towards_errors
 
 @dataclass(frozen=True)
 class Attack:
-    """Run projected gradient ascent on the cross-entropy (Madry et al., arXiv 1706.06083).
+    """Run projected gradient ascent on the cross-entropy: PGD (Madry et al., arXiv 1706.06083).
 
     Weak adversaries take one or two steps, strong ones ten (forty on MNIST).
     """
@@ -23,8 +23,8 @@ class Attack:
         int,
         Field(
             ge=0,
-            description="gradient steps k [count]; 0: train at the remembered adversary itself, and "
-            "move it along the gradient that training computes anyway",
+            description="gradient steps k [count]; 0: train at the remembered adversary itself, "
+            "and move it along the gradient that training computes anyway",
         ),
     ] = 2
     alpha: Annotated[

@@ -1,8 +1,9 @@
-"""The adversary memory: a sample's attack starts where its last one ended.
+"""The adversary memory: a sample's attack starts at the end of its last attack.
 
-Weak adversaries then grow strong over the epochs at no cost in passes (ATTA, arXiv 1912.11969;
-FGSM-PGI, arXiv 2207.08859). Stored as int8 steps of eps / 127, one byte a pixel, on the training
-device; a crop or mirror of the image moves the perturbation along with it.
+So weak adversaries become strong over the epochs without additional passes (ATTA, Zheng et al.,
+arXiv 1912.11969; FGSM-EP, Jia et al., arXiv 2207.08859). The memory stores perturbations as int8
+steps of eps / 127, one byte a pixel, on the training device. A perturbation follows the crop and
+mirror of its image.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from ..threat import ThreatModel
 
 
 class AdversaryMemory:
-    """The last perturbation of every training sample.
+    """Hold the last perturbation of every training sample.
 
     Args:
         samples: N, the size of the training set.
         shape: (C, H, W) of one image.
-        threat: the ball; its radius is the unit of storage (a `Step` whose radius grows puts its own here).
-        seed: for the first, uniform random, perturbations.
+        threat: the threat model, whose eps is the unit of storage. A `Step` with a growing eps
+            replaces it.
+        seed: of the first perturbations, which are uniform in the ball.
     """
 
     def __init__(
@@ -41,12 +43,12 @@ class AdversaryMemory:
         self.forget(seed)
 
     def forget(self, seed: int) -> None:
-        """Fill with uniform random perturbations."""
+        """Replace all perturbations by uniform random ones."""
         if self.deltas.is_meta:
             return
         device, threat = self.deltas.device, self.threat
         draw = torch.Generator(device=device).manual_seed(seed)
-        # Random contents make the first visit a random start, with no flag to test for it.
+        # With random contents a sample's first attack has a random start, without a flag.
         if threat.norm == "Linf":
             self.deltas.random_(-127, 128, generator=draw)
         else:
@@ -58,9 +60,9 @@ class AdversaryMemory:
                 chunk.copy_((127.0 * radius * unit).round().view_as(chunk))
 
     def recall(self, index: Tensor, x: Tensor, crops: Tensor | None = None) -> Tensor:
-        """The attack's start for the samples `index` int64 [B], like `x` float32 [B, C, H, W].
+        """Return the attack's start for samples `index` int64 [B], like `x` float32 [B, C, H, W].
 
-        `crops` int32 [B, 3] is the (dy, dx, mirrored) that augmentation applied; left out: none.
+        `crops` int32 [B, 3] holds the (dy, dx, mirrored) of augmentation; default: no augmentation.
         """
         crops = _uncropped(index) if crops is None else crops
         return kernels.recall(self.deltas, index, crops, x, self.threat.eps, norm=self.threat.norm)
@@ -72,7 +74,8 @@ class AdversaryMemory:
         crops = _uncropped(index) if crops is None else crops
         kernels.remember(self.deltas, index, crops, x, adversary, self.threat.eps)
         if distributed.active():
-            # A sample may be another rank's next time: every rank remembers for all, one byte a pixel.
+            # Another rank may get the sample in the next epoch: every rank stores all
+            # perturbations.
             rows = distributed.gather(self.deltas.index_select(0, index))
             self.deltas.index_copy_(0, distributed.gather(index), rows)
 

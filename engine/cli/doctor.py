@@ -68,8 +68,8 @@ def _audit(name: str, overrides: dict[str, str], as_json: bool) -> int:
         print(json.dumps({**asdict(audit), "ok": audit.ok}))
         return 0 if audit.ok else 1
     print(
-        f"{audit.recipe}: the step can be captured in a CUDA graph; its replays are the eager steps, "
-        "bit for bit"
+        f"{audit.recipe}: the step can be captured in a CUDA graph; "
+        "its replays are the eager steps, bit for bit"
         if audit.ok
         else f"{audit.recipe}: the step cannot be captured in a CUDA graph"
     )

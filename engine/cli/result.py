@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..text import duration, printable
-from ..threat import as_written
 
 if TYPE_CHECKING:
     from ..recipes import Recipe
@@ -44,9 +43,12 @@ def _lines(row: Mapping[str, Any], recipe: Recipe) -> list[str]:
 
 
 def _accuracies(row: Mapping[str, Any], recipe: Recipe) -> list[str]:
-    """The accuracy table, and the sentence that says what was attacked."""
+    """Return the accuracy table, and the sentence that names the threat."""
+    from ..threat import as_written
+
     if row.get("clean") is None:
         return []
+
     evaluation, n = recipe.evaluation, row["examples"]
     attacks = row.get("autoattack_attacks") or ()
     restarts = f"{evaluation.pgd_restarts} restart{'s' * (evaluation.pgd_restarts != 1)}"

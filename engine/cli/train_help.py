@@ -101,6 +101,8 @@ def _field_lines(recipe: Any, field: tuple[str, Any, Any, str], width: int) -> l
     for part in dotted.split("."):
         value = getattr(value, part)
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    # As the command line takes the value; "none" leaves a field out.
+    text = text.lower() if value is None or isinstance(value, bool) else text
     if choices := _choices(dotted, hint):
         description += f"; one of {', '.join(choices)}"
     head = f"  {'--' + dotted:{_NAME}} {text:<10} "

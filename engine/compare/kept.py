@@ -1,4 +1,4 @@
-"""Read what earlier sittings of a comparison left: compare.json and steps.json, which may be damaged."""
+"""Read the files of earlier sittings of a comparison, compare.json and steps.json, with checks."""
 
 from __future__ import annotations
 

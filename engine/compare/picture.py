@@ -129,7 +129,7 @@ def _name_points(
     placed: list[tuple[float, float]] = []
     for name, at in sorted(shown.items(), key=lambda item: -item[1][1]):
         x, y = (float(v) * to_points for v in ax.transData.transform(at))
-        taken = sorted((other for where, other in placed if abs(where - x) < 62.0), reverse=True)
+        taken = sorted((other for at_x, other in placed if abs(at_x - x) < 62.0), reverse=True)
         height = y
         for other in taken:
             if abs(other - height) < 8.5:

@@ -108,11 +108,11 @@ def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
     """
     if not path.exists():
         return {}
-    found = kept.comparison(path)
+    comparison = kept.comparison(path)
     try:
         same = {
             name
-            for name, text in found["recipes"].items()
+            for name, text in comparison["recipes"].items()
             if name in protocol.methods
             and recipes.parse(tomllib.loads(text))
             == recipes.parse({**protocol.methods[name], "seed": 0}, source=name)
@@ -121,10 +121,10 @@ def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
         raise EngineError(f"{path} is damaged ({error}): move it away") from None
     known = {
         folder_name(point["method"], point["epochs"], point["seed"]): point
-        for point in found["points"]
-        if point["method"] in same and found["score"] == protocol.score
+        for point in comparison["points"]
+        if point["method"] in same and comparison["score"] == protocol.score
     }
-    others = len(found["points"]) - len(known)
+    others = len(comparison["points"]) - len(known)
     if others:
         aside = path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.json")
         shutil.copy(path, aside)

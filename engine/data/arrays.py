@@ -14,8 +14,8 @@ from ..errors import EngineError
 def pair(data: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Return (images, labels) as tensors; None where `data` is no pair of arrays or tensors.
 
-    An array becomes a tensor on `device`: floats as float32, uint8 as uint8, other integers as int64.
-    A tensor is returned as it is.
+    An array becomes a tensor on `device`: floats as float32, uint8 as uint8, other integers as
+    int64. A tensor is returned unchanged.
     """
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         return None

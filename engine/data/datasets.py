@@ -67,9 +67,6 @@ class FileCheck:
     detail: str
 
 
-# ---- the face --------------------------------------------------------------------------------
-
-
 def names() -> tuple[str, ...]:
     """Return the names of the known data sets."""
     return tuple(SPECS)
@@ -196,9 +193,6 @@ def _outcome(read: Callable[[], object]) -> tuple[bool, str]:
     return True, "whole"
 
 
-# ---- folders and files -----------------------------------------------------------------------
-
-
 def data_root(root: Path | str | None = None) -> Path:
     """Return `root`, `$ENGINE_DATA`, or `robust-engine` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if root is None:
@@ -271,28 +265,25 @@ def _missing(spec: Spec, folder: Path, parts: Iterable[Part]) -> list[str]:
     return [part.name for part in parts if part not in held]
 
 
-# ---- reading ---------------------------------------------------------------------------------
-
-
 def read_parts(
-    spec: Spec, path: Path, parts: tuple[Part, ...], where: str | None = None
+    spec: Spec, path: Path, parts: tuple[Part, ...], title: str | None = None
 ) -> dict[str, tuple[np.ndarray, ...]]:
     """Return the arrays of `parts`, by name, from the one file that holds them; verify all of them.
 
     IDX: one uint8 array, [N, 28, 28] or [N]. CIFAR: images uint8 [N, 3, 32, 32] and labels uint8
-    [N]. `where` is the name to show, if not `path`. EngineError: for any fault of the file.
+    [N]. `title` is the name to show, if not `path`. EngineError: for any fault of the file.
     """
-    where = where or str(path)
+    title = title or str(path)
     own = _check_own_sum(spec, path)
     if spec.archive and spec.archive in path.name:  # a draft has a longer name
         members = {f"{spec.folder}/{part.name}": part.size for part in parts}
-        contents = readers.read_tar_gz(path, where, members, size_limit(spec.all_parts))
+        contents = readers.read_tar_gz(path, title, members, size_limit(spec.all_parts))
         data = {part.name: contents[f"{spec.folder}/{part.name}"] for part in parts}
     else:
-        data = {part.name: readers.read_file(path, where, part.size) for part in parts}
+        data = {part.name: readers.read_file(path, title, part.size) for part in parts}
     arrays: dict[str, tuple[np.ndarray, ...]] = {}
     for part in parts:
-        shown = f"{where}: {part.name}" if len(data) > 1 else where
+        shown = f"{title}: {part.name}" if len(data) > 1 else title
         arrays[part.name] = _parse(spec, part, data[part.name], shown)
         if not own and (difference := part.differs(data[part.name])):
             raise EngineError(
@@ -306,25 +297,25 @@ def size_limit(parts: Iterable[Part]) -> int:
     return sum(part.size for part in parts) + (1 << 20)
 
 
-def _parse(spec: Spec, part: Part, data: bytes, where: str) -> tuple[np.ndarray, ...]:
+def _parse(spec: Spec, part: Part, data: bytes, title: str) -> tuple[np.ndarray, ...]:
     most = part.size // (len(spec.label_ranges) + readers.CIFAR_PIXELS)
     if spec.pickles:
-        return pickles.parse(data, where, spec.pickles, most)
+        return pickles.parse(data, title, spec.pickles, most)
     if spec.archive:
-        return readers.parse_cifar(data, where, spec.label_ranges, most)
+        return readers.parse_cifar(data, title, spec.label_ranges, most)
     if "-labels-" in part.name:
-        labels = readers.parse_idx(data, where, (), part.size - 8)
-        readers.check_labels(labels, where, len(spec.classes))
+        labels = readers.parse_idx(data, title, (), part.size - 8)
+        readers.check_labels(labels, title, len(spec.classes))
         return (labels,)
     item = spec.shape[1:]
-    return (readers.parse_idx(data, where, item, (part.size - 16) // prod(item)),)
+    return (readers.parse_idx(data, title, item, (part.size - 16) // prod(item)),)
 
 
 def _read_split(spec: Spec, split: str, root: Path | str | None) -> tuple[np.ndarray, np.ndarray]:
     folder = home_of(spec, root)
     if folder is None:
-        where = data_root(root) / spec.name
-        raise EngineError(f"{spec.name}: not found in {where}: run `engine data fetch {spec.name}`")
+        title = data_root(root) / spec.name
+        raise EngineError(f"{spec.name}: not found in {title}: run `engine data fetch {spec.name}`")
     spec = edition_in(spec, folder)
     if missing := _missing(spec, folder, spec.parts[split]):
         raise EngineError(f"{folder / missing[0]}: missing: run `engine data fetch {spec.name}`")

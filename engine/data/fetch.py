@@ -117,9 +117,6 @@ def _is_whole(spec: Spec, folder: Path, file: str) -> bool:
     return True
 
 
-# ---- sources: each lands all of `files` in `folder`, or raises EngineError ----------------------
-
-
 def _from_folder(source: Path, spec: Spec, folder: Path, files: list[str], progress: bool) -> None:
     for file in files:
         for path in present(spec, source, spec.files[file]):
@@ -172,9 +169,6 @@ def _from_url(base: str, spec: Spec, folder: Path, files: list[str], progress: b
 
 def _packed_limit(spec: Spec, file: str) -> int:
     return readers.packed_limit(size_limit(spec.files[file]))
-
-
-# ---- apt -------------------------------------------------------------------------------------
 
 
 def _apt_download(package: str, scratch: Path) -> Path:
@@ -249,7 +243,7 @@ def _download(url: str, spec: Spec, folder: Path, file: str, progress: bool) -> 
             resumed = out.seek(0, os.SEEK_END) > 0
             try:
                 append(url, out, file, _packed_limit(spec, file), progress)
-                read_parts(spec, part, spec.files[file], where=url)
+                read_parts(spec, part, spec.files[file], title=url)
             except ConnectionCut:
                 raise
             except EngineError:
@@ -271,7 +265,7 @@ def _download_afresh(
 ) -> None:
     try:
         append(url, out, file, _packed_limit(spec, file), progress)
-        read_parts(spec, part, spec.files[file], where=url)
+        read_parts(spec, part, spec.files[file], title=url)
     except ConnectionCut:
         raise
     except EngineError:
@@ -281,9 +275,6 @@ def _download_afresh(
 
 def _spinner(text: str, show: bool) -> AbstractContextManager[object]:
     return stderr.status(text) if show else nullcontext()
-
-
-# ---- landing ---------------------------------------------------------------------------------
 
 
 def _need_writable(folder: Path) -> None:
@@ -301,4 +292,4 @@ def _landing(spec: Spec, folder: Path, file: str, origin: str) -> Iterator[Binar
     with atomic(folder / file) as draft:
         with draft.open("wb") as out:
             yield out
-        read_parts(spec, draft, spec.files[file], where=origin)
+        read_parts(spec, draft, spec.files[file], title=origin)

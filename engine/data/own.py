@@ -89,9 +89,6 @@ def read(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
     return _checked(images, labels, classes, path), tuple(map(str, range(classes)))
 
 
-# ---- folders ---------------------------------------------------------------------------------
-
-
 def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     """Return every image of a split with its label, and the training split's class names."""
     try:
@@ -187,9 +184,6 @@ def _opened(file: Path) -> Any:
         raise EngineError(f"{file}: cannot read it: {reason}") from None
 
 
-# ---- arrays ----------------------------------------------------------------------------------
-
-
 def _names(split: str) -> Names:
     """Return the possible names of a split's images and of its labels."""
     return [(f"{split}_images", f"x_{split}"), (f"{split}_labels", f"y_{split}")]
@@ -224,7 +218,7 @@ def _npz(path: Path, wanted: Names) -> dict[str, np.ndarray]:
     return found
 
 
-def _npy(member: Any, where: str) -> np.ndarray:
+def _npy(member: Any, title: str) -> np.ndarray:
     """Return an array of whole numbers; read the bytes that its header announces and no more."""
     version = np.lib.format.read_magic(member)
     read_header = {
@@ -232,16 +226,19 @@ def _npy(member: Any, where: str) -> np.ndarray:
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     if version not in read_header:
-        raise EngineError(f"{where}: an .npy of version {version[0]}.{version[1]}")
+        raise EngineError(f"{title}: an .npy of version {version[0]}.{version[1]}")
     shape, fortran, dtype = read_header[version](member, max_header_size=10_000)
     if dtype.hasobject or dtype.kind not in "iu":
-        raise EngineError(f"{where}: holds {dtype}, not whole numbers")
+        raise EngineError(
+            f"{title}: holds {dtype}, not whole numbers: save images as uint8 in 0..255, and let "
+            "model.normalise normalise them"
+        )
     size = prod(shape) * dtype.itemsize
     if size > LIMIT or any(n < 0 for n in shape):
-        raise EngineError(f"{where}: {size:,} bytes; at most {LIMIT:,} fit")
+        raise EngineError(f"{title}: {size:,} bytes; at most {LIMIT:,} fit")
     data = member.read(size)
     if len(data) < size or member.read(1):
-        raise EngineError(f"{where}: its length is not what its header says")
+        raise EngineError(f"{title}: its length is not what its header says")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 

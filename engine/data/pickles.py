@@ -57,12 +57,12 @@ class _Dtype:
 
 
 def parse(
-    data: bytes, where: str, labels: tuple[tuple[str, int], ...], most: int
+    data: bytes, title: str, labels: tuple[tuple[str, int], ...], most: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return images uint8 [N, 3, 32, 32] and labels uint8 [N] of one batch file, 1 <= N <= `most`.
 
     `labels` has the name and the number of classes of each list of labels; the last list is
-    returned. EngineError, which begins with `where`: for any fault of the file.
+    returned. EngineError, which begins with `title`: for any fault of the file.
     """
     try:
         with warnings.catch_warnings():
@@ -70,26 +70,26 @@ def parse(
             found = _plain(data)
     except (ValueError, IndexError, TypeError, KeyError, OverflowError, RecursionError) as e:
         reason = " ".join(str(e).split())[:120]
-        raise EngineError(f"{where}: not a CIFAR batch of the Python edition ({reason})") from None
+        raise EngineError(f"{title}: not a CIFAR batch of the Python edition ({reason})") from None
     if not isinstance(found, dict):
-        raise EngineError(f"{where}: not a CIFAR batch of the Python edition (no dictionary)")
+        raise EngineError(f"{title}: not a CIFAR batch of the Python edition (no dictionary)")
     images = found.get(b"data")
     if not (isinstance(images, np.ndarray) and images.shape[1:] == (readers.CIFAR_PIXELS,)):
-        raise EngineError(f"{where}: has no data of {readers.CIFAR_PIXELS} bytes an image")
+        raise EngineError(f"{title}: has no data of {readers.CIFAR_PIXELS} bytes an image")
     count = len(images)
     if not 1 <= count <= most:
-        raise EngineError(f"{where}: {count:,} images; 1 to {most:,} are possible")
+        raise EngineError(f"{title}: {count:,} images; 1 to {most:,} are possible")
     values = np.empty(0, np.uint8)
     for name, classes in labels:
         listed = found.get(name.encode())
         if not (isinstance(listed, list) and all(type(label) is int for label in listed)):
-            raise EngineError(f"{where}: has no list of whole numbers called {name}")
+            raise EngineError(f"{title}: has no list of whole numbers called {name}")
         if len(listed) != count:
-            raise EngineError(f"{where}: {count:,} images, but {len(listed):,} {name}")
+            raise EngineError(f"{title}: {count:,} images, but {len(listed):,} {name}")
         bad = next((i for i, label in enumerate(listed) if not 0 <= label < classes), None)
         if bad is not None:
             raise EngineError(
-                f"{where}: label {listed[bad]} of sample {bad:,} is not in 0..{classes - 1}"
+                f"{title}: label {listed[bad]} of sample {bad:,} is not in 0..{classes - 1}"
             )
         values = np.array(listed, np.uint8)
     return images.reshape(count, 3, 32, 32), values

@@ -77,19 +77,19 @@ def build(name: str, params: Sequence[Tensor], lr: Tensor, **options: Any) -> to
     """
     optimisers = load()
     if name == "apex-sgd":
-        theirs = optimisers.FusedSGD(params, lr=0.0, **options)
+        external = optimisers.FusedSGD(params, lr=0.0, **options)
     elif name == "apex-adam":
-        theirs = optimisers.FusedAdam(params, lr=0.0, capturable=True, **options)
-        for group in theirs.param_groups:
+        external = optimisers.FusedAdam(params, lr=0.0, capturable=True, **options)
+        for group in external.param_groups:
             # The constructor takes a copy of a rate that is a tensor.
             group["lr"] = lr
             group["step"] = torch.zeros(1, dtype=torch.int32, device=lr.device)
     else:
-        theirs = optimisers.FusedLAMB(params, lr=0.0, **options)
+        external = optimisers.FusedLAMB(params, lr=0.0, **options)
     moments = ("momentum_buffer",) if name == "apex-sgd" else ("exp_avg", "exp_avg_sq")
     for p in params:
-        theirs.state[p] = {moment: torch.zeros_like(p) for moment in moments}
-    return theirs
+        external.state[p] = {moment: torch.zeros_like(p) for moment in moments}
+    return external
 
 
 def status() -> str:

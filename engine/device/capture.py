@@ -1,9 +1,10 @@
-"""The owner of CUDA graphs: one stream to capture on, one pool of memory, one place that tears down.
+"""The owner of CUDA graphs: one stream to capture on, one pool of memory, one place to free both.
 
-A step that is captured replays with one launch. What it may do is PyTorch's notes on CUDA graphs; the
-traps met here: warm-up runs on the stream that captures, for autograd's accumulation nodes and the
-libraries' workspaces belong to the stream they were first used on; warm-up does real work, so the
-caller restores its state; tables that a kernel wants from the host are filled in after the capture.
+A captured step replays with one launch. PyTorch's notes on CUDA graphs list the operations that a
+step may do. The traps here: warm-up runs on the capturing stream, because autograd's accumulation
+nodes and the libraries' workspaces belong to the stream of their first use; warm-up does real work,
+so the caller restores the state; tables that a kernel wants from the host are filled in after the
+capture.
 """
 
 from __future__ import annotations
@@ -19,32 +20,33 @@ from torch import Tensor
 
 from .. import kernels
 
-Run = Callable[[], None]
-# Enough for cuDNN's search, Triton's compilation and every lazily made buffer; and as many as PyTorch
-# wants of DistributedDataParallel before a capture.
+# A step without arguments: it reads and writes tensors that stay in place.
+Work = Callable[[], None]
+# Enough for cuDNN's search, Triton's compilation and every lazily made buffer; PyTorch asks for as
+# many with DistributedDataParallel before a capture.
 WARM_UP = 11
 
 
 class Recorder(Protocol):
-    """What turns a function of fixed tensors into a replay of what it did to them."""
+    """Record a function of fixed tensors, to replay its operations on them."""
 
     def context(self) -> AbstractContextManager[None]: ...
-    def warm_up(self, run: Run) -> None: ...
-    def record(self, run: Run) -> Run: ...
+    def warm_up(self, work: Work) -> None: ...
+    def record(self, work: Work) -> Work: ...
     def close(self) -> None: ...
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why nothing can be captured on `device`; None: it can."""
+    """Return why nothing can be captured on `device`, or None."""
     return (
         None if device.type == "cuda" else f"CUDA graphs need a CUDA device, this is {device.type}"
     )
 
 
 class CudaGraphs:
-    """Records on one side stream into one memory pool. A context manager; `close` frees both.
+    """Record on one side stream into one memory pool. A context manager; `close` frees both.
 
-    Replay runs on the current stream, after whatever was put there before: so are copies into the
+    A replay runs on the current stream, after all earlier work there, and so after copies into the
     buffers that the graph reads.
     """
 
@@ -52,15 +54,15 @@ class CudaGraphs:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        # Each with the tensors that it reads and nobody else keeps.
+        # Each graph with the tensors that it reads and that nothing else keeps.
         self.graphs: list[tuple[torch.cuda.CUDAGraph, list[Tensor]]] = []
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
-        """What the block enqueues goes to the stream that will capture, in order with what is around it.
+        """Enqueue the block's work on the capturing stream, in order with the work around it.
 
-        DistributedDataParallel must be made in here: it keeps autograd's accumulation nodes, and with them
-        the stream of its making.
+        DistributedDataParallel must be made in such a block: it keeps autograd's accumulation
+        nodes, and with them the stream on which it was made.
         """
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
@@ -68,40 +70,40 @@ class CudaGraphs:
             with torch.cuda.stream(self.stream):
                 yield
         finally:
-            # Where the block fails too: what it enqueued may still be writing.
+            # After a failure too: the work of the block may still be writing.
             current.wait_stream(self.stream)
 
-    def warm_up(self, run: Run) -> None:
-        """Run eagerly, `WARM_UP` times, on the stream that will capture."""
+    def warm_up(self, work: Work) -> None:
+        """Run `work` eagerly, `WARM_UP` times, on the capturing stream."""
         with self.context():
             for _ in range(WARM_UP):
-                run()
+                work()
 
-    def record(self, run: Run) -> Run:
-        """Capture `run` without executing it; what comes back replays it.
+    def record(self, work: Work) -> Work:
+        """Capture `work` without executing it; return a function that replays it.
 
         Raises:
-            RuntimeError: whatever CUDA has against an operation of `run`.
+            RuntimeError: where CUDA refuses an operation of `work`.
         """
-        # An earlier graph that waits for the collector would be destroyed in the middle of this capture.
+        # The collector could destroy an earlier graph in the middle of this capture.
         gc.collect()
         torch.cuda.synchronize(self.device)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         with kernels.capturing() as kept:
             try:
-                # A global capture would forbid its own calls to a loader's threads, and fail theirs.
+                # A global capture would fail on calls of a loader's threads.
                 with torch.cuda.graph(
                     graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
                 ):
-                    run()
+                    work()
             finally:
-                # Where a broken capture cannot be ended either, torch stays on the capturing stream.
+                # If a broken capture cannot be ended either, torch stays on the capturing stream.
                 torch.cuda.set_stream(current)
         self.graphs.append((graph, kept))
         return graph.replay
 
     def close(self) -> None:
-        """Free the graphs and their memory. Replays made here must not run afterwards."""
+        """Free the graphs and their memory. Their replays must not run afterwards."""
         if self.graphs:
             torch.cuda.synchronize(self.device)
         for graph, _ in self.graphs:

@@ -1,8 +1,9 @@
-"""Many processes as one training run: who we are, and the few things we say to each other.
+"""Several processes as one training run: their ranks, and the tensors that they exchange.
 
-Started by torchrun (or `engine train --nproc N`), one process a device. Gradients are averaged by
-PyTorch's DistributedDataParallel while the backward pass runs; attacks stay within a rank. What is not
-averaged every step is kept the same everywhere by what is here. Alone, every call does nothing.
+torchrun (or `engine train --nproc N`) starts one process a device. PyTorch's
+DistributedDataParallel averages gradients while the backward pass runs; attacks stay within a rank.
+The functions here keep all else the same in every process. In a single process every call does
+nothing.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from torch import Tensor, nn
 
 from ..errors import EngineError
 
-# A rank that waits this long for another takes it for dead.
+# After this wait a rank takes another for dead.
 _PATIENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`.
+    """Hold this process's place among `size` processes.
 
     Attributes:
         rank: 0..size-1; rank 0 alone writes, logs and shows progress.
-        restarts: how often torchrun has started this run again.
+        restarts: the number of times that torchrun has restarted this run.
     """
 
     rank: int = 0
@@ -47,20 +48,21 @@ class World:
         return self.rank == 0
 
     def share(self, batch: int) -> int:
-        """This process's part of a global batch.
+        """Return the size of this process's part of a global batch.
 
         Raises:
             EngineError: if it cannot be dealt out evenly.
         """
         if batch % self.size:
             raise EngineError(
-                f"optim.batch_size = {batch} cannot be shared by {self.size} processes: take a multiple"
+                f"optim.batch_size = {batch} cannot be shared by {self.size} processes: take a "
+                "multiple"
             )
         return batch // self.size
 
 
 def join() -> World:
-    """The world that torchrun's environment describes; on first call the processes meet.
+    """Return the world in torchrun's environment; the first call connects the processes.
 
     Raises:
         EngineError: for more processes than GPUs on this machine, where there are GPUs.
@@ -83,29 +85,29 @@ def join() -> World:
 
 
 def leave() -> None:
-    """The run is over for this process."""
+    """Leave the run, at its end for this process."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def active() -> bool:
-    """Whether there are others."""
+    """Return whether there are other processes."""
     return size() > 1
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def wait() -> None:
-    """Until all are here."""
+    """Wait until all processes are here."""
     if active():
         dist.barrier()
 
 
 def mean_(t: Tensor) -> Tensor:
-    """`t` averaged over all processes, in place."""
+    """Average `t` over all processes, in place, and return it."""
     if active():
         dist.all_reduce(t)
         t /= size()
@@ -113,7 +115,7 @@ def mean_(t: Tensor) -> Tensor:
 
 
 def average_statistics(model: nn.Module) -> None:
-    """Make BatchNorm's running statistics, which each rank takes of its own images, those of all."""
+    """Average BatchNorm's running statistics, which each rank takes of its own images."""
     if active():
         for t in model.buffers():
             if t.is_floating_point():
@@ -121,7 +123,7 @@ def average_statistics(model: nn.Module) -> None:
 
 
 def gather(t: Tensor) -> Tensor:
-    """[B, ...] of every process, [size B, ...] in rank order: the same everywhere."""
+    """Return the tensors [B, ...] of all processes as [size B, ...], in rank order."""
     if not active():
         return t
     found = t.new_empty((size() * t.shape[0], *t.shape[1:]))
@@ -132,7 +134,7 @@ def gather(t: Tensor) -> Tensor:
 
 
 class _Whole(nn.Module):
-    """From batch to loss as one module: what DistributedDataParallel wants to see."""
+    """Compute from batch to loss in one module, for DistributedDataParallel."""
 
     def __init__(self, network: nn.Module, compute: Callable[..., Any]) -> None:
         super().__init__()
@@ -143,15 +145,15 @@ class _Whole(nn.Module):
 
 
 def averaged(network: nn.Module, compute: Callable[..., Any]) -> Callable[..., Any]:
-    """`compute(network, ...)` -> outcome; its loss's backward pass leaves gradients averaged over all ranks.
+    """Return `compute` for `network`; its backward pass averages gradients over all ranks.
 
-    The whole computation is inside: an objective makes many passes, and only the last backward pass, the
-    one that reaches the weights, is to be heard of. Statistics stay with their rank, see
+    DistributedDataParallel wraps the whole computation: an objective makes many passes, and only
+    the last backward pass reaches the weights. Statistics stay with their rank, see
     `average_statistics`.
     """
     if not active():
         return functools.partial(compute, network)
-    # Small gradients whose strides differ where nothing else does: not worth a word.
+    # The warning concerns small gradients, whose strides alone differ.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     parallel = nn.parallel.DistributedDataParallel
     # As above: renamed.
@@ -162,7 +164,7 @@ def averaged(network: nn.Module, compute: Callable[..., Any]) -> Callable[..., A
 
 
 def is_broken(error: BaseException) -> bool:
-    """Whether `error` says that another process is no longer there."""
+    """Return whether `error` means that another process has gone."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or (
         active() and any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
@@ -170,19 +172,22 @@ def is_broken(error: BaseException) -> bool:
 
 
 def launch(processes: int, words: Sequence[str], *, restarts: int = 3) -> int:
-    """Run `python -m engine WORDS` in as many processes on this machine, as torchrun does; the exit status.
+    """Run `python -m engine WORDS` in several processes on this machine, as torchrun does.
 
-    A process that dies takes the others with it; all are started again, up to `restarts` times, and go on
-    from the run's last checkpoint.
+    If a process dies, the others are stopped too; all are started again, up to `restarts` times,
+    and go on from the run's last checkpoint.
+
+    Returns:
+        The exit status.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What it has to say of a failure the processes have said themselves.
+    # The processes have reported a failure themselves.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    # Shared with the launcher, the store would hand a restarted process its dead forerunners' addresses
-    # (github.com/pytorch/pytorch/issues/135712).
+    # Shared with the launcher, the store would hand a restarted process its dead forerunners'
+    # addresses (github.com/pytorch/pytorch/issues/135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(

@@ -1,7 +1,8 @@
 """The arithmetic of the network's passes, and the loss scale that float16 needs.
 
-Weights, momentum, moving average and the attack's iterates are float32 throughout. bf16 and fp16 run the
-network under autocast; tf32 lets convolutions and matrix products round their float32 inputs.
+Weights, momentum, moving average and the attack's iterates are float32 throughout. bf16 and fp16
+run the network under autocast; tf32 lets convolutions and matrix products round their float32
+inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(name: str, device: torch.device) -> str:
-    """What "auto" means on `device`: bf16 on GPUs that have it, fp32 elsewhere.
+    """Return the precision for `device`; "auto" is bf16 on GPUs that have it, fp32 elsewhere.
 
     Raises:
         EngineError: for a precision that the device does not have.
@@ -37,10 +38,10 @@ def resolve(name: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def passes(precision: str, device: torch.device) -> Iterator[None]:
-    """Network passes in the block run in `precision`, as `resolve` gave it.
+    """Run network passes in the block in `precision`, as `resolve` gave it.
 
-    A weight is cast once a block: the casts live in autocast's cache, which the block's end empties. So
-    a captured graph holds its casts, never one made before.
+    A weight is cast once a block: autocast's cache holds the casts, and the block's end empties it.
+    So a captured graph holds its own casts, never an earlier one.
     """
     with arithmetic(precision, device):
         if precision in AUTOCAST:
@@ -52,10 +53,11 @@ def passes(precision: str, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """float32 products in the block, those of backward passes too, are exact (fp32) or rounded (tf32).
+    """Compute float32 products in the block exactly (fp32) or rounded (tf32), backward passes too.
 
-    By itself PyTorch rounds in convolutions and not in matrix products. Autocast would not do for backward
-    passes, which take the types of their forward passes; these settings hold for whatever runs.
+    By default PyTorch rounds in convolutions and not in matrix products. Autocast does not reach
+    backward passes, which take the types of their forward passes; these settings hold for all
+    operators.
     """
     if device.type != "cuda" or precision in AUTOCAST:
         yield
@@ -64,7 +66,7 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     cudnn: Any = torch.backends.cudnn  # its attributes are made at run time
     knobs: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
     before, older = [knob.fp32_precision for knob in knobs], _older_flags()
-    # The older flags first, for whoever reads them within the block: PyTorch raises where the two disagree.
+    # Older flags first, for readers in the block: PyTorch raises where old and new ones disagree.
     _set_older_flags((rounded, "high" if rounded else "highest"))
     for knob in knobs:
         knob.fp32_precision = "tf32" if rounded else "ieee"
@@ -78,7 +80,7 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def _older_flags() -> tuple[bool, str] | None:
-    """Return PyTorch's flags from before 2.9; None where the program has set the newer ones otherwise."""
+    """Return PyTorch's flags from before 2.9, or None where the newer ones disagree with them."""
     try:
         return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     except RuntimeError:
@@ -106,14 +108,15 @@ def repeatable(wanted: bool) -> Iterator[None]:
 
 
 class LossScale:
-    """A loss scale that lives on the device: constant one, or float16's dynamic one.
+    """Hold the loss scale on the device: a constant 1, or float16's dynamic scale.
 
-    Gradients are unscaled and searched for inf and NaN in one pass; a step with any leaves weights,
-    momentum and moving average alone. Dynamic: it halves the scale as well, and `interval` steps without
-    double it (as in Micikevicius et al., arXiv 1710.03740). BatchNorm statistics of a skipped step stay.
+    Gradients are unscaled and searched for inf and NaN in one pass. A step with one of them leaves
+    weights, momentum and moving average alone; BatchNorm's statistics stay changed. A dynamic scale
+    is halved by such a step, and doubled after `interval` steps without (Micikevicius et al., arXiv
+    1710.03740).
 
     Attributes:
-        scale: float32 0-d, what the loss is multiplied by: the seed of the backward pass.
+        scale: float32 0-d, the factor of the loss: the seed of the backward pass.
         found_inf: float32 0-d, 1 where the last gradients held an inf or a NaN.
     """
 
@@ -138,12 +141,12 @@ class LossScale:
         )
 
     def update(self) -> None:
-        """After the optimiser's step."""
+        """Adapt the scale, after the optimiser's step."""
         if self.dynamic:
             torch._amp_update_scale_(
                 self.scale, self._tracker, self.found_inf, 2.0, 0.5, self.interval
             )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that changes."""
+        """Return the tensors that a step changes."""
         return {"scale": self.scale, "found_inf": self.found_inf, "tracker": self._tracker}

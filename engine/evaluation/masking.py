@@ -1,8 +1,8 @@
-"""Is robust accuracy what it looks like? The field's checks for masked gradients.
+"""Checks for masked gradients, which make a network look more robust than it is.
 
-A defence that hides its gradient looks robust to attacks that follow it (Athalye et al., arXiv
-1802.00420; the checklist of Carlini et al., arXiv 1902.06705). Then some weaker attack does better than
-a stronger one: that is what is looked for here.
+A defence that hides its gradient looks robust to attacks that follow the gradient (Athalye et al.,
+arXiv 1802.00420; the checklist of Carlini et al., arXiv 1902.06705). Then a weaker attack succeeds
+more often than a stronger one. The checks look for such cases.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ _QUERIES = 1000
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison.
+    """Hold the result of one comparison.
 
     Attributes:
-        value: what was measured, with its unit; wanted: what an honest gradient gives; ok: whether it did.
+        value: the measured values, with their unit.
+        wanted: the expected outcome for a network that does not hide its gradient.
+        ok: whether the outcome is the expected one.
     """
 
     name: str
@@ -50,8 +52,8 @@ def checks(
     """Run all checks on images x float32 [N, C, H, W] in [0, 1] with labels y int64 [N].
 
     Args:
-        model, surrogate: in evaluation mode, [0, 1] images to logits; adversaries of the surrogate, another
-            network, are transferred to the model.
+        model: in evaluation mode, [0, 1] images to logits.
+        surrogate: another such network, whose adversaries are transferred to the model.
     """
     eps, norm = threat.eps, threat.norm
     # Two standard errors of a difference between accuracies on the same images.
@@ -64,12 +66,12 @@ def checks(
     def percent(*values: float) -> str:
         return " / ".join(f"{100 * v:.1f} %" for v in values)
 
-    found = []
+    results: list[Check] = []
     total = 5 + (surrogate is not None)
 
     def add(name: str, value: str, wanted: str, ok: bool) -> None:
-        found.append(Check(name, value, wanted, ok))
-        progress(f"masking: {name}", len(found), total)
+        results.append(Check(name, value, wanted, ok))
+        progress(f"masking: {name}", len(results), total)
 
     strong = pgd(eps, 50)
     one = pgd(eps, 1)
@@ -98,25 +100,25 @@ def checks(
         )
     twice = pgd(2 * eps, 50)
     add("eps / 2 eps", percent(strong, twice), "falls", twice < strong or strong == 0)
-    # Any image may become any other one within this ball.
+    # Within this ball, any image can become any other image.
     everything = 1.0 if norm == "Linf" else math.sqrt(x[0].numel())
     unbounded = pgd(everything, 50)
     add("unbounded", percent(unbounded), "0 %", unbounded <= 0.01)
-    return found
+    return results
 
 
-def report(found: list[Check], examples: int) -> dict[str, Any]:
-    """The checks as masking.json holds them."""
+def report(results: list[Check], examples: int) -> dict[str, Any]:
+    """Return the content of masking.json."""
     return {
         "examples": examples,
-        "passed": all(check.ok for check in found),
-        "checks": [asdict(check) for check in found],
+        "passed": all(check.ok for check in results),
+        "checks": [asdict(check) for check in results],
     }
 
 
 @torch.no_grad()
 def _noise(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> float:
-    """Accuracy at the worst of `_NOISES` uniform random points of the ball."""
+    """Return the accuracy at the worst of `_NOISES` uniform random points of the ball."""
     right = predictions(model, x) == y
     for number in range(_NOISES):
         state = rng.state(seed, x.device, step=number)
@@ -126,7 +128,10 @@ def _noise(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: in
 
 
 def _square(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int) -> float:
-    """Accuracy under the Square attack (Andriushchenko et al., arXiv 1912.00049), which sees no gradient."""
+    """Return the accuracy under the Square attack (Andriushchenko et al., arXiv 1912.00049).
+
+    The attack uses no gradient.
+    """
     from pyautoattack.square import SquareAttack
 
     attack = SquareAttack(
@@ -143,7 +148,7 @@ def _square(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: i
 def _transfer(
     model: nn.Module, surrogate: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int
 ) -> float:
-    """Accuracy on adversaries of PGD-20 on another network."""
+    """Return the accuracy on adversaries of PGD-20 on another network."""
     from ..adversary.attack import Attack
 
     right = predictions(model, x) == y

@@ -1,16 +1,13 @@
-"""Robust accuracy: PGD with restarts of our own, AutoAttack by its authors' package, pointwise worst case."""
+"""Robust accuracy: PGD with restarts, AutoAttack, and the pointwise worst case of both."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import re
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +24,9 @@ from ..data import arrays
 from ..errors import EngineError
 from ..models import stem_of
 from ..threat import ThreatModel
-from .autoattack import ensemble
+from .autoattack import ensemble, package
+from .autoattack.verdict import Progress, silent
 
-Progress = Callable[[str, int, int], None]
 Judge = Literal["pyautoattack", "engine"]
 PgdLoss = Literal["cross-entropy", "margin"]
 PgdStep = Literal["constant", "decaying"]
@@ -37,17 +34,11 @@ _GRADIENTS: dict[PgdLoss, Callable[[Tensor], LogitsGrad]] = {
     "cross-entropy": towards_errors,
     "margin": towards_runner_up,
 }
-# The package's targeted DLR loss compares four logits.
-_FEWEST_CLASSES = 4
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """No progress shown."""
 
 
 @dataclass
 class Report:
-    """What an evaluation found.
+    """Hold the results of an evaluation.
 
     Attributes:
         threat: the ball that was attacked in.
@@ -77,13 +68,13 @@ class Report:
     attacks: tuple[str, ...] = ()
 
     def standard_error(self, accuracy: float) -> float:
-        """Binomial standard error of an accuracy measured on `examples` images."""
+        """Return the binomial standard error of an accuracy on `examples` images."""
         return math.sqrt(accuracy * (1 - accuracy) / max(self.examples, 1))
 
 
 @torch.no_grad()
 def predictions(model: nn.Module, x: Tensor, *, batch_size: int = 1000) -> Tensor:
-    """Predicted classes, int64 [N], of [0, 1] images x [N, ...]; the model's mode is left alone."""
+    """Predict classes, int64 [N], of [0, 1] images x [N, ...], in the model's present mode."""
     if len(x) == 0:
         return torch.zeros(0, dtype=torch.int64, device=x.device)
     return torch.cat([model(chunk).argmax(dim=1) for chunk in x.split(batch_size)])
@@ -103,9 +94,10 @@ def pgd(
     batch_size: int = 500,
     progress: Progress = silent,
 ) -> Tensor:
-    """PGD with restarts; an image that falls at any iterate of any restart counts as broken.
+    """Run PGD with restarts (Madry et al., arXiv 1706.06083).
 
-    Broken images leave the batch, so the cost follows the robust accuracy.
+    An image counts as broken if any point of any restart is misclassified. Broken images leave the
+    batch, so the cost falls with the robust accuracy.
 
     Args:
         model: in evaluation mode, [0, 1] images to logits.
@@ -115,7 +107,7 @@ def pgd(
         step: the step size. constant: eps / 4 (2.5 eps / steps below ten steps); decaying: from eps
             linearly to eps / steps. Constant steps overstate robust accuracy at a large radius.
     Returns:
-        bool [N], True where the prediction was right throughout.
+        bool [N], True for images that every point leaves correctly classified.
     """
     gradient = _GRADIENTS[loss]
     if step == "decaying":
@@ -143,7 +135,11 @@ def _break(
     sizes: list[float],
     state: Tensor,
 ) -> Tensor:
-    """Return the members of `indices` that one restart of PGD with steps of `sizes` [pixel units] breaks."""
+    """Return the members of `indices` that one restart of PGD breaks.
+
+    Args:
+        sizes: of the steps, one after the other [pixel units].
+    """
     ball, labels, stem = threat.around(x[indices]), y[indices], stem_of(model)
     z = random_point(ball, state, stream=rng.RESTART)
     broken: list[Tensor] = []
@@ -159,7 +155,7 @@ def _break(
         broken.append(indices[~alive])
         if not alive.any():
             break
-        # Copying the batch costs; it pays once a tenth of it has fallen.
+        # A copy of the batch costs time; it pays after a tenth of the batch is broken.
         if (~alive).sum() * 10 >= len(alive):
             indices, labels, following = indices[alive], labels[alive], following[alive]
             ball = threat.around(ball.centre[alive])
@@ -167,95 +163,8 @@ def _break(
     return torch.cat(broken).unique()
 
 
-def autoattack(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatModel,
-    *,
-    version: str = "standard",
-    seed: int = 0,
-    batch_size: int = 500,
-    progress: Progress = silent,
-) -> tuple[Tensor, dict[str, float], list[str]]:
-    """AutoAttack (Croce & Hein, arXiv 2003.01690) by the package pyautoattack.
-
-    Args:
-        model: in evaluation mode, [0, 1] images to logits.
-        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N].
-        version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" for the first two, where
-            APGD-CE has the package's five restarts (standard: one).
-    Returns:
-        bool [N], True where robust; robust accuracy after each attack; the package's own warnings.
-    Raises:
-        EngineError: for fewer than four classes, which its targeted loss needs.
-    """
-    from pyautoattack import AutoAttack
-
-    classes = model(x[:1]).shape[1]
-    if classes < 4:
-        raise EngineError(f"AutoAttack needs at least 4 classes, the model has {classes}")
-    attacks = ["apgd-ce", "apgd-t"] if version == "apgd" else None
-    after: dict[str, float] = {}
-    listener = _Listener(after, progress, batches=math.ceil(len(x) / batch_size))
-    logger = logging.getLogger("auto-attack")
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(listener)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            judge = AutoAttack(
-                model,
-                norm=threat.norm,
-                eps=threat.eps,
-                seed=seed,
-                device=x.device,
-                version="custom" if attacks else "standard",
-                attacks=attacks,
-            )
-            # Nine targets is the standard for ten classes and more.
-            judge.apgd_targeted.n_target_classes = min(9, classes - 1)
-            judge.fab.n_target_classes = min(9, classes - 1)
-            _, found = judge.run_standard_evaluation(x, y, batch_size=batch_size)
-    finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
-        logger.propagate = propagate
-    notes = listener.warnings + [
-        str(w.message) for w in caught if "autoattack" in str(w.filename).lower()
-    ]
-    return found == y, after, notes
-
-
-def engines_autoattack(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    threat: ThreatModel,
-    *,
-    version: str = "standard",
-    seed: int = 0,
-    batch_size: int = 500,
-    progress: Progress = silent,
-) -> tuple[Tensor, dict[str, float], list[str]]:
-    """Run the engine's own AutoAttack; arguments and results as for `autoattack`."""
-    verdict = ensemble.run(
-        model,
-        x,
-        y,
-        threat,
-        version=version,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return verdict.robust, verdict.after, verdict.notes
-
-
 # Who runs AutoAttack, by the name that recipes use.
-_JUDGES = {"pyautoattack": autoattack, "engine": engines_autoattack}
+JUDGES = {"pyautoattack": package.run, "engine": ensemble.run}
 
 
 def attack_names(version: str, classes: int) -> tuple[str, ...]:
@@ -274,39 +183,18 @@ def attack_names(version: str, classes: int) -> tuple[str, ...]:
         raise EngineError(f"an attack needs at least 2 classes, the model has {classes}")
     if version == "none":
         return ()
-    second = "apgd-t" if classes >= _FEWEST_CLASSES else "apgd-difference"
+    second = "apgd-t" if classes >= package.FEWEST_CLASSES else "apgd-difference"
     return ("apgd-ce", second) + (("fab-t", "square") if version == "standard" else ())
-
-
-class _Listener(logging.Handler):
-    """Reads AutoAttack's log lines: accuracy after each attack, progress, warnings."""
-
-    _AFTER = re.compile(r"robust accuracy after ([\w-]+): ([\d.]+)%")
-    _BATCH = re.compile(r"^([\w-]+) - (\d+)/(\d+) -")
-
-    def __init__(self, after: dict[str, float], progress: Progress, batches: int) -> None:
-        super().__init__(logging.DEBUG)
-        self.after, self.progress, self.batches = after, progress, batches
-        self.warnings: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            self.warnings.append(line)
-        if match := self._AFTER.match(line):
-            self.after[match[1].lower()] = float(match[2]) / 100
-        if match := self._BATCH.match(line):
-            self.progress(match[1], int(match[2]), int(match[3]))
 
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode and no weight gradients in the block, each module's and weight's own state afterwards."""
+    """Set evaluation mode without weight gradients in the block, then restore the old state."""
     modes = [(m, m.training) for m in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     model.eval()
     for p, _ in wanted:
-        # Activations kept only for weight gradients would cost memory in every attack.
+        # Weight gradients would keep activations, and so memory, in every attack.
         p.requires_grad_(False)
     try:
         yield model
@@ -331,7 +219,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Report:
-    """Clean accuracy, PGD with restarts and AutoAttack on the same images.
+    """Measure clean accuracy, and run PGD with restarts and AutoAttack on the same images.
 
     Args:
         model: any module from [0, 1] images to logits; its mode is restored afterwards.
@@ -340,14 +228,14 @@ def evaluate(
         threat: the ball to attack in.
         pgd_steps, pgd_restarts: of `pgd`, at least 1 each.
         autoattack_version: "standard" (four attacks), "apgd" (the first two) or "none".
-        judge: who runs AutoAttack: "pyautoattack", the authors' package, or "engine", the engine's own
-            form of the same attacks. It also judges networks of two or three classes, which the
+        judge: who runs AutoAttack: "pyautoattack", the authors' package, or "engine", the engine's
+            own form of the same attacks. It also judges networks of two or three classes, which the
             package's targeted losses do not take.
         batch_size: images in memory at once.
         seed: of both attacks.
         progress: called with (attack, done, total).
     Returns:
-        Accuracies, and what was left after each of AutoAttack's attacks.
+        The accuracies, and the robust accuracy after each of AutoAttack's attacks.
     Raises:
         EngineError: if the images leave [0, 1], there are none, or the model returns no logits
             [N, K] of at least two classes.
@@ -377,9 +265,9 @@ def evaluate(
         after: dict[str, float] = {}
         notes: list[str] = []
         if autoattack_version != "none":
-            if logits.shape[1] < _FEWEST_CLASSES:
+            if logits.shape[1] < package.FEWEST_CLASSES:
                 judge = "engine"
-            by_aa, after, notes = _JUDGES[judge](
+            verdict = JUDGES[judge](
                 model,
                 x,
                 y,
@@ -389,6 +277,7 @@ def evaluate(
                 batch_size=batch_size,
                 progress=progress,
             )
+            by_aa, after, notes = verdict.robust, verdict.after, verdict.notes
             worst = by_pgd & by_aa
     return Report(
         threat=threat,
@@ -408,55 +297,22 @@ def evaluate(
     )
 
 
-def robustbench_fields(
-    report: Report, *, name: str, architecture: str, dataset: str
-) -> dict[str, Any]:
-    """The fields of a RobustBench model-info file that an evaluation can fill, plus what it measured."""
-
-    def percent(value: float | None) -> str | None:
-        return None if value is None else f"{100 * value:.2f}"
-
-    return {
-        "name": name,
-        "dataset": dataset,
-        "architecture": architecture,
-        "threat_model": report.threat.norm,
-        "eps": report.threat.eps,
-        "clean_acc": percent(report.clean),
-        "reported": percent(report.worst_case),
-        "autoattack_acc": percent(report.autoattack),
-        "additional_data": False,
-        "number_forward_passes": "1",
-        "footnote": f"first {report.examples} test images",
-        "pgd_acc": percent(report.pgd),
-        "pgd": f"PGD-{report.pgd_steps}-{report.pgd_restarts}",
-        "autoattack_version": report.autoattack_version,
-        "autoattack_attacks": list(report.attacks),
-        "autoattack_judge": None if report.autoattack is None else report.judge,
-        "after_each_attack": {k: percent(v) for k, v in report.after.items()},
-        "worst_case_acc": percent(report.worst_case),
-        "standard_error": percent(report.standard_error(report.worst_case)),
-        "examples": report.examples,
-        "eval_seconds": round(report.seconds, 2),
-        "notes": report.notes,
-    }
-
-
 def _device_of(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 def share(mask: Tensor) -> float:
-    """The share of True in bool [N]."""
+    """Return the share of True in bool [N]."""
     return float(mask.double().mean())
 
 
 def check_images(x: Tensor, y: Tensor) -> None:
-    """Raise an EngineError where there are no images, or images outside [0, 1]."""
+    """Raise an EngineError for no images, or for images outside [0, 1]."""
     if len(x) == 0 or len(x) != len(y):
         raise EngineError(f"cannot evaluate {len(x)} images with {len(y)} labels")
     if x.dtype != torch.float32 or float(x.min()) < 0 or float(x.max()) > 1:
         raise EngineError(
-            "images must be float32 in [0, 1]: put the normalisation inside the model, not in the data"
+            "images must be float32 in [0, 1]: put the normalisation inside the model, not in the "
+            "data"
         )

@@ -1,6 +1,7 @@
-"""Networks of the field, by name. Images in [0, 1] go in, logits come out; normalisation is inside.
+"""The networks by name, from images in [0, 1] to logits, with the normalisation inside.
 
-State-dict keys are those of RobustBench, or of the network's own source where RobustBench has none.
+The keys of a state dict are RobustBench's. A network that RobustBench lacks has the keys of its
+source.
 """
 
 from __future__ import annotations
@@ -38,19 +39,20 @@ def build(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Network:
-    """A freshly initialised network, drawn from torch's global generator.
+    """Initialise a network with random weights from torch's global generator.
 
     Args:
         name: a key of `MODELS`.
         in_channels: channels of the images, >= 1.
-        image_size: height and width in pixels, >= 1; some networks ask for more.
+        image_size: height and width in pixels, >= 1; some networks need more.
         classes: number of logits, >= 2.
-        width: channels of the first stage, >= 1, for the ResNet-18s; left out: 64, the literature's.
-        mean, std: for normalisation inside the model, one number a channel; both or neither. With
-            neither the state dict has no `mu` and `sigma`.
+        width: channels of the first stage, >= 1, for the ResNet-18s; left out: 64, as in the
+            literature.
+        mean, std: for normalisation inside the model, one number a channel; both or neither.
+            Without them the state dict has no `mu` and `sigma`.
     Raises:
-        EngineError: for an unknown name, an image size that does not fit, numbers out of range, or a width
-            for a network that has one only.
+        EngineError: for an unknown name, an image size that does not fit, numbers out of range, or
+            a width for a network that has only one.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.0)[0]

@@ -1,4 +1,4 @@
-"""A network whose passes go through torch.compile, weights and layout untouched."""
+"""A network with passes compiled by torch.compile, and the same weights and layout."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ log = logging.getLogger(__name__)
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Return why torch.compile cannot work on `device`, or None where nothing is known against it.
+    """Return the reason why torch.compile cannot work on `device`, or None without a known reason.
 
-    On the CPU it hands the linker `-L` and a folder without quotes (PyTorch 2.13's
-    `torch/_inductor/cpp_builder.py`), so a space in the path of PyTorch or Python breaks every link.
+    On the CPU, torch.compile passes the linker `-L` and a folder without quotes (PyTorch 2.13's
+    `torch/_inductor/cpp_builder.py`), so a space in the path of PyTorch or Python breaks every
+    link.
     """
     if device.type != "cpu":
         return None
@@ -34,9 +35,9 @@ def unavailable(device: torch.device) -> str | None:
 def compiled(model: nn.Module) -> nn.Module:
     """Return a view of `model` with compiled passes: it shares parameters, buffers and submodules.
 
-    A compiled pass computes all gradients that it may be asked for, so weights must not require any
-    while an attack runs: `passes_without_training` sees to it by the mark left here. Where
-    torch.compile cannot work, a warning says so and the model itself is returned.
+    A compiled pass computes the gradients of all tensors that require one, so weights must not
+    require any while an attack runs. The mark `freeze_in_attacks` tells `passes_without_training`
+    to freeze them. If torch.compile cannot work, log a warning and return the model itself.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if missing := unavailable(device):

@@ -1,4 +1,4 @@
-"""Dropout whose masks come from the step's own random state, on the device."""
+"""Dropout with masks from the training step's random state, on the device."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from ..rng import DROPOUT
 
 
 class Dropout(nn.Dropout):
-    """Drops with probability `p` while training, as `nn.Dropout` does.
+    """Set units to zero with probability `p` while training, as `nn.Dropout` does.
 
-    Once a training step has adopted it (`follow`), the mask is a pure function of that step's (seed,
-    step): a captured graph draws a new one at every replay and a resumed run the one it would have
-    drawn. All passes of a step see one mask, so its loss terms compare one subnetwork with itself.
+    After `follow`, the mask is a pure function of the training step's (seed, step). So a captured
+    graph draws a new mask in every replay, and a resumed run draws the masks of the uninterrupted
+    run. All passes of a step have the same mask, so the loss compares one subnetwork with itself.
     """
 
     state: Tensor | None = None
     stream = DROPOUT
 
     def forward(self, h: Tensor) -> Tensor:
-        """[B, ...] float, to the same."""
+        """Map [B, ...] float to the same shape and type."""
         if self.state is None or not self.training or self.p == 0.0:
             return super().forward(h)
-        # A random point of the ball of radius a half around a half: uniform on [0, 1].
+        # A random point of the Linf ball of radius 0.5 around 0.5 is uniform on [0, 1].
         half = torch.full(h.shape, 0.5, device=h.device)
         uniform = kernels.uniform_start(half, 0.5, self.state, norm="Linf", stream=self.stream)
         return h * ((uniform >= self.p).to(h.dtype) / (1.0 - self.p))
 
 
 def follow(model: nn.Module, state: Tensor) -> None:
-    """Every `Dropout` of `model` draws from `state` int64 [2] from now on, each from its own stream."""
+    """Make every `Dropout` of `model` draw from `state` int64 [2], each from a separate stream."""
     dropouts = [m for m in model.modules() if isinstance(m, Dropout)]
     for number, module in enumerate(dropouts):
         module.state, module.stream = state, DROPOUT + number

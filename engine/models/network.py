@@ -1,4 +1,4 @@
-"""What every network here has in common: a stem, which an attack can differentiate by itself, and a body."""
+"""The base class of the networks, and the stem that an attack differentiates separately."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .. import kernels
 
 
 class Network(nn.Module):
-    """An image classifier in two parts, `forward(x) = body(stem(x))`.
+    """Classify images in two parts, `forward(x) = body(stem(x))`.
 
-    The stem is the normalisation and the first convolution, nothing else, so that an attack may stop
-    its backward pass at the stem's output and leave the rest to `kernels.ops.input_grad_step`. For
-    that, `body` must not write into its argument: it is a leaf there that autograd watches.
+    The stem is the normalisation and the first convolution only. So an attack can end its backward
+    pass at the stem's output and leave the rest to `kernels.ops.input_grad_step`. For this, `body`
+    must not write into its argument, which is then a leaf of autograd's graph.
 
-    Input [B, C, H, W], float in [0, 1]; output logits [B, K]. A subclass implements `body` and, where
-    its first convolution is not called `conv1`, sets `stem_name`.
+    Input [B, C, H, W], float in [0, 1]; output logits [B, K]. A subclass implements `body`, and
+    sets `stem_name` if its first convolution is not called `conv1`.
     """
 
     stem_name = "conv1"
@@ -29,18 +29,18 @@ class Network(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # A buffer that is None has no key in the state dict: a network without normalisation loads a
-        # checkpoint that has none, one with it a checkpoint that has `mu` and `sigma`.
+        # A buffer that is None has no key in the state dict. So a network without normalisation
+        # loads a checkpoint without `mu` and `sigma`, and a network with it one with them.
         self.register_buffer("mu", None)
         self.register_buffer("sigma", None)
 
     def normalise(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Make the stem start with (x - mean) / std, kept as buffers `mu` and `sigma`, [1, C, 1, 1].
+        """Start the stem with (x - mean) / std, with the buffers `mu` and `sigma` [1, C, 1, 1].
 
         Args:
             mean, std: one number a channel, in pixel units; std > 0.
         Raises:
-            ValueError: if there are not as many as input channels, or a std is not positive.
+            ValueError: for another number of values than input channels, or a std <= 0.
         """
         weight = self.stem_conv.weight
         channels = self.stem_conv.in_channels
@@ -58,7 +58,7 @@ class Network(nn.Module):
         return cast(nn.Conv2d, self.get_submodule(self.stem_name))
 
     def stem(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] in [0, 1] -> [B, O, H', W'], the first convolution's output."""
+        """Map [B, C, H, W] in [0, 1] to the first convolution's output [B, O, H', W']."""
         if self.mu is not None and self.sigma is not None:
             x = (x - self.mu) / self.sigma
         conv = self.stem_conv
@@ -69,7 +69,7 @@ class Network(nn.Module):
         return conv(x)
 
     def body(self, h: Tensor) -> Tensor:
-        """[B, O, H', W'] -> logits [B, K]; leaves `h` as it is."""
+        """Map [B, O, H', W'] to logits [B, K], without a change of `h`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +77,10 @@ class Network(nn.Module):
 
 
 def _ours(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether the stem's backward pass is ours: on a CPU, where the library is slow at few channels."""
+    """Tell whether to use this package's backward pass: on a CPU the library's is slow.
+
+    The library's backward pass is slow there for images of few channels.
+    """
     return (
         x.device.type == "cpu"
         and x.dtype == conv.weight.dtype == torch.float32
@@ -85,14 +88,14 @@ def _ours(conv: nn.Conv2d, x: Tensor) -> bool:
         and (x.requires_grad or conv.weight.requires_grad)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        # torch.func has no rules for our ops; the library's convolution serves there.
+        # torch.func has no rules for these ops, so the library's convolution serves it.
         and not torch._C._are_functorch_transforms_active()
         and _plain(conv)
     )
 
 
 class _StemConvolution(torch.autograd.Function):
-    """A convolution whose gradients are `kernels.stem_input_grad` and `kernels.stem_weight_grad`."""
+    """Convolve, with the gradients of `kernels.stem_input_grad` and `kernels.stem_weight_grad`."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding):
@@ -117,11 +120,11 @@ class _StemConvolution(torch.autograd.Function):
 
 @dataclass(frozen=True, eq=False)
 class Stem:
-    """The linear part of a stem, as `kernels.ops.input_grad_step` takes it.
+    """Hold the linear part of a stem, for `kernels.ops.input_grad_step`.
 
     Attributes:
-        weight: [O, C, kh, kw], detached; the convolution's weight over the standard deviation of its
-            input channel. True at the time of asking: ask again when the weights have changed.
+        weight: [O, C, kh, kw], detached; the convolution's weight over the standard deviation of
+            its input channel. It is valid until the weights change.
         stride, padding: the same in both directions.
     """
 
@@ -131,11 +134,12 @@ class Stem:
 
 
 def stem_of(model: nn.Module) -> Stem | None:
-    """The stem of a network that exposes one, else None: then attack it through autograd to the pixels.
+    """Return the stem of a network that exposes one, else None.
 
-    Besides the networks here it serves any module with `stem`, `body` and `stem_conv` (and a buffer
-    `sigma` if it divides its input) that keeps the promises of `Network`. The convolution must be a
-    plain one: no groups, no dilation, zero padding, stride and padding alike in both directions.
+    Without a stem, an attack differentiates the network down to the pixels. Besides the networks
+    here the function serves any module with `stem`, `body` and `stem_conv` (and a buffer `sigma` if
+    it divides its input) that follows the rules of `Network`. The convolution must be plain: no
+    groups, no dilation, zero padding, the same stride and padding in both directions.
     """
     conv = getattr(model, "stem_conv", None)
     exposed = callable(getattr(model, "stem", None)) and callable(getattr(model, "body", None))

@@ -1,5 +1,6 @@
 """ResNet-18 and pre-activation ResNet-18 for small images: 3x3 stem, no first pooling (He et al.,
-arXiv 1512.03385 and 1603.05027). Parameter names are RobustBench's (its `ResNet` and `PreActResNet`).
+arXiv 1512.03385 and 1603.05027). Parameter names are RobustBench's (its `ResNet` and
+`PreActResNet`).
 """
 
 from __future__ import annotations
@@ -49,13 +50,16 @@ class _PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(self.bn1(x).relu_())
         out = self.conv2(self.bn2(out).relu_())
-        # From x itself, not from its activation: see `PreActResNet18`.
+        # The shortcut starts at x, not at its activation: see `PreActResNet18`.
         out += self.shortcut(x)
         return out
 
 
 class _Residual18(Network):
-    """conv1, four stages of two blocks, mean over the image, linear; a stage has twice its predecessor's channels."""
+    """Hold conv1, four stages of two blocks, the mean over the image, and a linear layer.
+
+    Each stage has twice the channels of the stage before it.
+    """
 
     stages = 4
 
@@ -96,12 +100,12 @@ class ResNet18(_Residual18):
 
 
 class PreActResNet18(_Residual18):
-    """RobustBench's `PreActResNet(PreActBlock, [2, 2, 2, 2])` at width 64; any image size (32 in the literature).
+    """Hold RobustBench's `PreActResNet(PreActBlock, [2, 2, 2, 2])` at width 64, for any image size.
 
     Of the variants in use this one takes the shortcut from a block's input and has no batch norm
-    before the linear layer, as Wong2020Fast and Andriushchenko2020Understanding. Rice2020Overfitting's
-    (`PreActBlockV2`: shortcut from the activated input, final batch norm) is another network; its
-    checkpoints have keys `bn.*` and do not load here.
+    before the linear layer, as Wong2020Fast and Andriushchenko2020Understanding.
+    Rice2020Overfitting's (`PreActBlockV2`: shortcut from the activated input, final batch norm) is
+    another network; its checkpoints have keys `bn.*` and do not load here.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Small networks for 8x8 to 32x32 images; they train in minutes on a CPU."""
+"""Small networks for images of 8x8 to 32x32, which train in minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from .network import Network
 
 
 class TinyCnn(Network):
-    """Two convolutions and two linear layers, for scikit-learn's 8x8 digits; any image size."""
+    """Stack two convolutions and two linear layers, for images of any size.
+
+    The network is meant for scikit-learn's 8x8 digits.
+    """
 
     def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
         super().__init__()
@@ -27,9 +30,10 @@ class TinyCnn(Network):
 
 
 class FastAtMnist(Network):
-    """The MNIST network of "Fast is better than free" (Wong, Rice, Kolter, arXiv 2001.03994).
+    """Build the MNIST network of "Fast is better than free" (Wong, Rice, Kolter, arXiv 2001.03994).
 
-    The original is an nn.Sequential: layers are called by their number. Image sizes divisible by 4.
+    The original is an nn.Sequential, so the layers' names are numbers. The image size must be
+    divisible by 4.
     """
 
     stem_name = "0"
@@ -61,11 +65,11 @@ class FastAtMnist(Network):
 
 
 class SmallCnn(Network):
-    """The MNIST network of TRADES (Zhang et al., arXiv 1901.08573). Images of 16x16 or more.
+    """Build the MNIST network of TRADES (Zhang et al., arXiv 1901.08573), for 16x16 or more.
 
-    Initialised as there: Kaiming-normal convolutions and a last layer of zeros. So an untrained one
-    gives every class the same logit, and its first input gradient is zero. In training mode it drops
-    half the units before fc2.
+    The initialisation is the original's: Kaiming-normal convolutions and a last layer of zeros. So
+    an untrained network gives every class the same logit, and its first input gradient is zero. In
+    training mode, dropout sets half of the units before fc2 to zero.
     """
 
     stem_name = "feature_extractor.conv1"
@@ -83,7 +87,7 @@ class SmallCnn(Network):
                 conv1=nn.Conv2d(in_channels, 32, 3),
                 relu1=nn.ReLU(),
                 conv2=nn.Conv2d(32, 32, 3),
-                # Pooling first commutes with ReLU, values and gradients, and leaves it a quarter.
+                # Max-pooling commutes with ReLU, and leaves it a quarter of the elements.
                 maxpool1=nn.MaxPool2d(2),
                 relu2=nn.ReLU(),
                 conv3=nn.Conv2d(32, 64, 3),

@@ -1,4 +1,4 @@
-"""WideResNet (Zagoruyko and Komodakis, arXiv 1605.07146), as TRADES and RobustBench define it."""
+"""WideResNet (Zagoruyko and Komodakis, arXiv 1605.07146), in TRADES' and RobustBench's form."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ class _Block(nn.Module):
 
 
 class WideResNet34x10(Network):
-    """WRN-34-10; any image size (32 in the literature). Names and initialisation as in RobustBench.
+    """Build WRN-34-10 for any image size (32 in the literature).
 
-    Checkpoints of RobustBench entries with `sub_block1=True` (Zhang2019Theoretically among them) hold
-    a block that no forward pass uses. Drop it to load one:
+    Names and initialisation are RobustBench's. Checkpoints of RobustBench entries with
+    `sub_block1=True` (such as Zhang2019Theoretically) hold a block that no forward pass uses.
+    Remove
+    that block to load a checkpoint:
 
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith("sub_block1.")})
     """
@@ -46,7 +48,7 @@ class WideResNet34x10(Network):
         for number, width in enumerate(widths, start=1):
             first = _Block(channels, width, 1 if number == 1 else 2)
             rest = (_Block(width, width, 1) for _ in range(blocks - 1))
-            # The inner name is there for the state dict only: block1.layer.0...
+            # The inner name gives the keys of the state dict: block1.layer.0...
             stage = nn.Sequential(OrderedDict(layer=nn.Sequential(first, *rest)))
             self.add_module(f"block{number}", stage)
             channels = width

@@ -1,4 +1,4 @@
-"""Training losses, one file a method. A new one joins `AnyObjective` and gets a recipe."""
+"""Training losses, one file for each method; a new one joins `AnyObjective` and gets a recipe."""
 
 from typing import Annotated
 

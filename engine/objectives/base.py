@@ -1,4 +1,4 @@
-"""The face every objective shares."""
+"""The base class of the objectives, their passes and their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..threat import Ball, ThreatModel, check_pixels
 
 @dataclass(frozen=True)
 class Passes:
-    """What a training step costs in passes of the whole batch; each costs about one forward pass F."""
+    """Count the passes of a training step over the whole batch, each about one forward pass F."""
 
     forward: float
     input_grad: float
@@ -29,12 +29,12 @@ class Passes:
 
     @property
     def total(self) -> float:
-        # A share of a batch may be any number; nobody wants to read 6.300000000000001.
+        # A share of a batch may be any number: print 6.3, not 6.300000000000001.
         total = round(self.forward + self.input_grad + self.weight_grad, 6)
         return int(total) if total == int(total) else total
 
     def of(self, share: float) -> Passes:
-        """The same passes of a share of the batch."""
+        """Return the same passes over a share of the batch."""
         if share == 1:
             return self
         return Passes(self.forward * share, self.input_grad * share, self.weight_grad * share)
@@ -48,12 +48,12 @@ class Passes:
 
 
 def attack_passes(steps: int) -> Passes:
-    """k forward passes and k input gradients."""
+    """Return the passes of `steps` attack steps: a forward pass and an input gradient each."""
     return Passes(steps, steps, 0)
 
 
 def trained_pass(model: nn.Module, x: Tensor) -> Tensor:
-    """A forward pass that the loss will be differentiated through: images to logits [B, K]."""
+    """Run a forward pass that the loss is differentiated through: images to logits [B, K]."""
     with phase(TRAIN_FORWARD):
         return model(x)
 
@@ -69,7 +69,10 @@ def bernoulli_start(x: Tensor, size: float | Tensor, state: Tensor) -> Tensor:
 def attacked_pass(
     model: nn.Module, x: Tensor, adversary: Tensor, threat: ThreatModel, attack: Attack
 ) -> tuple[Tensor, Tensor | Callable[[], Tensor]]:
-    """A training pass at the adversary, and what to remember of it: itself, or its free step."""
+    """Run a training pass at the adversary; return its logits and the adversary to remember.
+
+    Without attack steps, the adversary to remember is the free step from `ascend_after_training`.
+    """
     if attack.steps:
         return trained_pass(model, adversary), adversary
     logits, step = ascend_after_training(model, adversary)
@@ -77,20 +80,20 @@ def attacked_pass(
 
 
 def trained_passes(sets: int) -> Passes:
-    """Forward and full backward passes of `sets` batches."""
+    """Return the forward and full backward passes of `sets` batches."""
     return Passes(sets, sets, sets)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an objective hands to the training step.
+    """Hold the result of an objective for the training step.
 
     Attributes:
         loss: 0-d, differentiable in the weights.
-        adversary: like the batch, what the adversary memory stores; or what gives it once the loss's
-            backward pass has run and before the weights change.
+        adversary: like the batch, for the adversary memory; or a function that returns it after the
+            loss's backward pass and before the weights change.
         stats: 0-d device tensors to log: batch means of the loss terms.
-        correct: 0-d device tensor, how many adversaries are classified correctly.
+        correct: 0-d device tensor, the number of adversaries that are classified correctly.
     """
 
     loss: Tensor
@@ -100,25 +103,25 @@ class Outcome:
 
 
 class Objective(abc.ABC):
-    """A training loss with the attack it needs; holds options only, no state of a run.
+    """Compute a training loss with its attack; an objective has options and no state of a run.
 
     Attributes:
-        free_step: it can train at the remembered adversary itself (`attack.steps` = 0).
+        free_step: whether the objective can train at the remembered adversary (`attack.steps` = 0).
     """
 
     free_step: ClassVar[bool] = False
 
     def check(self, attack: Attack) -> None:
-        """Refuse an attack that this objective cannot use; EngineError."""
+        """Raise an EngineError for an attack that this objective cannot use."""
         if attack.steps == 0 and not (self.free_step and attack.start == "memory"):
             raise EngineError(
-                "attack.steps = 0 trains at remembered adversaries: it needs attack.start = memory, and "
-                "the objective pgd or local-ball"
+                "attack.steps = 0 trains at remembered adversaries: it needs attack.start = "
+                "memory, and the objective pgd or local-ball"
             )
 
     @abc.abstractmethod
     def passes(self, attack: Attack) -> Passes:
-        """What one step costs."""
+        """Return the passes of one step."""
 
     @abc.abstractmethod
     def compute(
@@ -131,7 +134,7 @@ class Objective(abc.ABC):
         start: Tensor | None,
         state: Tensor,
     ) -> Outcome:
-        """The loss on one batch; arguments as for `__call__`."""
+        """Compute the loss of one batch; the arguments are those of `__call__`."""
 
     def __call__(
         self,
@@ -144,14 +147,14 @@ class Objective(abc.ABC):
         start: Tensor | None = None,
         state: Tensor | None = None,
     ) -> Outcome:
-        """The loss on one batch.
+        """Compute the loss of one batch.
 
         Args:
             model: [0, 1] images to logits [B, K], in training mode.
             x: float32 [B, ...] in [0, 1]; y: int64 [B].
-            start: where the attack begins (from an `AdversaryMemory`); left out: a random point.
-            state: random state int64 [2], not advanced; left out: one kept for the device, seeded
-                from `torch.initial_seed()` and advanced by every call.
+            start: the attack's starting point (from an `AdversaryMemory`); default a random point.
+            state: random state int64 [2], read only. The default is a state of the device, which
+                has its seed from `torch.initial_seed()` and which every call advances.
         Raises:
             EngineError: for a model's first batch, called without a state, outside [0, 1].
         """

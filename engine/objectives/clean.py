@@ -1,4 +1,4 @@
-"""Training on clean images: what robustness is paid for with. 3 F."""
+"""Training on clean images, the yardstick for the cost of robustness. 3 F."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
 @dataclass(frozen=True)
 class Clean(Objective):
-    """min E[CE(f(x), y)]; no attack is made, and `adv_accuracy` is the accuracy on clean images."""
+    """Minimise E[CE(f(x), y)] without an attack; `adv_accuracy` is the accuracy on clean images."""
 
     name: Literal["clean"] = "clean"
     label_smoothing: Annotated[

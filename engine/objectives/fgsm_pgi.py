@@ -1,13 +1,17 @@
-"""FGSM-PGI (Jia et al., "Prior-Guided Adversarial Initialization for Fast Adversarial Training", arXiv 2207.08859).
+"""FGSM-PGI (Jia et al., arXiv 2207.08859). 7 F.
 
-One step of size eps from the sample's last adversary (their FGSM-EP: the adversary memory), and a
-regulariser that holds the logits at both ends of the step together (their equation 9):
+Paper: "Prior-Guided Adversarial Initialization for Fast Adversarial Training". The attack is one
+    step
+of size eps from the sample's last adversary (the paper's FGSM-EP: the adversary memory). A
+regulariser
+ties the logits at both ends of the step (equation 9):
 
     CE(f(a), y)  +  lambda mean (f(a) - f(start))^2
 
-The start's pass is trained through, and labels are smoothed in the step's gradient as in the loss, as in their
-code (which gives the true class 0.6: a smoothing of 0.444 with ten classes). Their FGSM-MEP steps along a momentum of each
-sample's gradients for the next start, which would take a second memory: left out. 7 F.
+The loss is differentiated through the start's pass too. Labels are smoothed in the step's gradient
+and in the loss, as in the authors' code, which gives the true class 0.6: a smoothing of 0.444 with
+ten classes. The paper's FGSM-MEP moves the next start along a momentum of each sample's gradients.
+It needs a second memory and is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
 @dataclass(frozen=True)
 class FGSMPGI(Objective):
-    """One step from the prior, both of its ends tied together; `attack.steps` plays no part."""
+    """Tie the logits at both ends of one step from the prior; `attack.steps` has no effect."""
 
     name: Literal["fgsm-pgi"] = "fgsm-pgi"
     weight: Annotated[

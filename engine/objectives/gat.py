@@ -1,10 +1,12 @@
-"""GAT (Sriramanan et al., "Guided Adversarial Attack for Evaluating and Enhancing Adversarial Defenses", arXiv 2011.14969).
+"""GAT (Sriramanan et al., arXiv 2011.14969). 8 F.
 
-Their section 5: CE(f(x), y) + lambda ||p(x) - p(a)||^2, a one step of size eps from Bernoulli noise,
-along the gradient of CE(z) + lambda ||p(x) - p(z)||^2. On CIFAR-10 their code has lambda 10, noise of eps / 2
-and the second term in every other iteration; on MNIST 15, noise of eps, and both terms in all. It raises lambda
-late in the run (fourfold at 85 %, threefold at half of it), which is left out here. The clean pass serves attack and
-loss: 8 F, where their code makes it twice.
+Paper: "Guided Adversarial Attack for Evaluating and Enhancing Adversarial Defenses". The loss is
+section 5's, CE(f(x), y) + lambda ||p(x) - p(a)||^2. The adversary a is one step of size eps from
+Bernoulli noise, along the gradient of CE(z) + lambda ||p(x) - p(z)||^2. On CIFAR-10 the authors'
+code has lambda 10, noise of eps / 2, and the second term in every other iteration; on MNIST it has
+lambda 15, noise of eps, and both terms in every iteration. The code raises lambda late in the run
+(fourfold at 85 %, threefold at half of it), which is left out here. One clean pass serves attack
+and loss; the authors' code makes two.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from .base import (
 
 @dataclass(frozen=True)
 class GAT(Objective):
-    """Cross-entropy on the clean image, and the distance of the guided adversary's probabilities."""
+    """Add the distance of the guided adversary's probabilities to the clean cross-entropy."""
 
     name: Literal["gat"] = "gat"
     weight: Annotated[
@@ -64,7 +66,7 @@ class GAT(Objective):
         p = clean.float().softmax(1)
         if start is None:
             start = bernoulli_start(x, self.noise * threat.eps, state)
-        # Alternating: odd steps only; the counter lies on the device.
+        # Alternate by the step counter, which is on the device: odd steps are guided.
         guided = self.weight * (state[1] % 2) if self.guided == "alternate" else self.weight
         adversary, _ = climb(
             model,
@@ -87,7 +89,7 @@ class GAT(Objective):
 
 
 def _guided(p: Tensor, y: Tensor, weight: Tensor | float) -> LogitsGrad:
-    """The gradient of CE + weight ||p - q||^2 with respect to the logits of q = softmax(logits)."""
+    """Return the gradient of CE + weight ||p - q||^2 in the logits of q = softmax(logits)."""
 
     def grad(logits: Tensor) -> Tensor:
         q = logits.float().softmax(1)

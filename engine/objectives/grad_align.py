@@ -1,11 +1,13 @@
-"""GradAlign (Andriushchenko & Flammarion, "Understanding and Improving Fast Adversarial Training", arXiv 2007.02617).
+"""GradAlign (Andriushchenko & Flammarion, arXiv 2007.02617). About 9 F.
 
-One-step training, held back from collapse by a regulariser (their equation 5):
+Paper: "Understanding and Improving Fast Adversarial Training". A regulariser keeps one-step
+    training
+from collapse (equation 5):
 
     CE(f(a), y)  +  lambda (1 - cos(grad CE(x), grad CE(x + eta))),   eta uniform in the ball
 
-a = x + alpha sign(grad CE(x)), projected; as in their code the gradient at x is held constant in the
-cosine. Differentiating the other one costs a double backward pass: about 9 F.
+a = x + alpha sign(grad CE(x)), projected. As in the authors' code, the gradient at x is constant in
+the cosine. The derivative of the other gradient costs a double backward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
 @dataclass(frozen=True)
 class GradAlign(Objective):
-    """FGSM from the clean image with aligned gradients; `attack.steps` and `attack.start` play no part."""
+    """Train with FGSM from the clean image and aligned gradients.
+
+    `attack.steps` and `attack.start` have no effect.
+    """
 
     name: Literal["grad-align"] = "grad-align"
     weight: Annotated[
@@ -66,7 +71,7 @@ class GradAlign(Objective):
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool = False) -> Tensor:
-    """The gradient of every image's cross-entropy at `x` with labels `y`, like `x`."""
+    """Return the gradient of every image's cross-entropy at `x` with labels `y`, like `x`."""
     point = x.detach().requires_grad_()
     total = F.cross_entropy(trained_pass(model, point).float(), y, reduction="sum")
     with phase(ATTACK_BACKWARD):
@@ -75,15 +80,15 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of each pair of rows; 0, and no gradient, where one vanishes."""
-    # A row's size does not change the cosine; but the squares of a row as it is may vanish, and then the
-    # derivative is 0 times infinity.
+    """Return the cosine of each pair of rows; 0, without gradient, if a row is zero."""
+    # Scale the rows first. The squares of a small row may underflow to 0, and then the derivative
+    # is 0 times infinity. A row's size does not change the cosine.
     a, b = (t * _inverse_size(t) for t in (a, b))
     squares = a.square().sum(1) * b.square().sum(1)
     return (a * b).sum(1) * (squares + 1e-20).rsqrt()
 
 
 def _inverse_size(rows: Tensor) -> Tensor:
-    """1 / max |entry| of each row, held constant; 0 where a row is none."""
+    """Return 1 / max |entry| of each row as a constant; 0 for a row of zeros."""
     size = torch.linalg.vector_norm(rows.detach(), math.inf, dim=1, keepdim=True)
     return size.reciprocal().nan_to_num(posinf=0.0)

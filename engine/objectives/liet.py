@@ -1,17 +1,20 @@
-"""LIET (Pan et al., "Mitigating Catastrophic Overfitting in Fast Adversarial Training via Label Information Elimination", ICCV 2025).
+"""LIET (Pan et al., "Mitigating Catastrophic Overfitting in Fast Adversarial Training via Label
+Information Elimination", ICCV 2025).
 
-One step that collapses learns to write the label into the perturbation. So the step starts from what such a network
-writes, with a part of it erased. For every class k, I_k = eps sign(grad CE(f(g), k)) at a grey image g. The start is
-s = x + I_y or x - I_y, one sign for the batch, where a random share of the pixels has uniform noise in place of I_y. From
-there one step of size eps to a, and with p = softmax(f):
+One step that collapses learns to write the label into the perturbation. So the step starts from
+what such a network writes, with a part of it erased. For every class k, I_k = eps sign(grad
+CE(f(g), k)) at a grey image g. The start is s = x + I_y or x - I_y, one sign for the batch, where a
+random share of the pixels has uniform noise in place of I_y. From there one step of size eps to a,
+and with p = softmax(f):
 
     CE(f(a), y)  +  lambda (KL(p(s) || m) + KL(p(a) || m)) / 2,    m = (p(s) + p(a)) / 2
 
-Above 8/255 their code leaves out the projection to the ball, has noise of 2 eps and shares from 0 to 1 (`projected`,
-`noise`, `erased`). It lets lambda grow from 0 to 100 on CIFAR-10 (to 20 at 16/255) over the run and smooths labels by random
-amounts: here lambda is constant, its mean the default, and the smoothing even. It renews I every ten steps; here every
-step does, for no state is kept. The start's pass is trained through: 7 F, and one forward pass and one input gradient
-of K grey images.
+Above 8/255 their code leaves out the projection to the ball, has noise of 2 eps and shares from 0
+to 1 (`projected`, `noise`, `erased`). It lets lambda grow from 0 to 100 on CIFAR-10 (to 20 at
+16/255) over the run and smooths labels by random amounts: here lambda is constant, its mean the
+default, and the smoothing even. It renews I every ten steps; here every step does, for no state is
+kept. The start's pass is trained through: 7 F, and one forward pass and one input gradient of K
+grey images.
 """
 
 from __future__ import annotations
@@ -41,7 +44,10 @@ from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
 @dataclass(frozen=True)
 class LIET(Objective):
-    """Train on one step from a start whose label information is partly erased, both of its ends tied together."""
+    """Train on one step from a start whose label information is partly erased.
+
+    A divergence ties the start and the end of the step together.
+    """
 
     name: Literal["liet"] = "liet"
     weight: Annotated[
@@ -132,7 +138,7 @@ class LIET(Objective):
 
 
 def _jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
-    """Return the batch's mean Jensen-Shannon divergence of two sets of logits [B, K], 0-d, in nats."""
+    """Return the mean Jensen-Shannon divergence of two sets of logits [B, K], 0-d, in nats."""
     log_p, log_q = one.log_softmax(1), other.log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     p_to_m = (log_p.exp() * (log_p - log_m)).sum(1)

@@ -1,12 +1,13 @@
-"""LLR (Qin et al., "Adversarial Robustness through Local Linearization", arXiv 1907.02610).
+"""LLR (Qin et al., arXiv 1907.02610). 2k + 6 F and a double backward pass.
 
-Their equations 6 and 8: the loss surface is pressed flat where it is least linear,
+Paper: "Adversarial Robustness through Local Linearization". The loss (equations 6 and 8) penalises
+the point of the ball where the loss surface is least linear:
 
     CE(x)  +  lambda |g(delta)|  +  mu |delta . grad CE(x)|,
     g(delta) = CE(x + delta) - CE(x) - delta . grad CE(x),   delta = argmax |g| in the ball
 
-found by a few steps of projected ascent from a random point. The clean gradient is differentiated:
-2k + 6 F and a double backward pass.
+A few steps of projected ascent from a random point find delta. The loss is differentiated through
+the clean gradient.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .base import Objective, Outcome, Passes, attack_passes, trained_pass, train
 
 @dataclass(frozen=True)
 class LLR(Objective):
-    """Local linearity: the cross-entropy may neither bend nor slope within the ball."""
+    """Penalise the curvature and the slope of the cross-entropy within the ball."""
 
     name: Literal["llr"] = "llr"
     linearity: Annotated[
@@ -87,7 +88,10 @@ class LLR(Objective):
         threat: ThreatModel,
         attack: Attack,
     ) -> Tensor:
-        """`attack.steps` of projected ascent on |g|; its gradient is sign(g) (grad CE(z) - grad CE(x))."""
+        """Take `attack.steps` of projected ascent on |g|.
+
+        The gradient of |g| is sign(g) (grad CE(z) - grad CE(x)).
+        """
         alpha = attack.step_size(threat.eps)
         batch_norm = "batch" if model.training else "eval"
         with passes_without_training(model, batch_norm):

@@ -1,12 +1,13 @@
-"""The local-ball objective: robust on a ball centred on each weak adversary, the balls tied together.
+"""The local-ball objective: robustness on a ball around each weak adversary, and a global term.
 
-Written to the abstract of Lu & Kumar, "Improving Local Effectiveness for Global robust training"
-(arXiv 2110.14030). The paper's own formula is not public to us; this one is ours (docs/method.md):
+The objective follows the abstract of Lu & Kumar, "Improving Local Effectiveness for Global robust
+training" (arXiv 2110.14030). The paper's formula is not public; this formula is the project's own
+(docs/method.md):
 
     CE(f(a), y)  +  lambda KL(p(a) || p(b))  +  mu KL(p(x) || p(a))
 
-a is the k-step adversary of x, b the worst point found by one ascent step in the ball of radius
-rho * eps around a, p = softmax(f).
+a is the k-step adversary of x; b is the worst point that one ascent step finds in the ball of
+radius rho * eps around a; p = softmax(f).
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class _Centre(NamedTuple):
 
 @dataclass(frozen=True)
 class LocalBall(Objective):
-    """CE(f(a), y) + lambda KL(p(a) || p(b)) + mu KL(p(x) || p(a)), and its variants (docs/method.md)."""
+    """Minimise CE(f(a), y) + lambda KL(p(a) || p(b)) + mu KL(p(x) || p(a)), or a variant of it.
+
+    docs/method.md describes the formula and its variants.
+    """
 
     free_step: ClassVar[bool] = True
 
@@ -74,15 +78,15 @@ class LocalBall(Objective):
         Field(
             gt=0,
             le=1,
-            description="share of a batch's samples that get a local ball, the term being the mean over "
-            "them [(0..1]]",
+            description="share of a batch's samples that get a local ball, the term being the mean "
+            "over them [(0..1]]",
         ),
     ] = 1.0
     direction: Annotated[
         Literal["kl", "ce", "gradient-norm"],
         Field(
-            description="local term: b along the KL gradient at a random point of the ball; along the "
-            "cross-entropy gradient at the centre (shares its forward pass); or no b and the "
+            description="local term: b along the KL gradient at a random point of the ball; along "
+            "the cross-entropy gradient at the centre (shares its forward pass); or no b and the "
             "first-order bound rho eps ||grad CE(a)||_dual (double backward)"
         ),
     ] = "kl"
@@ -121,7 +125,7 @@ class LocalBall(Objective):
             elif self.direction == "ce":
                 cost += Passes(0, 1, 0) + ball
             else:
-                # The gradient itself, then a backward pass through it: about one more of each.
+                # The gradient, then a backward pass through it: about one more pass of each kind.
                 cost += Passes(1, 2, 1)
         if self.global_weight > 0 and self.anchor == "clean":
             cost += trained_passes(1)
@@ -175,7 +179,8 @@ class LocalBall(Objective):
         logits, keep = attacked_pass(model, x, adversary, threat, attack)
         n, radius = self._balls(x), self.rho * threat.eps
         ball = Ball(adversary[:n], radius, threat.norm)
-        # The logits at a come from a training-mode pass. The attack's BatchNorm must match that mode.
+        # The logits at a come from a training-mode pass, so BatchNorm must be in that mode here
+        # too.
         point, _ = climb(
             model,
             ball,
@@ -196,7 +201,7 @@ class LocalBall(Objective):
         threat: ThreatModel,
         attack: Attack,
     ) -> _Centre:
-        """Find b by one step from a along the gradient of CE(f(a), y), which shares a's forward pass."""
+        """Find b by one step from a along the gradient of CE(f(a), y), in a's forward pass."""
         logits, step = ascend_from_training(model, adversary, y)
         radius = self.rho * threat.eps
         point = step(Ball(adversary, radius, threat.norm), radius)[: self._balls(x)]
@@ -223,7 +228,7 @@ class LocalBall(Objective):
     def _kl_loss(
         self, centre: _Centre, anchor: Tensor | None, y: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return CE + lambda KL(p(a) || p(b)) + mu KL(p(anchor) || p(a)), its terms, correct count."""
+        """Return CE + lambda KL(p(a) || p(b)) + mu KL(p(anchor) || p(a)), terms, correct count."""
         ball, share = _whole_batch(centre)
         loss, stats = kernels.local_ball_loss(
             centre.logits,
@@ -244,7 +249,7 @@ class LocalBall(Objective):
     def _squared_loss(
         self, centre: _Centre, anchor: Tensor | None, y: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Return CE + lambda (f(a) - f(b))^2 + mu (f(anchor) - f(a))^2, its terms, correct count.
+        """Return CE + lambda (f(a) - f(b))^2 + mu (f(anchor) - f(a))^2, terms and correct count.
 
         Both squares are means over the classes and the batch.
         """

@@ -1,10 +1,13 @@
-"""MART (Wang et al., "Improving Adversarial Robustness Requires Revisiting Misclassified Examples", ICLR 2020).
+"""MART (Wang et al., ICLR 2020). 2k + 6 F.
 
-Their table 1 and equation 8, with a the PGD adversary of x and p = softmax(f):
+Paper: "Improving Adversarial Robustness Requires Revisiting Misclassified Examples". The loss is
+    that
+of table 1 and equation 8, with the PGD adversary a of x and p = softmax(f):
 
     -log p_y(a) - log(1 - max_{k != y} p_k(a))  +  lambda KL(p(x) || p(a)) (1 - p_y(x))
 
-The attack is PGD on the cross-entropy, from within 0.001 of the clean image as in their code. 2k + 6 F.
+The attack is PGD on the cross-entropy. It starts within 0.001 of the clean image, as in the
+authors' code.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _NEAR = 1e-3
 
 @dataclass(frozen=True)
 class MART(Objective):
-    """Boosted cross-entropy at the adversary; the divergence counts where the clean image is misread."""
+    """Minimise boosted cross-entropy and a divergence, weighted by the clean image's error."""
 
     name: Literal["mart"] = "mart"
     weight: Annotated[
@@ -65,9 +68,9 @@ class MART(Objective):
 
 
 def boosted_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """-log p_y - log(1 - max_{k != y} p_k) of each row of logits [B, K] at labels int64 [B]: [B]."""
+    """Return -log p_y - log(1 - max_{k != y} p_k), [B], of logits [B, K] at labels int64 [B]."""
     rest = logits.scatter(1, y[:, None], -torch.inf)
     rival = rest.argmax(1, keepdim=True)
-    # 1 - p is the share of all the others: no difference of nearly equal numbers is taken.
+    # 1 - p is the sum of the other classes: this avoids a difference of nearly equal numbers.
     others = logits.scatter(1, rival, -torch.inf).logsumexp(1)
     return F.cross_entropy(logits, y, reduction="none") - (others - logits.logsumexp(1))

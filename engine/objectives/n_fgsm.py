@@ -1,8 +1,10 @@
-"""N-FGSM (de Jorge et al., "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training", arXiv 2202.01181).
+"""N-FGSM (de Jorge et al., arXiv 2202.01181). 2k + 3 F.
 
-Strong noise first, then the step, and no projection back to the ball: that is what keeps one step from
-collapsing. Their section 4: x + eta + alpha sign(grad CE(x + eta)), eta uniform in [-k eps, k eps], k = 2,
-alpha = eps, clipped to [0, 1] only. 2k + 3 F.
+Paper: "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training". Strong noise
+    before
+the step, and no projection into the ball, keep one-step training from collapse. Section 4:
+x + eta + alpha sign(grad CE(x + eta)), eta uniform in [-k eps, k eps], k = 2, alpha = eps, clipped
+to [0, 1] only.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from .base import Objective, Outcome, Passes, attack_passes, trained_pass, train
 
 @dataclass(frozen=True)
 class NFGSM(Objective):
-    """Cross-entropy at one unclipped step from a noisy image; `attack.alpha` left out is eps."""
+    """Minimise the cross-entropy at one unclipped step from a noisy image.
+
+    The default of `attack.alpha` is eps.
+    """
 
     name: Literal["n-fgsm"] = "n-fgsm"
     noise: Annotated[

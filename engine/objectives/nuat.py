@@ -4,10 +4,11 @@ With D(a) = f(x) - f(a), the batch's logit differences as a matrix [B, K]:
 
     CE(f(x), y)  +  lambda ||D(a)||_* / B
 
-||.||_* is the nuclear norm, the sum of singular values. The adversary a takes one step of size eps from Bernoulli noise
-of eps / 2, along the gradient of CE(f(z), y) in even steps and of CE(f(z), y) + lambda ||D(z)||_* / B in odd ones. Their
-code lets lambda grow from 0 to 4.5 on CIFAR-10 (ResNet-18) over the run; here lambda is constant. The clean pass
-serves attack and loss: 8 F, where their code makes it twice.
+||.||_* is the nuclear norm, the sum of singular values. The adversary a takes one step of size eps
+from Bernoulli noise of eps / 2, along the gradient of CE(f(z), y) in even steps and of CE(f(z), y)
++ lambda ||D(z)||_* / B in odd ones. Their code lets lambda grow from 0 to 4.5 on CIFAR-10
+(ResNet-18) over the run; here lambda is constant. The clean pass serves attack and loss: 8 F, where
+their code makes it twice.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ from .base import (
     trained_passes,
 )
 
-# Each grows a small singular value 1.5-fold: those above a thousandth of the Frobenius norm arrive at 1.
+# Each iteration grows a small singular value 1.5-fold, so singular values above a thousandth of the
+# Frobenius norm arrive at 1.
 _NEWTON_SCHULZ = 22
 
 
 @dataclass(frozen=True)
 class NuAT(Objective):
-    """Train on the clean cross-entropy and the nuclear norm of the adversaries' logit differences."""
+    """Train on the clean cross-entropy and the nuclear norm of the logit differences."""
 
     name: Literal["nuat"] = "nuat"
     weight: Annotated[
@@ -91,7 +93,7 @@ class NuAT(Objective):
 
 
 def _guided(clean: Tensor, y: Tensor, weight: Tensor) -> LogitsGrad:
-    """Return the gradient of the sum over the batch of CE, plus weight ||clean - logits||_*, at the logits."""
+    """Return the gradient of summed CE + weight ||clean - logits||_* with respect to the logits."""
 
     def grad(logits: Tensor) -> Tensor:
         pull = -weight * unitary_factor(clean - logits.float())
@@ -101,10 +103,11 @@ def _guided(clean: Tensor, y: Tensor, weight: Tensor) -> LogitsGrad:
 
 
 def unitary_factor(matrix: Tensor) -> Tensor:
-    """Return U V^T of the singular value decomposition U S V^T of `matrix` [B, K], float32 or float64.
+    """Return U V^T of the singular value decomposition U S V^T of a float matrix [B, K].
 
-    By Newton-Schulz iteration: products alone, which a CUDA graph can hold, where a decomposition makes the host
-    wait. Singular values below a thousandth of the Frobenius norm count in part, those that are zero not at all.
+    By Newton-Schulz iteration: products alone, which a CUDA graph can hold, where a decomposition
+    makes the host wait. Singular values below a thousandth of the Frobenius norm count in part,
+    those that are zero not at all.
     """
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.t()
     tiny = torch.finfo(tall.dtype).tiny

@@ -1,4 +1,4 @@
-"""PGD adversarial training (Madry et al., arXiv 1706.06083): cross-entropy at the adversary. 2k + 3 F."""
+"""PGD adversarial training (Madry et al., arXiv 1706.06083). 2k + 3 F."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .base import Objective, Outcome, Passes, attack_passes, attacked_pass, trai
 
 @dataclass(frozen=True)
 class PGD(Objective):
-    """min E[CE(f(a), y)], a from k projected gradient steps.
+    """Minimise E[CE(f(a), y)], with a from k projected gradient steps (equation 2.1).
 
-    With k = 1 from a random point this is Fast-AT's FGSM-RS (Wong et al., arXiv 2001.03994), from the
-    adversary memory ATTA (Zheng et al., arXiv 1912.11969), and with k = 0 and `optim.replays` Free-AT
-    (Shafahi et al., arXiv 1904.12843).
+    With k = 1 from a random point this is Fast-AT's FGSM-RS (Wong et al., arXiv 2001.03994). With
+    k = 1 from the adversary memory it is ATTA (Zheng et al., arXiv 1912.11969). With k = 0 and
+    `optim.replays` it is Free-AT (Shafahi et al., arXiv 1904.12843).
     """
 
     free_step: ClassVar[bool] = True

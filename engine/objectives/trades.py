@@ -1,8 +1,9 @@
-"""TRADES (Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy", arXiv 1901.08573).
+"""TRADES (Zhang et al., arXiv 1901.08573). 2k + 7 F.
 
-Their equation 5: CE(f(x), y) + beta max_a KL(p(x) || p(a)), a in the ball around x. 2k + 7 F: the clean
-logits that the attack climbs away from are computed once, in evaluation mode as theirs are, not once
-a step.
+Paper: "Theoretically Principled Trade-off between Robustness and Accuracy". The loss is equation
+    5's,
+CE(f(x), y) + beta max_a KL(p(x) || p(a)), with a in the ball around x. The attack's clean logits
+come from one pass in evaluation mode, the authors' mode; their code makes a pass for each step.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from ..device.phases import ATTACK_FORWARD, LOSS, phase
 from ..threat import Ball, ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
 
-# The attack's gradient vanishes at the clean image itself; theirs starts from normal noise of 0.001.
+# The attack's gradient is zero at the clean image. The authors' code starts from normal noise of
+# 0.001.
 _NEAR = 1e-3
 
 
 @dataclass(frozen=True)
 class TRADES(Objective):
-    """Cross-entropy on the clean image, and the divergence of the prediction over the ball around it."""
+    """Add the divergence of the prediction over the ball to the clean cross-entropy."""
 
     name: Literal["trades"] = "trades"
     beta: Annotated[
@@ -62,7 +64,7 @@ class TRADES(Objective):
         )
         at_clean, at_adversary = trained_pass(model, x), trained_pass(model, adversary)
         with phase(LOSS):
-            # CE(first) + beta KL(first || second): the loss of the local ball, around the clean image.
+            # CE(clean) + beta KL(clean || adversary): the local-ball loss around the clean image.
             loss, stats = kernels.local_ball_loss(at_clean, y, at_adversary, lam=self.beta)
         return Outcome(
             loss,

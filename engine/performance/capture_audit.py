@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ..data import datasets
 from ..data.loaders import ResidentLoader
 from ..device import phases
-from ..device.capture import Run
+from ..device.capture import Work
 from ..recipes import Recipe
 from ..runs import build
 from ..training.step import Step
@@ -52,15 +52,15 @@ class Tape(Spy):
     def context(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def warm_up(self, run: Run) -> None:
-        run()
+    def warm_up(self, work: Work) -> None:
+        work()
 
-    def record(self, run: Run) -> Run:
+    def record(self, work: Work) -> Work:
         """Run once, recorded; return the function that replays the record."""
         self.calls.clear()
         self._made = {storage_of(t) for t in self.known()}
         with phases.listening(self), self:
-            run()
+            work()
         return self.replay
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ _SEVERAL = 10
 
 @dataclass(frozen=True)
 class Timing:
-    """Quantiles of one call's wall-clock time, in milliseconds, and its samples in the order taken."""
+    """Hold quantiles of one call's wall-clock time [ms], and the samples in the order taken."""
 
     p20: float
     p50: float
@@ -47,7 +47,7 @@ def side_by_side(
 
     Args:
         calls: name to callable without arguments.
-        device: where they work; a GPU is waited for after every call. Left out: they wait themselves.
+        device: where the calls work; on a GPU, each call is waited for. Left out: the calls wait.
         seconds: budget for all of them together, warm-up excluded.
         samples: no more than this many of each, and never fewer than 5.
     """
@@ -86,9 +86,9 @@ def waiting(call: Callable[[], object], device: torch.device | str) -> Callable[
 def several(
     call: Callable[[], object], device: torch.device | str
 ) -> tuple[Callable[[], object], int]:
-    """Return a call that makes `call` several times and waits once, and how many times: once on the CPU.
+    """Return a call that makes `call` several times and waits once, and the number of times.
 
-    By itself the launch would be part of a short kernel's time.
+    Otherwise the launch would be part of a short kernel's time. On the CPU the number is 1.
     """
     if torch.device(device).type != "cuda":
         return call, 1
@@ -101,7 +101,7 @@ def several(
 
 
 def timed(call: Callable[[], object], repeats: int = 1) -> float:
-    """Wall-clock seconds of `repeats` calls."""
+    """Return the wall-clock seconds of `repeats` calls."""
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -109,7 +109,7 @@ def timed(call: Callable[[], object], repeats: int = 1) -> float:
 
 
 def quantiles(values: list[float]) -> Timing:
-    """The timing of calls that took `values` seconds each."""
+    """Return the timing of calls that took `values` seconds each."""
     ordered = sorted(values)
 
     def at(q: float) -> float:
@@ -119,17 +119,18 @@ def quantiles(values: list[float]) -> Timing:
 
 
 def copier(moved: int, device: torch.device | str = "cpu") -> Callable[[], object]:
-    """A copy of float32 memory that moves `moved` bytes: half of them read, half written."""
+    """Return a copy of float32 memory that moves `moved` bytes: half read, half written."""
     source = torch.ones(max(moved // 8, 1), device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def peak_gflops(device: torch.device | str = "cpu", precision: str = "fp32") -> float:
-    """The highest rate of a large matrix product here and now, with torch's present threads [GFLOP/s].
+    """Return the highest rate of a large matrix product, with torch's present threads [GFLOP/s].
 
-    What a step's own rate is held against: something that this machine did, and not its vendor's number.
-    Best of a few, so that what disturbs the machine does not lower it; a second on two cores.
+    A step's rate is compared with this rate, because the machine reached it; a vendor's number is
+    only promised. The best of a few counts, so that other work on the machine does not lower it.
+    It takes a second on two cores.
 
     Args:
         precision: as `engine.device.precision.resolve` gives it.

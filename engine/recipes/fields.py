@@ -35,7 +35,8 @@ class Data:
     validation: Annotated[
         Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
         Field(
-            description="training images held out to choose the best checkpoint [count, or share 0..1]"
+            description="training images held out to choose the best checkpoint "
+            "[count, or share 0..1]"
         ),
     ] = 1000
     train_examples: Annotated[
@@ -144,8 +145,8 @@ class StepOptions:
     deterministic: Annotated[
         bool,
         Field(
-            description="on a GPU: cuDNN takes algorithms that give the same bits each time, so that a "
-            "resumed run ends as an unbroken one does (slower)"
+            description="on a GPU: cuDNN takes algorithms that give the same bits each time, so "
+            "that a resumed run ends as an unbroken one does (slower)"
         ),
     ] = False
     sync_batch_norm: Annotated[
@@ -201,7 +202,8 @@ class Evaluation:
         Literal["pyautoattack", "engine"],
         Field(
             description="AutoAttack by its authors' package, or by the engine's own form of the "
-            "same attacks (docs/autoattack.md); networks of two or three classes: always the engine's"
+            "same attacks (docs/autoattack.md); networks of two or three classes: always the "
+            "engine's"
         ),
     ] = "pyautoattack"
     batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500

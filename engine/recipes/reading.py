@@ -269,15 +269,17 @@ def _reject_unknown(tree: Mapping[str, Any]) -> None:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    where = [str(p) for p in first["loc"]]
+    location = [str(p) for p in first["loc"]]
     # The discriminator of the objective's union is no field of the user's.
-    where = [
+    location = [
         p
-        for i, p in enumerate(where)
-        if not (i == 1 and where[0] == "objective" and p in objectives())
+        for i, p in enumerate(location)
+        if not (i == 1 and location[0] == "objective" and p in objectives())
     ]
     seen = [
-        p for p in where if not p.startswith(("function-", "constrained-", "float", "int", "none"))
+        p
+        for p in location
+        if not p.startswith(("function-", "constrained-", "float", "int", "none"))
     ]
     got = first.get("input")
     value = "" if isinstance(got, dict) else f", got {shown(got)}"

@@ -155,12 +155,12 @@ def evaluation_notes(recipe: Recipe) -> list[str]:
     return lines
 
 
-def _check_device(recipe: Recipe, where: torch.device) -> None:
-    precision.resolve(recipe.step.precision, where)
-    if recipe.step.capture == "on" and (missing := capture.unavailable(where)):
+def _check_device(recipe: Recipe, target: torch.device) -> None:
+    precision.resolve(recipe.step.precision, target)
+    if recipe.step.capture == "on" and (missing := capture.unavailable(target)):
         raise EngineError(f"step.capture = on: {missing}")
     if recipe.optim.name.startswith("apex"):
-        apex.check(recipe.optim.name, where)
+        apex.check(recipe.optim.name, target)
 
 
 def build_step(
@@ -183,10 +183,10 @@ def build_step(
     Raises:
         EngineError: for a precision, an optimiser or a capture that this device does not have.
     """
-    optim, where = recipe.optim, next(model.parameters()).device
-    _check_device(recipe, where)
-    if recorder is None and recipe.step.capture != "off" and not capture.unavailable(where):
-        recorder = capture.CudaGraphs(where)
+    optim, target = recipe.optim, next(model.parameters()).device
+    _check_device(recipe, target)
+    if recorder is None and recipe.step.capture != "off" and not capture.unavailable(target):
+        recorder = capture.CudaGraphs(target)
     return Step(
         model,
         objective=recipe.objective,
@@ -206,14 +206,14 @@ def build_step(
         precision=recipe.step.precision,
         seed=recipe.seed,
         rank=rank,
-        device=where,
+        device=target,
         compile=recipe.step.compile,
         deterministic=recipe.step.deterministic,
         recorder=recorder,
     )
 
 
-def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
+def without_gpu(recipe: Recipe, target: torch.device) -> Recipe:
     """Return the recipe with stand-ins for the parts that the CPU or the meta device lacks.
 
     On the CPU: no CUDA graph, fp32 for tf32, and our optimisers for apex's. The meta device has
@@ -221,7 +221,7 @@ def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
     throughout, which every operator supports.
     """
     step, name = recipe.step, recipe.optim.name
-    meta = where.type == "meta"
+    meta = target.type == "meta"
     if meta or name.startswith("apex"):
         name = _OURS.get(name, name)
     exact = "fp32" if meta or step.precision == "tf32" else step.precision
@@ -233,13 +233,13 @@ def without_gpu(recipe: Recipe, where: torch.device) -> Recipe:
 
 
 def memory_for(
-    recipe: Recipe, images: Tensor, where: torch.device | str = "cpu"
+    recipe: Recipe, images: Tensor, target: torch.device | str = "cpu"
 ) -> AdversaryMemory | None:
     """Return the adversary memory of images [N, C, H, W], if the attack starts from one."""
     if recipe.attack.start != "memory":
         return None
     return AdversaryMemory(
-        len(images), images.shape[1:], recipe.threat, seed=recipe.seed, device=where
+        len(images), images.shape[1:], recipe.threat, seed=recipe.seed, device=target
     )
 
 
@@ -254,19 +254,19 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
     Several processes each take their share of every batch.
     """
     torch.manual_seed(recipe.seed)
-    where = device()
+    target = device()
     parts = split(recipe)
     images, labels = parts.train
-    model = build_model(recipe, images, len(parts.classes), images.shape[1:], init=True).to(where)
+    model = build_model(recipe, images, len(parts.classes), images.shape[1:], init=True).to(target)
     if recipe.step.sync_batch_norm:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    memory = memory_for(recipe, images, where)
+    memory = memory_for(recipe, images, target)
     loader = loaders.build(
         recipe.data.loader,
         images,
         labels,
         world.share(recipe.optim.batch_size),
-        device=where,
+        device=target,
         memory=memory,
         workers=recipe.data.workers,
         rank=world.rank,

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..device.machine import device, peak_memory_mb
 from ..errors import EngineError
-from ..evaluation import masking, robust_accuracy
+from ..evaluation import masking, robust_accuracy, robustbench
 from ..progress import EvaluationBar, bar
 from ..training.trainer import Result
 from .build import build_model
@@ -87,7 +87,7 @@ def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
             progress=EvaluationBar(progress),
         )
     width = "" if recipe.model.width is None else f", width {recipe.model.width}"
-    fields = robust_accuracy.robustbench_fields(
+    fields = robustbench.fields(
         report,
         name=recipe.name,
         architecture=recipe.model.name + width,

@@ -98,8 +98,6 @@ class Run:
         """
         return files.within(self.path, name)
 
-    # ---- one process at a time -----------------------------------------------------------
-
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes from training into this folder.
@@ -146,8 +144,6 @@ class Run:
     def _refuse_second(self) -> None:
         if os.path.lexists(self.path / "recipe.toml"):
             raise EngineError(f"{self.path} holds a run already: choose another --run-dir")
-
-    # ---- log -----------------------------------------------------------------------------
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one row to metrics.jsonl, whole or not at all; a power cut does not lose it."""
@@ -201,8 +197,6 @@ class Run:
         """Write a JSON file of the run."""
         files.write_json(self.place(name), value)
 
-    # ---- weights -------------------------------------------------------------------------
-
     def save(self, name: str, model: nn.Module, **about: object) -> None:
         """Write `name`.safetensors atomically, with its SHA-256 beside it.
 
@@ -253,7 +247,7 @@ def _folder(path: Path) -> Path:
     try:
         files.make_folder(path)
     except OSError as error:
-        raise EngineError(f"cannot make the folder {path}: {error.strerror}") from error
+        raise EngineError(f"cannot write {path}: {error.strerror}") from error
     return path
 
 
@@ -267,7 +261,7 @@ def _new_folder(recipe: Recipe) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise EngineError(f"cannot make the folder {path}: {error.strerror}") from error
+            raise EngineError(f"cannot write {path}: {error.strerror}") from error
         return path
 
 

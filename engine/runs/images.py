@@ -70,6 +70,6 @@ def test_set(recipe: Recipe) -> tuple[Tensor, Tensor]:
     return as_floats(data.images[:n], data.labels[:n], device())
 
 
-def as_floats(images: Tensor, labels: Tensor, where: torch.device) -> tuple[Tensor, Tensor]:
+def as_floats(images: Tensor, labels: Tensor, target: torch.device) -> tuple[Tensor, Tensor]:
     """Return uint8 images as float32 in [0, 1], and their labels, on the device."""
-    return images.to(where).float() / 255.0, labels.to(where)
+    return images.to(target).float() / 255.0, labels.to(target)

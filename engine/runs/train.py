@@ -27,7 +27,7 @@ from ..training.step import Step
 from ..training.trainer import Hooks, Result, Trainer
 from .build import ALONE, prepare, step_of
 from .folder import Run
-from .images import as_floats, shape_of, split
+from .images import as_floats, split
 
 log = logging.getLogger(__name__)
 
@@ -218,8 +218,8 @@ class _Session:
         """Write the weights called `name`: "best" or "last"."""
         recipe = self.run.recipe
         # The shape and the classes let `engine.load` build the network without the data set.
-        shape = "x".join(map(str, shape_of(recipe)))
-        count = len(split(recipe).classes)
+        parts = split(recipe)
+        shape, count = "x".join(map(str, parts.train[0].shape[1:])), len(parts.classes)
         self.run.save(
             name, model, epoch=row["epoch"], recipe=recipe.name, shape=shape, classes=count
         )

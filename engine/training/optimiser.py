@@ -22,22 +22,25 @@ _BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8
 
 
 class Optimiser:
-    """Momentum SGD or AdamW, and an average of the weights; every changing number lies on the device.
+    """Step momentum SGD or AdamW, and an average of the weights.
 
-    `sgd` and `adamw` are ours, average included: one op, one pass over memory. `torch-*` are torch's
-    fused ones; `apex-*` NVIDIA's, where apex is built (not in a captured step, apart from Adam).
+    All changing numbers lie on the device.
+
+    `sgd` and `adamw` are ours: one op updates weights and average in one pass over memory.
+    `torch-*` are torch's fused optimisers; `apex-*` are NVIDIA's, where apex is built (in a
+    captured step Adam alone).
 
     Args:
-        model: its parameters that require gradients are trained.
+        model: the network; its parameters that require gradients are trained.
         lr: learning rate of every step of the run, [T].
-        momentum: of the SGDs, [0, 1).
-        weight_decay: added to the gradient by SGD, decoupled in Adam's kin.
+        momentum: momentum of the SGDs, [0, 1).
+        weight_decay: added to the gradient by SGD; decoupled in AdamW, Adam and LAMB.
         ema: decay of the moving average, 0 for none. Early on the decay is lower,
-            (1 + step) / (10 + step), so that the average does not drag its random start along.
+            (1 + step) / (10 + step), so that the average forgets its random start.
     Attributes:
-        average: the averaged model, or the model itself without averaging; what is evaluated.
+        average: the averaged model, or the model itself without averaging; this one is evaluated.
     Raises:
-        EngineError: apex's without a CUDA device, or where apex is not there.
+        EngineError: for apex's optimisers without a CUDA device or without apex.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Optimiser:
         device = self.params[0].device
         decays = [min(ema, (1 + t) / (10 + t)) for t in range(len(self.rates))]
         rows = list(zip(self.rates, decays, (1 - d for d in decays), strict=True))
-        # Warming up for a capture runs past the end of a short schedule.
+        # Warm-up for a capture runs past the end of a short schedule.
         rows += rows[-1:] * WARM_UP
         self._plan = torch.tensor(rows, device=device).view(-1, 3)
         # This step's row of the plan, looked up on the device.
@@ -77,7 +80,7 @@ class Optimiser:
 
         moments = {"sgd": 1, "adamw": 2}.get(name, 0)
         self._moments = [[torch.zeros_like(p) for p in self.params] for _ in range(moments)]
-        self._theirs = None if moments else self._foreign(name)
+        self._external = None if moments else self._foreign(name)
 
     def zero_grad(self) -> None:
         for p in self.params:
@@ -85,19 +88,19 @@ class Optimiser:
 
     @property
     def uncapturable(self) -> str | None:
-        """Why a step with this optimiser cannot be captured in a CUDA graph; None: it can."""
+        """Return why a step with this optimiser cannot be captured in a CUDA graph, or None."""
         if self.name in ("apex-sgd", "apex-lamb"):
             return f"optim.name = {self.name} takes its learning rate from the host"
         return None
 
     @torch.no_grad()
     def step(self, at: Tensor, scale: LossScale | None = None) -> None:
-        """Apply the gradients in place; a parameter without one keeps still.
+        """Apply the gradients in place; a parameter without a gradient does not change.
 
         Args:
             at: int64 [1] on the device, the number of this step from 0, below T.
-            scale: what the loss was scaled by; where a gradient is not finite nothing changes (apex's
-                optimisers cannot keep still, so theirs are not searched).
+            scale: the scale of the loss; where a gradient is not finite nothing changes (apex's
+                optimisers cannot skip a step, so their gradients are not searched).
         """
         used = [i for i, p in enumerate(self.params) if p.grad is not None]
         grads: list[Tensor] = [self.params[i].grad for i in used]  # type: ignore[misc]
@@ -107,7 +110,7 @@ class Optimiser:
             if scale is not None and not self.name.startswith("apex"):
                 scale.unscale_(grads)
                 self._count.sub_(scale.found_inf)
-        if self._theirs is None:
+        if self._external is None:
             self._ours(used, grads, self._never if scale is None else scale.found_inf)
         else:
             self._others(scale)
@@ -122,22 +125,22 @@ class Optimiser:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Forget momentum and moments: the weights have been put somewhere else."""
+        """Clear momentum and moments, after the weights were replaced."""
         for name, t in self.tensors().items():
             if not name.startswith(("plan", "now", "never", "average.")):
                 t.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that changes, the model's own tensors left out."""
+        """Return all tensors that change, without the model's own."""
         found = {"plan": self._plan, "now": self._now, "count": self._count, "never": self._never}
         for number, moments in enumerate(self._moments):
             found |= {f"moment{number}.{i}": m for i, m in enumerate(moments)}
-        if self._theirs is not None:
+        if self._external is not None:
             for i, p in enumerate(self.params):
-                for key, value in self._theirs.state[p].items():
+                for key, value in self._external.state[p].items():
                     if isinstance(value, Tensor):
                         found[f"{key}.{i}"] = value
-            for i, group in enumerate(self._theirs.param_groups):
+            for i, group in enumerate(self._external.param_groups):
                 if isinstance(group.get("step"), Tensor):
                     found[f"step.{i}"] = group["step"]
         if self._averages:
@@ -167,42 +170,44 @@ class Optimiser:
         )
 
     def _foreign(self, name: str) -> torch.optim.Optimizer:
-        """An optimiser of torch's or apex's, its state made beforehand: a graph needs it to stay put.
+        """Return an optimiser of torch's or apex's with its state at a fixed place, for graphs.
 
-        For torch's fused SGD that also mends a fault: where the first step overflows it leaves a
-        momentum that nothing was ever written to.
+        For torch's fused SGD this also mends a fault: if its first step overflows, it leaves an
+        uninitialised momentum.
         """
         on_gpu = self.params[0].is_cuda
         decay: dict[str, Any] = {"weight_decay": self.weight_decay}
         sgd: dict[str, Any] = {"momentum": self.momentum, **decay}
         adam: dict[str, Any] = {"betas": _BETAS, "eps": _ADAM_EPS, **decay}
         if name == "torch-sgd":
-            theirs: Any = torch.optim.SGD(self.params, lr=self.lr, fused=True, **sgd)
+            external: Any = torch.optim.SGD(self.params, lr=self.lr, fused=True, **sgd)
             for p in self.params:
-                theirs.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                external.state[p]["momentum_buffer"] = torch.zeros_like(p)
         elif name == "torch-adamw":
-            theirs = torch.optim.AdamW(
+            external = torch.optim.AdamW(
                 self.params, lr=self.lr, fused=True, capturable=on_gpu, **adam
             )
             for p in self.params:
-                theirs.state[p] = {
+                external.state[p] = {
                     "step": torch.zeros((), device=p.device),
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
         else:
             apex.check(name, self.params[0].device)
-            theirs = apex.build(name, self.params, self.lr, **(sgd if name == "apex-sgd" else adam))
-        return theirs
+            external = apex.build(
+                name, self.params, self.lr, **(sgd if name == "apex-sgd" else adam)
+            )
+        return external
 
     def _others(self, scale: LossScale | None) -> None:
-        assert self._theirs is not None
+        assert self._external is not None
         if not self.name.startswith("apex"):
-            self._theirs.found_inf = None if scale is None else scale.found_inf  # type: ignore[attr-defined]
+            self._external.found_inf = None if scale is None else scale.found_inf  # type: ignore[attr-defined]
         if self.uncapturable:
-            for group in self._theirs.param_groups:
+            for group in self._external.param_groups:
                 group |= {"lr": self.rates[self.steps], "step": self.steps}
-        self._theirs.step()
+        self._external.step()
         if self._averages:
             towards = self._towards
             if scale is not None:
@@ -211,7 +216,7 @@ class Optimiser:
 
 
 def _follow(sources: list[Tensor], averages: list[Tensor], towards: Tensor) -> None:
-    """average += towards (source - average), `towards` read on the device."""
+    """Do average += towards (source - average) in place; `towards` is read on the device."""
     if sources:
         difference = list(torch._foreach_sub(sources, averages))
         torch._foreach_mul_(difference, towards)

@@ -1,9 +1,9 @@
 """One training step, a function from (batch, state) to new state: eager, or captured and replayed.
 
-The step owns every tensor that it changes and says nothing to the host. Whatever varies from step to
-step (learning rate, decay of the average, random numbers, loss scale, metrics) it reads from the
-device, at a counter that it advances itself. So the same function runs eagerly, or is recorded once
-in a CUDA graph and launched with one call a step.
+The step owns every tensor that it changes and exchanges nothing with the host. All that varies from
+step to step (learning rate, decay of the average, random numbers, loss scale, metrics) is read from
+the device, at a counter that the step advances. So the same function runs eagerly, or is recorded
+once in a CUDA graph and launched with one call a step.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ from .optimiser import Optimiser
 
 log = logging.getLogger(__name__)
 
-# Loss, accuracy, and what an objective tells of itself.
+# Loss, accuracy, and an objective's own terms.
 _MOST_TERMS = 15
 
 
 class Step:
-    """A training step.
+    """Do training steps.
 
     Args:
         model: images [0, 1] to logits; trained in place.
         optimiser: made for `model`, with the learning rates of all steps.
         memory: the adversary memory, if attacks start from it.
-        radii: eps of every step of the run, where it is not the threat's throughout
-            (`Schedule.radii`); the memory then stores in units of the eps at hand.
-        take: makes a batch on the device from the random state, with no word to the host (a resident
-            loader's); the step then asks for no batch, and a captured one makes its own.
-        precision: of the network's passes, see `engine.device.precision`.
-        seed, rank: of everything random; each process of a run draws its own.
+        radii: eps of every step of the run, where it differs from the threat's (`Schedule.radii`);
+            the memory then stores in units of the step's eps.
+        take: makes a batch on the device from the random state, without the host (a resident
+            loader's); the step then needs no batch, and a captured step makes its own.
+        precision: the precision of the network's passes, see `engine.device.precision`.
+        seed, rank: seeds of all random numbers; each process of a run draws its own.
         compile: the network's passes go through torch.compile.
         deterministic: cuDNN takes algorithms that give the same bits each time.
         recorder: captures the step at its first call; None: run it eagerly.
     Attributes:
         state: int64 [2] (seed, step) on the device; `done`: the same number of steps, on the host.
-        threat: the threat that the network shall withstand; `threat_now`: the threat of the step at hand,
-            smaller while eps grows.
-        images: how many the means are of, in `batches` batches.
-        why_eager: why a recorder is there and the step runs eagerly all the same, else None.
+        threat: the threat that the network shall withstand; `threat_now`: the threat of the step at
+            hand, smaller while eps grows.
+        images: the number of images in the means, in `batches` batches.
+        why_eager: why the step runs eagerly although it has a recorder, else None.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Step:
         if recorder is not None and optimiser.uncapturable:
             self._stay_eager(optimiser.uncapturable)
         self.network = compiled(model) if compile else model
-        # Among several processes the gradients of its loss are averaged.
+        # Several processes average the gradients of the loss.
         with self._recorder.context() if self._recorder else contextlib.nullcontext():
             self._compute = distributed.averaged(self.network, objective)
         self.model, self.objective, self.threat, self.attack = model, objective, threat, attack
@@ -106,7 +106,7 @@ class Step:
                 raise EngineError(
                     f"{len(radii)} radii for a schedule of {len(optimiser.rates)} steps"
                 )
-            # The last step leaves its successor's; warming up for a capture runs on from there.
+            # The last step writes its successor's radius, and warm-up for a capture runs further.
             self._radii = torch.tensor([*radii, *radii[-1:] * WARM_UP], device=device)
             self._radius = self._radii[0].clone()
             self.threat_now = threat.growing(self._radius)
@@ -118,10 +118,8 @@ class Step:
         self._sums = torch.zeros(_MOST_TERMS + 1, device=device)
         self.images = self.batches = 0
 
-    # ---- the step --------------------------------------------------------------------------------
-
     def run(self, batch: Batch) -> None:
-        """The whole step, on the device."""
+        """Do the whole step on the device."""
         with arithmetic(self.precision, self.device), repeatable(self.deterministic):
             self._run(batch)
 
@@ -155,18 +153,16 @@ class Step:
         self._terms = tuple(terms)
         skipped = self.scale.found_inf
         values = torch.stack([t.float() for t in (skipped, *terms.values())])
-        # A skipped step counts as skipped and for nothing else: its loss may be no number.
+        # A skipped step adds only to the number of skipped steps: its loss may be NaN.
         values[1:].masked_fill_(skipped > 0, 0.0)
         self._sums[: len(values)].add_(values)
-
-    # ---- running it ------------------------------------------------------------------------------
 
     def __call__(self, batch: Batch | None = None) -> None:
         """Do one step. `batch` may be left out where the step takes its own.
 
         Raises:
-            EngineError: after the last step of the schedule, or for a batch that lacks what the memory
-                needs.
+            EngineError: after the last step of the schedule, or for a batch without the sample
+                indices that the memory needs.
         """
         if self.done >= len(self.optimiser.rates):
             raise EngineError(f"the schedule ends after {len(self.optimiser.rates)} steps")
@@ -191,10 +187,11 @@ class Step:
         self.network.train()
 
     def means(self, *, everywhere: bool = False) -> dict[str, float]:
-        """Batch means since `clear`, and `adv_accuracy` [0..1]. Waits for the device, once.
+        """Return batch means since `clear`, and `adv_accuracy` [0..1]. Wait for the device once.
 
-        Of the steps that were applied; `skipped` is the number of the others. Of this process's part of
-        the batches; of all parts with `everywhere`, which every process must then ask for.
+        The means are over the applied steps; `skipped` is the number of the others. They are over
+        this process's part of the batches, or with `everywhere` over all parts: then every process
+        must call.
         """
         if not self._terms:
             return {}
@@ -206,12 +203,12 @@ class Step:
         return {**found, "skipped": int(skipped)}
 
     def clear(self) -> None:
-        """Start the means anew."""
+        """Start the means again."""
         self.batches = self.images = 0
         self._sums.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that a step changes, or reads and must find where it was."""
+        """Return every tensor that a step changes, or reads at a fixed place."""
         found = {"state": self.state}
         found |= {f"scale.{name}": t for name, t in self.scale.tensors().items()}
         found |= {f"model.{name}": t for name, t in self.model.named_parameters()}
@@ -225,15 +222,15 @@ class Step:
         return found
 
     def networks(self) -> list[nn.Module]:
-        """The network, and its moving average where there is one."""
+        """Return the network, and its moving average where there is one."""
         average = self.optimiser.average
         return [self.model] if average is self.model else [self.model, average]
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], *, done: int, batches: int, images: int) -> None:
-        """Go on from `tensors` (as `tensors()` gave them) after `done` steps; the seed stays this step's.
+        """Resume from `tensors` (see `tensors()`) after `done` steps, with this step's seed.
 
-        In place, so before or after a capture.
+        The tensors are written in place, so before or after a capture.
 
         Raises:
             EngineError: for tensors of another step.
@@ -253,9 +250,9 @@ class Step:
 
     @torch.no_grad()
     def roll_back(self, weights: dict[str, Tensor]) -> None:
-        """Put the network and its average at `weights` (a state dict), with no momentum and no memory.
+        """Set the network and its average to `weights` (a state dict); clear momentum and memory.
 
-        The schedule and the random numbers go on: what comes is not what went wrong.
+        The schedule and the random numbers go on, so the next steps differ from those that failed.
         """
         for net in self.networks():
             for name, t in net.state_dict().items():
@@ -265,7 +262,7 @@ class Step:
             self.memory.forget(self.done)
 
     def static(self) -> list[Tensor]:
-        """The tensors of the batch that a captured step reads; none before the capture."""
+        """Return the tensors of the batch that a captured step reads; none before the capture."""
         return [t for t in self._static or () if t is not None]
 
     def _own_batch(self) -> Batch:
@@ -278,20 +275,18 @@ class Step:
         self.run(batch)
         return len(batch.y)
 
-    # ---- capture ---------------------------------------------------------------------------------
-
     def capture(self, batch: Batch | None = None) -> None:
-        """Record the step now, on a batch of the shapes to come, where it is to be recorded at all.
+        """Record the step now, on a batch of the shapes to come, if it is to be recorded.
 
-        The first call does it otherwise; but a capture wants no loader's threads about. After the last
-        step of the schedule nothing is recorded: warming up would read past the schedule's end.
+        Otherwise the first call records it; but a capture should run without a loader's threads.
+        After the last step of the schedule nothing is recorded: warm-up would read past its end.
         """
         waits = self._recorder is not None and self._replay is None
         if waits and self.done < len(self.optimiser.rates):
             self._record(batch)
 
     def _record(self, batch: Batch | None) -> None:
-        """Warm up and capture, then put everything back as it was."""
+        """Warm up and capture, then restore all tensors."""
         recorder = self._recorder
         assert recorder is not None
         if batch is None:
@@ -310,7 +305,7 @@ class Step:
             self._restore(before)
             self._replay = recorder.record(step)
         except RuntimeError as error:
-            # What went wrong first; ending a capture that is broken fails as well, and says less.
+            # Report the root cause: ending a broken capture raises a second, vaguer error.
             first: BaseException = error
             while isinstance(first.__context__, RuntimeError):
                 first = first.__context__
@@ -320,12 +315,12 @@ class Step:
 
     @torch.no_grad()
     def _restore(self, before: dict[str, Tensor]) -> None:
-        """In place: a graph remembers addresses."""
+        """Restore tensors in place: a graph remembers addresses."""
         for name, t in self.tensors().items():
             t.copy_(before[name]) if name in before else t.zero_()
 
     def _fill(self, batch: Batch | None) -> bool:
-        """Copy a batch to where the graph reads it; False: it does not fit."""
+        """Copy a batch into the tensors that the graph reads; return False if it does not fit."""
         if batch is None:
             return True
         static = self._static
@@ -349,7 +344,7 @@ class Step:
         log.warning("running without a CUDA graph: %s", why)
 
     def close(self) -> None:
-        """Give the graph's memory back; the step runs eagerly from here."""
+        """Free the graph's memory; later steps run eagerly."""
         self._replay = self._static = None
         if self._recorder is not None:
             self._recorder.close()

@@ -87,10 +87,10 @@ def constant(value: float, device: torch.device) -> Tensor:
     if torch.compiler.is_compiling() or isinstance(_get_current_dispatch_mode(), FakeTensorMode):
         # Filled by the device: torch.tensor would put a copy from the host into the compiled graph.
         return torch.full((), value, dtype=torch.float32, device=device)
-    found = _cached(value, device)
+    made = _cached(value, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _pinned[id(found)] = found
-    return found
+        _pinned[id(made)] = made
+    return made
 
 
 def check_scalar(name: str, value: Scalar, like: Tensor) -> Tensor:

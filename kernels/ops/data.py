@@ -172,8 +172,8 @@ def remember(
     """Write the perturbation z - x into `memory`, in place, through the inverse crop and mirror.
 
     Pixels outside the crop keep their stored values. The arguments are those of `recall`, and the
-    adversaries z, like `x`. If an index occurs twice, every pixel keeps one of its two values. Which
-    one is undefined, and on CUDA it may differ from pixel to pixel.
+    adversaries z, like `x`. If an index occurs twice, every pixel keeps one of its two values.
+    Which one is undefined, and on CUDA it may differ from pixel to pixel.
     """
     x = check_images("x", x)
     z = check_like("z", z, x, "x")

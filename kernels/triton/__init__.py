@@ -20,12 +20,12 @@ from .optimisers import adamw_ema_step, capturing, sgd_ema_step
 from .stem import input_grad_step
 
 ORIGIN = f"Triton {triton.__version__}" + (", interpreted" if INTERPRETING else "")
-# What a launch raises that wants more registers or shared memory than the device has.
+# The errors of a launch that needs more registers or shared memory than the device has.
 REFUSED = (OutOfResources,)
 
 
 def probe() -> None:
-    """Launch one small kernel on the current device and wait for it; raises whatever that raises."""
+    """Launch one small kernel on the current device and wait for it; its errors are raised."""
     x, eps = torch.zeros((1, 4), device="cuda"), torch.zeros((), device="cuda")
     attack_step(x, x, x, eps, eps, "Linf")
     torch.cuda.synchronize()

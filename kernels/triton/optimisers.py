@@ -27,7 +27,7 @@ _TL = {
 
 
 class _Table(NamedTuple):
-    """Where the tensors lie, on the device."""
+    """Hold the addresses of the tensors, on the device."""
 
     pointers: (
         Tensor  # int64 [T, 4 + moments]: param, grad, moments, average (0: none), element count
@@ -53,11 +53,11 @@ _MOST_TABLES = 32
 
 
 class _Capture(NamedTuple):
-    """What the launches of a capture read at every replay.
+    """Hold the tables that the launches of a capture read in every replay.
 
     Attributes:
-        tables: by what they are made of.
-        unfilled: tables first met in the capture, and what is to be written into them when it has ended.
+        tables: by device, rows and weight decays.
+        unfilled: tables that the capture allocated, each with the content to write afterwards.
     """
 
     tables: dict[tuple, _Table]
@@ -130,13 +130,13 @@ def adamw_ema_step(
 
 @contextlib.contextmanager
 def capturing() -> Iterator[list[Tensor]]:
-    """Make room in the block for the tables that captured launches read; write them when the block ends.
+    """Allocate in the block the tables that captured launches read; write them after the block.
 
-    A capture allows no copy from the host, and a graph reads its tables when it is replayed. Where the
-    block raises, nothing is written.
+    A capture allows no copy from the host, and a graph reads its tables in a replay. If the block
+    raises, nothing is written.
 
     Yields:
-        A list; after the block it holds the tables. It has to live as long as the graph.
+        A list. After the block it holds the tables, and must live as long as the graph.
     """
     global _capture
     before, capture = _capture, _Capture({}, [])
@@ -175,10 +175,11 @@ def _run(
     alone: Callable[[_Member], None],
     launch: Callable[[_Table, dict], None],
 ) -> None:
-    """One launch for each pair of types and each alignment; `alone` takes what no kernel is written for.
+    """Launch once for each pair of types and each alignment; `alone` updates what no kernel serves.
 
-    Under DistributedDataParallel a gradient is a view that begins wherever the one before it ended: after
-    a bias of ten classes all of its bucket is off 16 bytes. The rest keeps its 128-bit accesses.
+    Under DistributedDataParallel a gradient is a view that begins at the end of the one before. So
+    after a bias of ten classes, the rest of the bucket is not aligned to 16 bytes. The aligned
+    tensors keep their 128-bit accesses in a separate launch.
     """
     groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[_Member, tuple[int, ...]]]] = {}
     for member in members:
@@ -202,24 +203,24 @@ def _run(
 
 
 def _fits(member: _Member) -> bool:
-    """Whether a parameter and its state are dense, of one type and in one memory order."""
+    """Tell whether a parameter and its state are dense, of one type and in one memory order."""
     p = member.p
     same = all(t.dtype == p.dtype and same_order(t, p) for t in (*member.moments, *_list(member.e)))
     return same and same_order(p, p) and p.dtype in (torch.float32, torch.float64)
 
 
 def _row(member: _Member) -> tuple[int, ...]:
-    """Its row in a table: addresses, and the element count."""
+    """Return a member's row of a table: addresses, and the element count."""
     moments = (t.data_ptr() for t in member.moments)
     average = 0 if member.e is None else member.e.data_ptr()
     return member.p.data_ptr(), member.g.data_ptr(), *moments, average, member.p.numel()
 
 
 def _table(members: tuple[_Member, ...], rows: tuple[tuple[int, ...], ...], block: int) -> _Table:
-    """Return the table for these tensors; in a capture, room for one where it is not there yet.
+    """Return the table for these tensors; in a capture, allocate a missing one without content.
 
     Raises:
-        RuntimeError: in a capture outside `capturing`: nothing would keep the table for its replays.
+        RuntimeError: in a capture outside `capturing`, where nothing keeps the table for replays.
     """
     decay = tuple(m.decay for m in members)
     device = members[0].p.device
@@ -227,7 +228,7 @@ def _table(members: tuple[_Member, ...], rows: tuple[tuple[int, ...], ...], bloc
     table = _tables.get(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         if _capture is None:
-            raise RuntimeError("optimiser ops are captured within `kernels.capturing()` alone")
+            raise RuntimeError("capture optimiser ops within `kernels.capturing()` only")
         table = table or _capture.tables.get(key)
         if table is None:
             full = _build(rows, decay, block, torch.device("cpu"))

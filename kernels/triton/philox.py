@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def words(rng_ptr, stream, blocks):
-    """The four 32-bit words of each counter block.
+    """Return the four 32-bit words of each counter block.
 
     Args:
         rng_ptr: int64 [2], (seed, step), on the device: a replayed graph sees their new values.
@@ -27,7 +27,7 @@ def words(rng_ptr, stream, blocks):
 
 @triton.jit
 def uniform(word, dtype: tl.constexpr):
-    """The word's top 24 bits as a number in [0, 1), exact in float32."""
+    """Return the word's top 24 bits as a number in [0, 1), exact in float32."""
     return (word >> 8).to(tl.int32).to(dtype) * 5.9604644775390625e-08
 
 

@@ -1,4 +1,6 @@
-"""Time to accuracy: seconds of training until a target, over seeds, and what is said where it is not reached."""
+"""Time to accuracy: seconds of training until a target, over seeds, and what is said where it is
+not reached.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Authors' own code in the step benchmark: driven as it lies, held to our step, and nothing left behind."""
+"""Authors' own code in the step benchmark: driven as it lies, held to our step, and nothing left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -168,7 +170,7 @@ def test_a_clone_trains_from_a_start_of_its_own(folders, name, channels):
 
 
 def test_rows_compare_with_clones_and_say_how_they_ran(folders, monkeypatch):
-    """The stub fails where everything is wrong: had it met that, the authors' would have left off."""
+    """The stub fails where everything is wrong; the authors' code would stop there."""
     monkeypatch.setattr(step, "settings", lambda quick: [TINY])
     monkeypatch.setattr(step, "unavailable", lambda device: "not in this test")
     pgd, trades = step.run(quick=True, cloned=folders)

@@ -54,7 +54,7 @@ def test_rates_are_of_whole_epochs(rows):
 
 
 def test_the_plain_loop_does_the_arithmetic_that_it_is_known_for(rows):
-    """Eleven passes forward, eleven back to every weight, and all but the last back to the image."""
+    """Eleven passes forward, eleven back to every weight, ten back to the image."""
     recipe = recipes.load("quickstart-pgd10")
     parts = images.split(recipe)
     model = build.build_model(recipe, None, 10, parts.train[0].shape[1:])

@@ -9,7 +9,8 @@ from engine.performance import timing
 
 from .test_step import Places
 
-# What has no meta form: our ops in place look at addresses, torch's fused AdamW is for devices by name.
+# What has no meta form: our ops in place look at addresses, torch's fused AdamW is for devices by
+# name.
 NOT_HERE = {"attack_step_ to fp16": "op", "adamw_ema_step": "eager"}
 
 

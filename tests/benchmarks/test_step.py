@@ -40,7 +40,9 @@ class Places(TorchDispatchMode):
 
 
 def test_all_that_is_timed_is_on_the_device_and_waited_for(monkeypatch):
-    """A device that has shapes and no numbers stands in for a GPU: what is left on the CPU meets it and fails."""
+    """A device that has shapes and no numbers stands in for a GPU: what is left on the CPU meets it
+    and fails.
+    """
     where, timed = torch.device("meta"), {}
 
     def side_by_side(calls, *, device, **_):
@@ -113,7 +115,9 @@ def test_a_call_is_over_when_the_gpu_is_done(monkeypatch):
 
 
 def test_all_calculate_alike(monkeypatch):
-    """By itself PyTorch rounds in convolutions on a GPU, the rivals' that is: our steps say what they want."""
+    """By itself PyTorch rounds in convolutions on a GPU, the rivals' that is: our steps say what
+    they want.
+    """
     convolutions, found = torch.backends.cudnn, []
     monkeypatch.setattr(machine, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(convolutions, "allow_tf32", True)
@@ -167,7 +171,9 @@ def test_a_rival_that_does_something_else_is_noticed(loop, method):
 
 
 def test_rivals_train_a_network_without_our_ops():
-    """Else they would be timed with our stem's gradients, and a claim against them would be against ourselves."""
+    """Else they would be timed with our stem's gradients, and a claim against them would be against
+    ourselves.
+    """
     setting = step.Setting("fast-at-mnist", (4, 1, 28, 28), [], False, False, 0.0)
     called = []
     for ours in (True, False):

@@ -301,6 +301,8 @@ def test_a_stamp_names_the_command_and_not_where_it_lies(monkeypatch, program):
 
 
 def test_importing_the_engine_imports_no_triton():
-    """It would be the compiler's Triton for the whole process, where tests and users want the interpreter's."""
+    """It would be the compiler's Triton for the whole process, where tests and users want the
+    interpreter's.
+    """
     code = "import sys, engine, engine.runs.train; sys.exit('triton' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

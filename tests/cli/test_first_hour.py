@@ -106,7 +106,7 @@ def test_the_closing_table_fits_80_columns_and_names_the_next_command(two):
     assert "8/255 (Linf)" in done.stdout
     assert any(line.split()[:3] == ["next", "engine", "export"] for line in table)
     # A path stands on its line in one piece.
-    assert any(line.split()[-1] == f"runs/{run.name}/report.html" for line in table)
+    assert any(line.split()[-1:] == [f"runs/{run.name}/report.html"] for line in table)
 
 
 def test_engine_load_gives_the_network_back_without_the_data(two, monkeypatch):

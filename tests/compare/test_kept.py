@@ -1,4 +1,4 @@
-"""Test what earlier sittings left: taken where it is whole, refused in one line where it is damaged."""
+"""Test the results of earlier sittings: whole ones are taken, damaged ones refused in one line."""
 
 from __future__ import annotations
 

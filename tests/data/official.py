@@ -1,7 +1,8 @@
 """Makes data sets of random pixels in the publishers' exact formats, for tests without a network.
 
-`install` is all that most tests need: `load(name, split, root)` and a subprocess with ENGINE_DATA=root
-then read the result like the real thing, which a SHA256SUMS of its own vouches for.
+`install` is all that most tests need: `load(name, split, root)` and a subprocess with
+ENGINE_DATA=root then read the result like the real thing, which a SHA256SUMS of its own vouches
+for.
 """
 
 from __future__ import annotations

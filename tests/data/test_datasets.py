@@ -29,9 +29,6 @@ def refused(*args) -> str:
     return str(caught.value)
 
 
-# ---- digits ------------------------------------------------------------------------------------
-
-
 def test_digits_need_no_file_and_their_split_is_fixed():
     train, test = data.load("digits", "train"), data.load("digits", "test")
     assert train.images.shape == (1_437, 1, 8, 8)
@@ -53,9 +50,6 @@ def test_digits_splits_are_apart_and_together_all_of_them():
     pixels = np.rint(bunch.data / 16 * 255)
     want = np.concatenate([pixels, bunch.target[:, None]], 1).astype(int).tolist()
     assert sorted(rows.tolist()) == sorted(want)
-
-
-# ---- round trips -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "mnist", "cifar10", "cifar100"])
@@ -115,9 +109,6 @@ def test_the_real_fashion_mnist(monkeypatch):
     assert test.labels.bincount().tolist() == [1_000] * 10
 
 
-# ---- where files are looked for ------------------------------------------------------------------
-
-
 def test_the_root(monkeypatch, tmp_path):
     assert datasets.data_root("x") == Path.cwd() / "x"
     assert datasets.data_root() == tmp_path / "cache" / "robust-engine"
@@ -139,9 +130,6 @@ def test_debians_files_are_read_where_they_lie(monkeypatch, tmp_path, root):
     # but a file of the user's own comes first
     official.install(root, "fashion-mnist", train=11)
     assert len(data.load("fashion-mnist", "train", root).images) == 11
-
-
-# ---- bad input -----------------------------------------------------------------------------------
 
 
 def test_unknown_names():

@@ -81,9 +81,6 @@ def served(folder: Path, handler: type | None = None):
         thread.join()
 
 
-# ---- mirrors -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["fashion-mnist", "mnist", "cifar10", "cifar100"])
 @pytest.mark.parametrize("scheme", ["file", "http"])
 def test_a_mirror(root, monkeypatch, mirror, name, scheme):
@@ -255,9 +252,6 @@ def test_an_endless_file_is_not_followed(root, monkeypatch, mirror):
         assert "all it may have" in fails("mnist", root)
 
 
-# ---- no source -----------------------------------------------------------------------------------
-
-
 def test_a_mirror_without_the_files(root, monkeypatch, mirror):
     mirror.mkdir()
     with served(mirror) as (address, _):
@@ -344,9 +338,6 @@ def test_data_of_the_users_own_are_never_replaced(root, monkeypatch, mirror):
     assert files_in(folder) == before
 
 
-# ---- interrupts and rivals -------------------------------------------------------------------------
-
-
 def test_an_interrupt_leaves_nothing_half_written(root, monkeypatch, mirror):
     published = official.publish(monkeypatch, mirror, "mnist")
     monkeypatch.setenv("ENGINE_MIRROR", mirror.as_uri())
@@ -404,9 +395,6 @@ def test_two_processes_at_once(root, monkeypatch, mirror):
     assert [results.get() for _ in children] == [str(root / "mnist")] * 2
     assert files_in(root / "mnist") == published
     assert all(seen)
-
-
-# ---- Debian ----------------------------------------------------------------------------------------
 
 
 def test_debians_folder_is_used_where_it_lies(root, monkeypatch, tmp_path):

@@ -1,7 +1,8 @@
 """Readers of files that may be anything: every mutation is read, or refused in one line.
 
-`corpus/` keeps an input for each way in which a reader has refused one so far, under the reader's name; the
-short form replays them. `make test-all` mutates files 10,000 times more. To keep what a longer run finds:
+`corpus/` keeps an input for each way in which a reader has refused one so far, under the reader's
+name; the short form replays them. `make test-all` mutates files 10,000 times more. To keep what a
+longer run finds:
 
     python -m tests.data.test_fuzz 100000
 """
@@ -143,7 +144,7 @@ def mutated(seeds: list[bytes], draw: random.Random) -> bytes:
 
 
 def attempt(name: str, content: bytes, folder: Path) -> str | None:
-    """What the reader says of a file, None where it reads it; any other exception is a fault of ours."""
+    """Return the reader's refusal, or None; any other exception is a fault of the reader."""
     path = folder / "file"
     path.write_bytes(content)
     read, _ = READERS[name]

@@ -65,7 +65,7 @@ def test_every_loader_gives_the_resident_loaders_batches(name, options, shape):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_memory_finds_the_pixels_that_the_batch_names(name):
-    """`crops` is what was applied: recalled from a memory that holds the images, it gives the batch."""
+    """A memory that holds the images, recalled at the batch's `crops`, gives the batch."""
     images, labels = data()
     memory = AdversaryMemory(len(images), images.shape[1:], Linf(1.0))
     for batch in make(name, images, labels, seed=1, pad=2, flip=True).epoch(0):

@@ -1,4 +1,4 @@
-"""The readers accept exactly the official formats, and nothing else gets more than an EngineError."""
+"""Test that the readers accept the official formats alone, and refuse all else by EngineError."""
 
 import gzip
 import io
@@ -33,9 +33,6 @@ def read_tar(tmp_path, data: bytes, limit: int = 40_000) -> dict[str, bytes]:
     path = tmp_path / "file.tar.gz"
     path.write_bytes(data)
     return readers.read_tar_gz(path, "file.tar.gz", MEMBERS, limit)
-
-
-# ---- files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 9_999, 10_000])
@@ -110,9 +107,6 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path, kind):
         readers.read_file(path, "it", 100)
 
 
-# ---- IDX and CIFAR records ---------------------------------------------------------------------
-
-
 def test_idx_round_trip():
     assert (readers.parse_idx(IDX, "f", (28, 28), 5) == IMAGES).all()
     labels = np.arange(7, dtype=np.uint8)
@@ -174,9 +168,6 @@ def test_bad_records_are_one_clear_line(data, ranges, fault):
         readers.parse_cifar(data, "f", ranges, 3)
 
 
-# ---- tar -------------------------------------------------------------------------------------
-
-
 def test_tar_gives_the_named_members_and_writes_nothing(tmp_path):
     assert read_tar(tmp_path, TAR) == {"a/one.bin": b"1" * 3_000, "a/two.bin": b"2" * 4_000}
     assert [p.name for p in tmp_path.iterdir()] == ["file.tar.gz"]
@@ -232,8 +223,6 @@ def test_a_damaged_archive_is_one_clear_line(tmp_path, data, fault):
         read_tar(tmp_path, data)
     assert "\n" not in str(caught.value)
 
-
-# ---- fuzz ------------------------------------------------------------------------------------
 
 LABELS = official.idx_bytes(np.arange(5))
 

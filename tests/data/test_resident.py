@@ -53,7 +53,7 @@ def test_taking_a_batch_from_the_steps_own_state_is_the_epochs_batch():
 
 
 def test_a_run_replayed_without_the_host_is_the_eager_run():
-    """Several epochs, every step one replay, batches included; then the same handed over from outside."""
+    """Train with one replay a step, batches included; then with batches from outside."""
     images, labels = blobs(64)
     results = []
     for recorder, own in ((None, True), (Tape(), True), (None, False)):

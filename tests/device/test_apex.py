@@ -93,7 +93,7 @@ def test_the_real_apex_is_found_and_needs_a_gpu(fake):
 def test_apex_takes_this_steps_rate_from_the_host():
     model = Foreign()
     optimiser = Optimiser(model, lr=[0.5, 0.25], name="torch-sgd")
-    optimiser.name, optimiser._theirs = "apex-sgd", Sgd(model.parameters(), lr=9.0)
+    optimiser.name, optimiser._external = "apex-sgd", Sgd(model.parameters(), lr=9.0)
     assert optimiser.uncapturable == "optim.name = apex-sgd takes its learning rate from the host"
     before = [p.detach().clone() for p in model.parameters()]
     for step in (0, 1):
@@ -128,7 +128,10 @@ def test_apex_with_float16_is_refused_before_anything_begins(name):
 
 @pytest.mark.parametrize("name", ["apex-sgd", "apex-adam", "apex-lamb"])
 def test_apex_follows_the_schedule_and_goes_on_from_a_checkpoint(fake, name):
-    """Against torch's own; apex's Adam and this LAMB stand-in are AdamW. The state is whole before the first step."""
+    """Compare with torch's optimisers: apex's Adam and this LAMB stand-in are AdamW.
+
+    The state is whole before the first step.
+    """
     fake(apex=types.ModuleType("apex"), apex_optimizers=optimisers, amp_C=types.ModuleType("amp_C"))
     rates = [0.5, 0.25, 0.125, 0.0625]
 
@@ -137,7 +140,7 @@ def test_apex_follows_the_schedule_and_goes_on_from_a_checkpoint(fake, name):
         optimiser.name = name
         options = {"betas": (0.9, 0.999), "eps": 1e-8}
         options = {"momentum": 0.9} if name == "apex-sgd" else options
-        optimiser._theirs = apex.build(
+        optimiser._external = apex.build(
             name, optimiser.params, optimiser.lr, weight_decay=0.01, **options
         )
         return optimiser

@@ -155,7 +155,7 @@ def test_nccl_is_told_its_device(monkeypatch):
 
 @pytest.mark.parametrize("newer", [False, True])
 def test_either_name_of_pytorchs_serves(monkeypatch, newer):
-    """2.13 renamed the gathering call and an option of DistributedDataParallel, and warns of the older names."""
+    """PyTorch 2.13 renamed a call and an option, and warns of the older names."""
     told = []
 
     class Parallel:

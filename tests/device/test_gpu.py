@@ -1,4 +1,7 @@
-"""What only a CUDA device can show: `make test-gpu`. On the CPU other tests stand in for these with a tape for a graph."""
+"""Test what only a CUDA device can show: `make test-gpu`.
+
+On the CPU other tests stand in for these, with a tape in place of a graph.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +132,7 @@ def test_a_batch_of_another_size_runs_eagerly_and_the_graph_goes_on(graphs):
 
 
 def test_a_capture_that_fails_says_what_went_wrong_first_and_training_goes_on(request):
-    """In a process of its own: up to PyTorch 2.12 a failed capture spoils every later one of its process."""
+    """Run in a process of its own: up to PyTorch 2.12 a failed capture spoils all later ones."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.device.failed_capture"],
         cwd=request.config.rootpath,

@@ -155,9 +155,9 @@ def test_files_named_in_the_docs_exist():
 
 @pytest.mark.slow
 def test_full_scale_recipes_in_the_docs_are_those_of_engine_plan():
-    from benchmarks import tables
+    from engine.benchmarks import predictions
 
-    assert tables.full_scale() in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert predictions.full_scale() in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 
 def test_every_full_scale_recipe_is_in_the_docs():
@@ -173,9 +173,9 @@ def test_every_full_scale_recipe_is_in_the_docs():
 
 
 def test_predictions_in_the_docs_are_those_of_engine_plan():
-    from engine.benchmarks import tables
+    from engine.benchmarks import predictions
 
-    assert tables.plans() in (ROOT / "docs/plan.md").read_text(encoding="utf-8")
+    assert predictions.plans() in (ROOT / "docs/plan.md").read_text(encoding="utf-8")
 
 
 def test_tables_in_the_docs_are_the_stored_results():

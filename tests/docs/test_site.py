@@ -47,7 +47,8 @@ FRAMES = """<!doctype html><body style="margin:0">
 def look(folder: Path, page: str, picture: Path) -> str:
     """Open a page of `folder` at all sizes at once, check it, and return its text.
 
-    Checks: no message on the console, no missing picture, no page wider than its window. The browser
+    Checks: no message on the console, no missing picture, no page wider than its window. The
+    browser
     can reach no other host; a page that asks for one causes a message on the console.
     """
 
@@ -168,3 +169,14 @@ def plain(text: str) -> str:
 @pytest.mark.parametrize("page", ["index", "api", "results", "kernels", "troubleshooting"])
 def test_the_site_opens_without_a_complaint(site, page, tmp_path):
     assert "robust-engine" in look(site, f"{page}.html", tmp_path / "site.png")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_search_works_where_pages_are_opened_as_files(site):
+    """A search for a word of the index, in a page of which no server knows."""
+    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    words += ["--virtual-time-budget=20000", f"{(site / 'index.html').as_uri()}?q=adversary"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("md-search-result__item") >= 3
+    assert re.search(r"\d+ matching documents", done.stdout)

@@ -10,8 +10,8 @@ from torch import nn
 import engine
 from engine import L2, EngineError, Linf
 from engine.adversary.ascent import towards_runner_up
-from engine.evaluation import robust_accuracy
-from engine.evaluation.robust_accuracy import evaluation_mode, pgd, predictions, robustbench_fields
+from engine.evaluation import robust_accuracy, robustbench
+from engine.evaluation.robust_accuracy import evaluation_mode, pgd, predictions
 
 from ..conftest import Foreign, Tiny, blobs
 
@@ -32,8 +32,8 @@ def test_autoattack_is_pyautoattack_called_directly(trained):
     report = engine.evaluate(model, x, y, threat, pgd_steps=5, pgd_restarts=1, seed=3)
     direct = AutoAttack(model, norm="Linf", eps=0.3, seed=3, version="standard")
     direct.apgd_targeted.n_target_classes = direct.fab.n_target_classes = 3
-    found, _ = direct.run_standard_evaluation(x, y, batch_size=500)
-    robust = float((model(found).argmax(1) == y).double().mean())
+    adversary, _ = direct.run_standard_evaluation(x, y, batch_size=500)
+    robust = float((model(adversary).argmax(1) == y).double().mean())
     assert report.autoattack == pytest.approx(robust)
     assert 0 < robust < report.clean
     assert set(report.after) == {"apgd-ce", "apgd-t", "fab-t", "square"}
@@ -58,7 +58,7 @@ def test_pgd_is_no_stronger_than_the_ball_allows(trained, threat):
 
 
 def test_pgd_finds_what_a_plain_loop_finds(trained):
-    """An independent PGD, written out, breaks no image that ours says is robust at every iterate."""
+    """Break, by an independent PGD, no image that the engine's PGD finds robust."""
     model, x, y = trained
     eps, steps = 0.3, 20
     ours = pgd(model, x, y, Linf(eps), steps=steps, restarts=3)
@@ -74,7 +74,9 @@ def test_pgd_finds_what_a_plain_loop_finds(trained):
 
 
 def test_the_margin_is_attacked_where_the_cross_entropy_has_no_gradient(trained):
-    """Logits a million times as large change no answer; float32's cross-entropy is flat there, the margin is not."""
+    """Logits a million times as large change no answer; float32's cross-entropy is flat there, the
+    margin is not.
+    """
     model, x, y = trained
     steep = nn.Sequential(model, _Times(1e6)).eval()
     options = {"steps": 20, "restarts": 1}
@@ -104,7 +106,9 @@ def test_step_sizes_of_pgd(trained, monkeypatch, step, sizes):
 
 
 def test_decaying_steps_find_what_constant_ones_step_over():
-    """A narrow valley: only points within 0.02 of 0.43 are misread, and steps of eps / 4 jump across."""
+    """A narrow valley: only points within 0.02 of 0.43 are misread, and steps of eps / 4 jump
+    across.
+    """
 
     class Valley(nn.Module):
         def forward(self, x):
@@ -171,7 +175,7 @@ def test_images_outside_the_box_are_refused(trained):
 
 @pytest.mark.parametrize("classes", [2, 3])
 def test_few_classes_get_the_attacks_that_are_defined(classes):
-    """At a radius where some images fall, each attack is named, and APGD's answer is the package's."""
+    """Name each attack at a radius where some images fall; APGD's result is the package's."""
     torch.manual_seed(0)
     model = Tiny(classes=classes)
     images, labels = blobs(256, classes=classes)
@@ -185,9 +189,9 @@ def test_few_classes_get_the_attacks_that_are_defined(classes):
     direct = AutoAttack(
         model.eval(), norm="Linf", eps=0.3, seed=3, version="custom", attacks=["apgd-ce"]
     )
-    found, _ = direct.run_standard_evaluation(x, y, batch_size=500)
+    adversary, _ = direct.run_standard_evaluation(x, y, batch_size=500)
     assert report.after["apgd-ce"] == pytest.approx(
-        float((predictions(model, found) == y).double().mean()), abs=1e-4
+        float((predictions(model, adversary) == y).double().mean()), abs=1e-4
     )
     assert report.autoattack < report.clean
 
@@ -215,7 +219,7 @@ def test_robustbench_fields(trained):
     report = engine.evaluate(
         model, x, y, Linf(0.1), pgd_steps=3, pgd_restarts=1, autoattack_version="apgd"
     )
-    fields = robustbench_fields(report, name="n", architecture="a", dataset="d")
+    fields = robustbench.fields(report, name="n", architecture="a", dataset="d")
     assert fields["clean_acc"] == f"{100 * report.clean:.2f}"
     assert fields["autoattack_acc"] == f"{100 * report.autoattack:.2f}"
     assert set(report.after) == {"apgd-ce", "apgd-t"}
@@ -233,7 +237,7 @@ def test_robustbench_fields(trained):
 
 def test_attack_face(trained):
     model, x, y = trained
-    found = engine.attack(model, x, y, L2(0.5), steps=5)
-    assert ((found - x).flatten(1).norm(dim=1) <= 0.5 * (1 + 1e-5)).all()
+    adversary = engine.attack(model, x, y, L2(0.5), steps=5)
+    assert ((adversary - x).flatten(1).norm(dim=1) <= 0.5 * (1 + 1e-5)).all()
     accuracy = lambda z: float((model(z).argmax(1) == y).double().mean())  # noqa: E731
     assert accuracy(engine.attack(model, x, y, Linf(0.4), steps=10)) < accuracy(x)

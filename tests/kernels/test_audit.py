@@ -32,9 +32,6 @@ def run_compiling(code):
     return json.loads(done.stdout)
 
 
-# ---- the promises ----------------------------------------------------------------------------
-
-
 def hold(row):
     """Every way in which a row falls short, in words."""
     failures = []
@@ -86,8 +83,8 @@ print(json.dumps(audit.rows()))
 
 
 def test_a_channels_last_gradient_is_read_wide():
-    """Training's case under bf16: 16 bits from each of 32 lines would be most of an attack step's time."""
-    found = run_compiling("""
+    """Read wide under bf16: 16 bits from each of 32 lines would take most of an attack step."""
+    printed = run_compiling("""
 import json
 from engine.kernels import audit
 last = [e for e in audit.examples() if e.op == "input_grad_step" and "channels_last" in e.kernel]
@@ -101,10 +98,10 @@ for arch in audit.ARCHS:
         loads[f"{e.kernel} {arch}"] = audit.accesses(opcodes, "LDG")
 print(json.dumps([loads, audit.rows()]))
 """)
-    loads, rows = found
+    loads, rows = printed
     assert len(loads) == 2 * len(audit.ARCHS)
     for name, widths in loads.items():
-        # Eight products of one load: two pixels' gradients, and 6 for the weights of three channels.
+        # Eight products of one load: two pixels' gradients, and six weights of three channels.
         assert widths.count(128) == 8, name
         # Linf reads x, z, eps and alpha as well, one pixel a lane.
         assert set(widths) == ({128} if name.startswith("l2") else {128, 32}), name
@@ -114,7 +111,7 @@ print(json.dumps([loads, audit.rows()]))
 
 
 def test_a_broken_promise_shows():
-    """A ragged size makes accesses narrow, a register limit makes spills, a gap in the minimum is seen."""
+    """A ragged size makes accesses narrow; a register limit makes spills; a gap is seen."""
     ragged, starved, wasteful = run_compiling("""
 import json, torch
 from engine.kernels import audit, ops
@@ -134,7 +131,7 @@ cases = [
 ]
 audit.examples = lambda: cases
 print(json.dumps(audit.rows(("sm_90",))))
-""")
+""")  # noqa: E501
     assert "narrow access" in hold(ragged)
     assert hold(starved) == ["spills or uses local memory"]
     assert starved["spill_bytes"] > 0
@@ -217,16 +214,14 @@ for case in product((f32, f64), (1, 5), [(1, 1, 1), (3, 4, 4)], norms, layouts):
 for case in product((f32, f64), (f32, bf16), [(1, 1, 1, 1), (3, 8, 3, 2), (4, 2, 2, 3), (1, 20, 8, 1)], norms, layouts): attempt(stem, *case[:2], *case[2], *case[3:])
 for case in product((f32, f64), (f32, bf16), [(1,), (3, 4096)], (False, True), (False, True)): attempt(optimiser, *case)
 print(json.dumps(failures))
-"""
+"""  # noqa: E501
 
 
 @pytest.mark.slow
 def test_every_type_and_edge_compiles():
-    """The interpreter runs what the compiler refuses: sizes of one become constants, branches must agree in type."""
+    """Compile all types and edges: sizes of one are constants, branches must agree in type."""
     assert run_compiling(COMPILE) == {}
 
-
-# ---- reading machine code --------------------------------------------------------------------
 
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;             /* 0x00000a00ff017b82 */

@@ -1,4 +1,4 @@
-"""Which backend serves an op where one does not run, and that the reference computes the same under autocast."""
+"""The choice of another backend if one does not run, and the reference under autocast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only the C++ backend has: threads, instruction sets, and addresses that must not be trusted."""
+"""Properties of the C++ backend only: threads, instruction sets, addresses not to be trusted."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(native is None, reason=f"native is not available
 
 
 def every_op():
-    """A call of every op that is large enough to be shared among threads, and returns its outputs."""
+    """Return a call of every op, large enough to be shared among threads, with its outputs."""
     x, rng = shared.images((64, 3, 32, 32), "cpu"), shared.rng_state("cpu")
     z, grad = (x + shared.normal(x.shape, "cpu", 0.02)).clamp(0, 1), shared.normal(x.shape, "cpu")
     adv, ball, clean = shared.logit_inputs((3001, 10), "cpu")
@@ -173,7 +173,7 @@ def test_portable_build_against_the_reference(portable):
 
 
 def test_other_python_threads_run_meanwhile(threads):
-    """A thread counts while a kernel of some tenths of a second runs; with the GIL held it could not."""
+    """Count in a thread while a kernel runs: with the GIL held, the thread could not."""
     threads(1)
     x = torch.rand(64, 3, 224, 224)
     rng, started, done = shared.rng_state("cpu"), threading.Event(), threading.Event()

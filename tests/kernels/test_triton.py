@@ -1,4 +1,4 @@
-"""What the shared suite cannot see of the Triton backend: its mathematics alone, its tiling, its launches."""
+"""The Triton backend beyond the shared suite: its mathematics, its tiling, its launches."""
 
 import os
 import subprocess
@@ -41,9 +41,6 @@ def on_reference(op, *args, **options):
 
 def draw(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-# ---- mathematics -----------------------------------------------------------------------------
 
 
 @triton.jit
@@ -127,12 +124,9 @@ def test_correct_counts_break_ties_as_argmax_does():
         assert stats.correct_adv == (logits.cpu().argmax(1) == target).sum(), f"target {target}"
 
 
-# ---- tiling ----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def narrow(monkeypatch):
-    """Tiles of 32 elements, so that small inputs take many programs and many steps of every loop."""
+    """Set tiles of 32 elements: small inputs then take many programs and loop steps."""
     if not launch.INTERPRETING:
         pytest.skip("tiles are fixed on a device, where real sizes exercise them")
     monkeypatch.setattr(launch, "_WIDEST", 32)
@@ -203,7 +197,8 @@ def test_logits_over_many_programs(narrow, poison, rows, classes):
 def test_stem_over_many_programs(narrow, poison, norm):
     x, z = draw(2, 4, 9, 7), draw(2, 4, 9, 7, seed=1)
     weight, grad = draw(5, 4, 3, 3, seed=2) - 0.5, draw(2, 5, 5, 4, seed=3) - 0.5
-    compare("input_grad_step", x, z, grad, weight, stride=2, padding=1, eps=0.3, alpha=0.1, norm=norm)  # fmt: skip
+    geometry = {"stride": 2, "padding": 1}
+    compare("input_grad_step", x, z, grad, weight, **geometry, eps=0.3, alpha=0.1, norm=norm)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -216,21 +211,19 @@ def test_a_channels_last_stem_over_many_programs(narrow, poison, norm, out, stri
     order = torch.channels_last if last else torch.contiguous_format
     x, z, weight = (t.contiguous(memory_format=order) for t in (x, z, weight))
     grad = grad.contiguous(memory_format=torch.channels_last)
-    compare("input_grad_step", x, z, grad, weight, stride=stride, padding=1, eps=0.3, alpha=0.1, norm=norm)  # fmt: skip
+    geometry = {"stride": stride, "padding": 1}
+    compare("input_grad_step", x, z, grad, weight, **geometry, eps=0.3, alpha=0.1, norm=norm)
 
 
 @pytest.mark.parametrize("innermost", [False, True])
 def test_a_gradient_of_more_than_two_billion_elements(innermost):
-    """The third sample lies where 32 bits do not reach; the memory between them is never touched."""
+    """Reach a third sample beyond 32 bits of address; the memory between is never touched."""
     apart, (o, h, w) = 1 << 30, (4, 2, 3)
     strides = (1, w * o, o) if innermost else (h * w, w, 1)
     memory = torch.empty(2 * apart + o * h * w, dtype=torch.float16, device=DEVICE)
     grad = memory.as_strided((3, o, h, w), (apart, *strides)).copy_(draw(3, o, h, w) - 0.5)
     x, weight = draw(3, 1, h, w, seed=1), draw(o, 1, 1, 1, seed=2) - 0.5
     compare("input_grad_step", x, x, grad, weight, stride=1, padding=0, eps=0.3, alpha=0.1)
-
-
-# ---- optimiser -------------------------------------------------------------------------------
 
 
 def optimiser_state(shapes, seed=0):
@@ -336,9 +329,9 @@ def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch)
             device = cuda
             data_ptr, numel = first.p.data_ptr, first.p.numel
 
-        found = table([first._replace(p=P()), *members[1:]], rows, block)
+        made = table([first._replace(p=P()), *members[1:]], rows, block)
         monkeypatch.setattr(torch, "empty_like", real)
-        return found
+        return made
 
     monkeypatch.setattr(sgd, "_table", pretending)
     monkeypatch.setattr(sgd, "sgd_ema_kernel", Recorded())
@@ -375,7 +368,7 @@ def test_a_table_first_met_in_a_capture_is_filled_when_it_has_ended(monkeypatch)
 
 
 def test_a_gradient_in_the_same_order_is_not_copied(monkeypatch):
-    """A stem of one channel: contiguous and channels_last are one order under two sets of strides."""
+    """With one channel, contiguous and channels_last are one order with two sets of strides."""
     state = optimiser_state([(4, 1, 3, 3)])
     wanted = run_sgd(on_reference, state, steps=1)
     state[0][0] = state[0][0].as_strided((4, 1, 3, 3), (9, 1, 3, 1))
@@ -390,7 +383,7 @@ def test_a_gradient_in_the_same_order_is_not_copied(monkeypatch):
 
 
 def test_layouts_of_their_own(monkeypatch):
-    """A gradient in another memory order is brought over; a parameter full of holes goes the plain way."""
+    """Copy a gradient of another memory order; update a parameter with gaps by the reference."""
     state = optimiser_state([(4, 3, 5, 5), (6, 8), (9,)])
     state[1][0] = state[1][0].contiguous(memory_format=torch.channels_last)
     wanted = run_sgd(on_reference, state)
@@ -418,12 +411,10 @@ def test_tables_are_built_once_and_forgotten_in_order(monkeypatch):
         )  # fmt: skip
     assert len(built) == 1
     # Weight decay is part of the table.
-    on_triton("sgd_ema_step", p, g, m, e, lr=0.1, found_inf=torch.zeros((), **SCALAR), weight_decay=[0.0, 0.1])  # fmt: skip
+    rest = {"lr": 0.1, "found_inf": torch.zeros((), **SCALAR), "weight_decay": [0.0, 0.1]}
+    on_triton("sgd_ema_step", p, g, m, e, **rest)
     assert len(built) == 2
     assert len(sgd._tables) <= sgd._MOST_TABLES
-
-
-# ---- where it runs ---------------------------------------------------------------------------
 
 
 def python(code, **environment):
@@ -461,9 +452,6 @@ print(reason)
     assert "Triton is not installed" in done.stdout
 
 
-# ---- a whole training run --------------------------------------------------------------------
-
-
 class Net(torch.nn.Module):
     """Stem and body, as the attack wants them: 1x12x12 to 5 classes."""
 
@@ -480,7 +468,7 @@ class Net(torch.nn.Module):
 
 
 def train(steps, device):
-    """Local-ball training from the public ops alone; the losses, step by step, and the final weights."""
+    """Train by the local ball with public ops only; compare every loss and the final weights."""
     torch.manual_seed(0)
     net = Net().to(device)
     parameters = list(net.parameters())
@@ -499,7 +487,8 @@ def train(steps, device):
         x, crops, _ = kernels.augment(images, index, rng, pad=1, flip=True)
         target = labels[index]
         start = kernels.uniform_start(x, eps, rng)
-        # Each half of the data is met at random once; from then on its last attack is taken up again.
+        # Each half of the data is met at random once; from then on its last attack is taken up
+        # again.
         z = start if step < 2 else kernels.recall(memory, index, crops, x, eps)
         # Adversary: the backward pass stops at the stem's output.
         with torch.no_grad():
@@ -513,7 +502,8 @@ def train(steps, device):
             x, z, grad, net.stem.weight.detach(), stride=2, padding=1, eps=eps, alpha=alpha
         )
         kernels.remember(memory, index, crops, x, z, eps)
-        # Worst point of the local ball around it: one step on the divergence, all the way to the pixels.
+        # Worst point of the local ball around it: one step on the divergence, all the way to the
+        # pixels.
         with torch.no_grad():
             centre = net(z)
         b = kernels.uniform_start(z, rho, rng, stream=1).requires_grad_()
@@ -559,9 +549,6 @@ def test_thirty_steps_give_the_reference_losses(one_thread, fast):
     torch.testing.assert_close(fast_averages, averages, atol=2e-5, rtol=2e-4)
 
 
-# ---- on a device -----------------------------------------------------------------------------
-
-
 def test_where_there_is_a_gpu_all_tests_of_triton_are_marked_so(tmp_path):
     """`make test-gpu` runs what is marked; collected here on a machine that thinks it has one."""
     (tmp_path / "pretend.py").write_text("import torch\ntorch.cuda.is_available = lambda: True\n")
@@ -572,11 +559,11 @@ def test_where_there_is_a_gpu_all_tests_of_triton_are_marked_so(tmp_path):
         capture_output=True,
         text=True,
     )
-    found = done.stdout
-    assert "test_attack_step_l2[triton" in found
-    assert "test_thirty_steps_give_the_reference_losses" in found
-    assert "test_attack_step_l2[native" not in found
-    assert "test_attack_step_l2[reference" not in found
+    output = done.stdout
+    assert "test_attack_step_l2[triton" in output
+    assert "test_thirty_steps_give_the_reference_losses" in output
+    assert "test_attack_step_l2[native" not in output
+    assert "test_attack_step_l2[reference" not in output
 
 
 @pytest.mark.gpu

@@ -222,7 +222,7 @@ def test_small_cnn_pools_before_relu_without_changing_anything():
 
 @pytest.mark.parametrize(("name", "from_activation"), [("preact", False), ("wide", True)])
 def test_where_a_pre_activation_shortcut_begins(name, from_activation):
-    """RobustBench's PreActBlock takes a widening shortcut from x, its WideResNet from relu(bn1(x))."""
+    """RobustBench's PreActBlock widens its shortcut from x, its WideResNet from relu(bn1(x))."""
     if name == "preact":
         block = make("preact-resnet18").layer2[0]
         shortcut = block.shortcut
@@ -317,7 +317,9 @@ def test_stem_gradient_and_input_grad_step_are_autograd_to_the_pixels(network):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_gradients_of_images_and_weights_are_those_of_double_precision(name):
-    """The stem's gradients are ops in float32 and the library's in float64; a penalty takes them twice."""
+    """The stem's gradients are ops in float32 and the library's in float64; a penalty takes them
+    twice.
+    """
     model = make(name, normalised=True)
     exact = make(name, normalised=True).double()
     channels, size, _ = KNOWN[name]

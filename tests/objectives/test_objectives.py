@@ -1,4 +1,4 @@
-"""Objectives: what they compute, against formulas written out here, and what they cost in passes."""
+"""Objectives: their values, against formulas written out here, and their passes."""
 
 from __future__ import annotations
 
@@ -35,8 +35,6 @@ from engine.models import Network
 from engine.objectives import Passes, grad_align, nuat
 
 from ..conftest import Foreign, Tiny
-
-# ---- passes ----------------------------------------------------------------------------------
 
 
 class _Counted(torch.autograd.Function):
@@ -130,7 +128,7 @@ def test_passes_declared_are_the_passes_made(objective, steps, network, batch):
     ids=repr,
 )
 def test_a_free_step_costs_no_pass(objective, network, batch):
-    """k = 0 trains at the start and hands over its next point, from the passes of training alone."""
+    """With k = 0, train at the start and return the next point, without a further pass."""
     model, attack = network(), Attack(steps=0, start="memory", alpha=0.05)
     x, y = batch
     outcome = objective(model, x, y, Linf(0.1), attack, start=x)
@@ -150,7 +148,7 @@ def test_a_free_step_costs_no_pass(objective, network, batch):
 @pytest.mark.parametrize("distance", ["kl", "squared"])
 @pytest.mark.parametrize("direction", ["kl", "ce"])
 def test_balls_for_a_share_of_the_batch(direction, distance, model, batch):
-    """Cross-entropy of all, the local term of the first 6 of 16 as if they were the batch; gradients too."""
+    """Take cross-entropy of all 16 and the local term of the first 6; gradients too."""
     x, y = batch
     attack, state = Attack(steps=1), engine_rng.state(3)
     options = {"direction": direction, "distance": distance, "rho": 0.5}
@@ -182,9 +180,6 @@ def test_documented_totals():
         assert LocalBall(global_weight=1.0).passes(attack).total == 2 * k + 2 + 9
         assert LocalBall(direction="ce").passes(attack).total == 2 * k + 7
     assert Passes(1, 2, 3).total == 6
-
-
-# ---- formulas --------------------------------------------------------------------------------
 
 
 def _kl(p_logits, q_logits):
@@ -225,9 +220,9 @@ def test_attack_is_the_textbook_attack(model, batch, threat, steps):
     x, y = batch
     start = _project(x + 0.05 * torch.randn_like(x), x, threat.eps, threat.norm)
     attack = Attack(steps=steps)
-    found, first = attack(model, x, y, threat, start=start, state=engine_rng.state(0))
+    adversary, first = attack(model, x, y, threat, start=start, state=engine_rng.state(0))
     expected = _plain_attack(model, x, y, start, threat, attack.step_size(threat.eps), steps)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(adversary, expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(first, model(start).detach())
 
 
@@ -490,19 +485,19 @@ def test_grad_align_is_the_papers_formula(batch):
 
 @pytest.mark.parametrize("size", [1.0, 1e-12, 1e-20, 1e-28])
 def test_grad_align_of_gradients_whose_squares_vanish(size):
-    """The cosine and its derivative, against float64; a row without a gradient counts as 0 and has none."""
+    """Compare the cosine and its derivative with float64; a zero row gives 0, without gradient."""
     draw = torch.Generator().manual_seed(0)
     a, b = (size * torch.randn(6, 784, generator=draw) for _ in range(2))
     a[5], b[4] = 0, 0
     point, exact = b.clone().requires_grad_(), b[:4].double().requires_grad_()
-    found = grad_align._cosine(a, point)
-    found.sum().backward()
+    cosine = grad_align._cosine(a, point)
+    cosine.sum().backward()
     wanted = F.cosine_similarity(a[:4].double(), exact, dim=1, eps=0)
     wanted.sum().backward()
-    torch.testing.assert_close(found[:4].double(), wanted.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(cosine[:4].double(), wanted.detach(), atol=1e-6, rtol=1e-6)
     scale = exact.grad.abs().max()
     assert (point.grad[:4].double() - exact.grad).abs().max() < 1e-6 * scale
-    assert found[4:].tolist() == [0, 0]
+    assert cosine[4:].tolist() == [0, 0]
     assert not point.grad[4:].any()
 
 
@@ -612,7 +607,7 @@ def test_liet_is_the_papers_formula(model, batch, projected):
 
 
 def test_liet_starts_from_what_a_grey_image_says_of_the_label(model, batch):
-    """With nothing erased it is x + I_y or x - I_y by the step's coin; with all erased it is noise."""
+    """With nothing erased, x + I_y or x - I_y by the step's coin; with all erased, noise."""
     x, y = batch
     x, threat = 0.3 + 0.4 * x, Linf(0.1)
     grey = torch.full((4, *x.shape[1:]), 0.5, requires_grad=True)
@@ -663,9 +658,6 @@ def test_gat_starts_from_bernoulli_noise(batch, noise):
     start = seen[1] - x
     torch.testing.assert_close(start.abs(), torch.full_like(x, 0.1 * noise))
     assert 0.4 < float((start > 0).float().mean()) < 0.6
-
-
-# ---- properties ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
@@ -719,11 +711,11 @@ def test_batch_norm_policy_changes_the_attack(batch):
     model = Tiny(batch_norm=True).train()
     model.bn.running_mean.fill_(3.0)
     state = engine_rng.state(0)
-    found = {
+    adversaries = {
         policy: Attack(steps=3, batch_norm=policy)(model, x, y, Linf(0.1), state=state)[0]
         for policy in ("eval", "batch")
     }
-    assert not torch.equal(found["eval"], found["batch"])
+    assert not torch.equal(adversaries["eval"], adversaries["batch"])
 
 
 @pytest.mark.parametrize(

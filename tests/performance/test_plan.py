@@ -22,9 +22,12 @@ def cifar():
 
 
 def test_flops_are_passes_times_the_networks_own(cifar):
-    """PreActResNet-18 on 32x32, 0.555 GMAC, less what nobody needs: the image's gradient in training passes."""
+    """PreActResNet-18 on 32x32, 0.555 GMAC, less what nobody needs: the image's gradient in
+    training passes.
+    """
     stem, first = 3 * 9 * 64 * 32 * 32, 4 * 64 * 64 * 9 * 32 * 32
-    # Each later stage: half the channels to all of them, three times all, the shortcut; half the side.
+    # Each later stage: half the channels to all of them, three times all, the shortcut; half the
+    # side.
     later = (64 * 128 * 9 + 3 * 128 * 128 * 9 + 64 * 128) * 16 * 16
     total = stem + first + 3 * later + 512 * 10
     passes = cifar.passes
@@ -55,7 +58,9 @@ def test_a_forward_pass_costs_what_its_layers_say(name):
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart-pgd10"])
 def test_flops_on_paper_are_those_of_the_step_that_runs(name):
-    """Counted by PyTorch while the step runs on the CPU, where the stem has ops of the engine's own."""
+    """Counted by PyTorch while the step runs on the CPU, where the stem has ops of the engine's
+    own.
+    """
     recipe = load(name)
     call = build.step_of(recipe)
     call()

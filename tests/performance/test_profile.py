@@ -112,7 +112,9 @@ def test_flops_belong_to_the_operator_that_takes_the_time():
 
 
 def averages(device):
-    """Of a step of torch's, as its profiler has it: two operators and what they launched, a range, a wait."""
+    """Of a step of torch's, as its profiler has it: two operators and what they launched, a range,
+    a wait.
+    """
     events = []
 
     def add(name, begin, end, kind=DeviceType.CPU, **more):
@@ -138,7 +140,9 @@ def averages(device):
 
 
 def test_a_kernels_time_counts_once():
-    """The profiler has it twice, by operator and by kernel; its own table is what says how much there was."""
+    """The profiler has it twice, by operator and by kernel; its own table is what says how much
+    there was.
+    """
     events = averages("cuda")
     cpu, device, rows = profile.tally(events, "self_device_time_total")
     assert device == 70.0

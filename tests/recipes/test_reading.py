@@ -134,9 +134,6 @@ def test_every_field_is_described():
             assert description or name in ("name", "objective.name"), name
 
 
-# ---- schedule --------------------------------------------------------------------------------
-
-
 def test_one_cycle_rises_to_one_and_falls_to_nothing():
     schedule, total = Schedule(warmup=0.25), 100
     shares = [schedule.at(i, total) for i in range(total)]

@@ -335,7 +335,9 @@ def test_colour_images(tmp_path, colour_data, norm):
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_sweep_and_surface_pass_through_known_points(tmp_path, monkeypatch, norm):
-    """At eps 0 the sweep is the clean accuracy; the plane holds the images at 0 and the adversaries at 1."""
+    """At eps 0 the sweep is the clean accuracy; the plane holds the images at 0 and the adversaries
+    at 1.
+    """
     for name, value in RESOLUTION.items():
         monkeypatch.setattr(views, name, value)
     drawn = {}

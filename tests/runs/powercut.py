@@ -1,7 +1,8 @@
 """Simulate power cuts: what was not synced is gone, by the strictest reading of POSIX.
 
-A file keeps the content of its last fsync; a folder keeps the names of its last fsync. The cut comes
-before the n-th write: every call of `os` that changes a file or a folder counts as one. Nothing here
+A file keeps the content of its last fsync; a folder keeps the names of its last fsync. The cut
+comes before the n-th write: every call of `os` that changes a file or a folder counts as one.
+Nothing here
 needs root or a device: the functions of `os` are replaced within this process.
 """
 

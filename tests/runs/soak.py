@@ -1,14 +1,13 @@
-"""Break real training runs at random moments, resume them, and compare with runs that nothing broke.
-
+"""Break real training runs at random moments, resume them, and compare with unbroken runs.
     python -m tests.runs.soak --kills 50
     python -m tests.runs.soak --power-cuts 20
 
 Kills are SIGKILLs of processes. A power cut is simulated within this process (`powercut`): it comes
 before a random write, and what was not synced is gone.
 
-Prints one JSON line: kills or cuts, resumed (times that a run went on with --resume), runs, identical
-(whether every run ended with the weights of its unbroken twin, bit for bit), lost_lines (metrics rows
-that are missing, doubled or different; clock readings aside).
+Prints one JSON line: kills or cuts, resumed (times that a run went on with --resume), runs,
+identical (whether every run ended with the weights of its unbroken twin, bit for bit), lost_lines
+(metrics rows that are missing, doubled or different; clock readings aside).
 """
 
 from __future__ import annotations

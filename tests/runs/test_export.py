@@ -136,9 +136,6 @@ def test_a_thin_network_is_not_said_to_be_robustbenchs():
     assert architecture_of("resnet18", 10, 16) is None
 
 
-# ---- masked gradients ------------------------------------------------------------------------
-
-
 class Rounded(nn.Module):
     """The textbook's masked gradient: levels, whose derivative is nothing."""
 

@@ -63,9 +63,6 @@ def run(made, tmp_path):
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
-# ---- power ---------------------------------------------------------------------------------------
-
-
 def test_a_power_cut_before_some_writes_loses_nothing(tmp_path):
     found = power_cuts(4, tmp_path, variants=1)
     assert found["cuts"] == 4
@@ -83,7 +80,7 @@ def test_a_power_cut_before_every_write_loses_nothing(tmp_path):
 
 
 def test_the_simulated_disk_loses_what_is_not_synced(tmp_path, monkeypatch):
-    """As before: rows that were written and not synced are gone, and the checkpoint knows of them."""
+    """Rows that are written and not synced are gone, and the checkpoint counts on them."""
 
     def unsynced(path, data):
         with path.open("ab") as file:
@@ -118,9 +115,6 @@ def test_a_row_that_cannot_be_written_leaves_no_part_of_itself(run, monkeypatch)
         Run.open(run).log({"epoch": 3})
     monkeypatch.undo()
     assert (run / "metrics.jsonl").read_bytes() == before
-
-
-# ---- damage --------------------------------------------------------------------------------------
 
 
 def flip(path):
@@ -165,9 +159,6 @@ def test_the_documented_check_of_equal_runs_gives_equal_sums(tmp_path):
     done = subprocess.run(shlex.split(check), cwd=tmp_path, check=True, capture_output=True)
     sums = {line.split()[0] for line in done.stdout.decode().splitlines()}
     assert len(sums) == 1
-
-
-# ---- strangers -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -354,9 +345,6 @@ def test_a_sparse_file_of_100_gb_is_not_read(run, capsys):
     assert time.process_time() - began < 20
 
 
-# ---- names of files ------------------------------------------------------------------------------
-
-
 def started(*words, **options):
     environment = {**os.environ, **options.pop("env", {})}
     return subprocess.Popen(
@@ -380,9 +368,6 @@ def test_a_path_that_is_not_ascii_in_a_process_that_is(name, tmp_path):
     assert b"run folder" in out
     assert (run / "report.html").is_file()
     assert list(run.glob("events.out.tfevents.*"))
-
-
-# ---- two processes -------------------------------------------------------------------------------
 
 
 def test_a_second_creator_of_a_run_is_refused(tmp_path, capsys):
@@ -437,9 +422,6 @@ def test_another_number_of_processes_is_said_and_recorded(run, caplog):
     assert "trained by 2 process(es) up to step 4 and goes on with 1" in caplog.text
     recorded = json.loads((run / "environment.json").read_text())["processes_changed"]
     assert recorded == [{"step": 4, "before": 2, "after": 1}]
-
-
-# ---- terminals and pipes -------------------------------------------------------------------------
 
 
 def test_a_reader_that_goes_does_not_end_the_training(tmp_path):
@@ -502,9 +484,6 @@ def test_an_ignored_hang_up_stays_ignored():
     finally:
         signal.signal(signal.SIGHUP, before)
         signal.signal(signal.SIGTERM, term)
-
-
-# ---- pixels --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 1.5, 255.0])

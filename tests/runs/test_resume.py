@@ -1,4 +1,4 @@
-"""Stopping and going on: the run that was cut short ends where the unbroken one does, bit for bit."""
+"""Test stopping and resuming: a run that was cut short ends as an unbroken one, bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EPOCHS = 4
 
 
 class Cut(Exception):
-    """The power fails."""
+    """Stand for a power cut."""
 
 
 def build(
@@ -259,9 +259,6 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
             build(PGD()).load(tensors, damaged)
 
 
-# ---- faults in training ----------------------------------------------------------------------
-
-
 class Poisoned(PGD):
     """A loss that is no number at the steps `at`."""
 
@@ -353,7 +350,7 @@ def test_catastrophic_overfitting_rolls_back_to_the_best_epoch(monkeypatch, capl
 
 
 def test_a_fall_while_the_radius_grows_is_no_collapse(monkeypatch):
-    """A constant answer scores a tenth at any radius; the first thing learnt at a small one scores less at the whole."""
+    """A constant answer scores a tenth at any radius, and a fresh network less at full eps."""
     # Over 9.6 of 16 steps: to the third epoch.
     for warmup, rolled_back in ((0.6, []), (0.0, [2])):
         trainer = build(PGD(), eps_warmup=warmup)
@@ -372,7 +369,7 @@ def test_a_fall_while_the_radius_grows_is_no_collapse(monkeypatch):
 
 
 def test_a_collapse_after_the_radius_has_grown_is_seen(monkeypatch):
-    """What training's own attack left at a smaller eps is no measure for what it leaves at the whole one."""
+    """Accuracy under training's attack at a smaller eps does not measure accuracy at full eps."""
     # Over 6.4 of 16 steps: the best epoch is of the time before.
     trainer = build(PGD(), eps_warmup=0.4)
     scores, own = iter([0.4, 0.05, 0.3, 0.3]), iter([0.7, 0.65, 0.6, 0.6])
@@ -418,8 +415,6 @@ def test_noise_is_no_collapse():
     # Worse at its own attack as well: unsteady, and nothing that going back would help.
     assert trainer._fault({**row, "val_pgd": 0.35, "adv_accuracy": 0.5}) is None
 
-
-# ---- the command -----------------------------------------------------------------------------
 
 LONG = ["--optim.epochs", "400", "--no-eval"]
 

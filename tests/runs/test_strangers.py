@@ -1,6 +1,7 @@
-"""Recipes, protocols and run folders from strangers: refused in one line or taken, nothing run, nothing escaped.
+"""Test recipes, protocols and run folders from strangers: taken, or refused in one line.
 
-Datasets have their own fuzz test (tests/data/test_fuzz.py), checkpoints theirs (tests/training/test_checkpoint.py).
+Nothing in them is run, and nothing leaves its folder. Data sets are fuzzed in
+tests/data/test_fuzz.py, checkpoints in tests/training/test_checkpoint.py.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ FIELDS = [name for name, *_ in recipes.options()]
 
 
 def one_line(call, *args):
-    """Its value, or None where it refused as it should."""
+    """Return the call's value, or None where it refused in one line."""
     try:
         return call(*args)
     except EngineError as error:

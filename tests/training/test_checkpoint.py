@@ -205,9 +205,6 @@ def test_a_read_only_run_folder_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-# ---- from strangers --------------------------------------------------------------------------
-
-
 def _mutate(data: bytes, edits) -> bytes:
     out = bytearray(data)
     for at, byte, kind in edits:

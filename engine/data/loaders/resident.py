@@ -1,4 +1,4 @@
-"""The resident loader: the whole uint8 dataset lies on the training device, and one op makes each batch."""
+"""The resident loader: the uint8 dataset lies on the training device, and one op makes a batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from .base import Batch, Loader, Sampling, check_images
 
 
 class ResidentLoader(Loader):
-    """Shuffled, augmented batches as a pure function of (seed, epoch, position).
+    """Give shuffled, augmented batches as a pure function of (seed, epoch, position).
 
     Args:
         images: uint8 [N, C, H, W], or float32 [N, ...] in [0, 1] where nothing is to be augmented.
         labels: int64 [N].
         device: where batches are made; left out: where the images are.
         sampling: options as `Sampling` has them.
-        memory: the trainer's adversary memory; batches of uint8 images then bring the attack's start,
-            formed in the pass that makes them.
+        memory: the trainer's adversary memory; batches of uint8 images then bring the attack's
+            start, formed in the pass that makes them.
     Raises:
         EngineError: if the set is smaller than a batch, or of another type.
     """
@@ -46,7 +46,7 @@ class ResidentLoader(Loader):
         self.images = images.to(device).contiguous()
         self.labels = labels.to(device)
         self.memory = memory
-        # The order of the epoch at hand, and the number of its first step since training began. Warming up
+        # The order of this epoch, and the number of its first step since training began. Warm-up
         # for a capture runs past the end of a short epoch.
         self._order = torch.zeros(
             (self.sampling.batches + WARM_UP, batch_size), dtype=torch.int64, device=device
@@ -57,20 +57,20 @@ class ResidentLoader(Loader):
         return len(self.sampling)
 
     def begin(self, epoch: int) -> None:
-        """Shuffle for an epoch (counted from 0): the one word that a captured step needs from the host."""
+        """Shuffle for an epoch (counted from 0); a captured step needs only this from the host."""
         self._order[: self.sampling.batches].copy_(self.sampling.order(epoch))
         self._first.fill_(epoch * len(self))
 
     def take(self, state: Tensor) -> Batch:
-        """The batch of a step, made on the device with no word to or from the host.
+        """Return the batch of a step, made on the device without the host.
 
         Args:
-            state: int64 [2] (seed, steps since training began): says which batch of the epoch it is,
-                and seeds the augmentation.
+            state: int64 [2] (seed, steps since training began): selects the batch of the epoch, and
+                seeds the augmentation.
         """
         options, row = self.sampling, state[1:] - self._first
         if options.replays > 1:
-            # A replay has the crops of its first time, so it draws them from that step's state.
+            # A replay has the crops of its first step, so it draws them from that step's state.
             state = torch.cat([state[:1], state[1:] - row % options.replays])
             row = row // options.replays
         index = self._order.index_select(0, row).view(-1)
@@ -94,14 +94,14 @@ class ResidentLoader(Loader):
         return Batch(x, labels, index, crops, start)
 
     def tensors(self) -> list[Tensor]:
-        """What `take` reads, and must find where it was."""
+        """Return the tensors that `take` reads at fixed places."""
         return [self.images, self.labels, self._order, self._first]
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, each made when it is asked for.
+        """Give the batches of one epoch, each made when it is asked for.
 
-        With a memory that matters across epochs: an epoch must not begin before the last has been
-        remembered. Within one, every sample occurs once.
+        With a memory, the earlier epoch must have been remembered before the next begins. Within an
+        epoch every sample occurs once.
         """
         self.begin(epoch)
         state = rng.state(self.sampling.seed, self.images.device, epoch * len(self) + first)

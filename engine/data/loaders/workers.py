@@ -1,4 +1,4 @@
-"""The familiar loader: torch's DataLoader with transforms a sample at a time, in worker processes if asked."""
+"""The familiar loader: torch's DataLoader, one sample at a time, in worker processes if asked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .base import Batch, Loader, Sampling, blank, check_images, to_device
 
 
 class _Samples(Dataset):
-    """One augmented sample for a key (sample, dy, dx, mirrored, y, x)."""
+    """Return one augmented sample for a key (sample, dy, dx, mirrored, y, x)."""
 
     def __init__(self, images: Tensor, labels: Tensor, sampling: Sampling) -> None:
         self.images, self.labels, self.sampling = images, labels, sampling
@@ -37,7 +37,7 @@ class _Samples(Dataset):
 
 
 class _Keys:
-    """The keys of every batch of the epoch at hand: what a DataLoader takes for a batch sampler."""
+    """Give the keys of every batch of an epoch: a batch sampler for a DataLoader."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling, self.epoch, self.first = sampling, 0, 0
@@ -54,7 +54,7 @@ class _Keys:
 
 
 class WorkerLoader(Loader):
-    """Batches from torch's DataLoader.
+    """Give batches from torch's DataLoader.
 
     Args:
         images: uint8 [N, C, H, W]; labels: int64 [N]; both on the host.
@@ -106,7 +106,7 @@ class WorkerLoader(Loader):
 
 
 class TensorLoader(Loader):
-    """Anything that yields (x, y), a torch DataLoader for one, as a loader without indices.
+    """Give the batches of anything that yields (x, y), without sample indices.
 
     Args:
         source: re-iterable with a length; x float in [0, 1], y int64.

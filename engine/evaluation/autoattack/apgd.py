@@ -88,8 +88,8 @@ class _State:
     def check(self, interval: int) -> None:
         """Halve the step size where the loss stopped growing, and go back to the best point there.
 
-        Conditions 1 and 2 of section 3.1: too few of the `interval` steps raised the loss; or the best
-        loss is that of the last checkpoint, and the step was not halved there.
+        Conditions 1 and 2 of section 3.1: too few of the `interval` steps raised the loss; or the
+        best loss has not grown since the last checkpoint, and the step was not halved there.
         """
         halve = self.rises <= _RISING * interval
         halve |= ~self.halved & (self.checked_best >= self.best_loss)
@@ -107,7 +107,10 @@ class _State:
 
 
 def checkpoints(steps: int) -> Iterator[int]:
-    """Yield the numbers of steps between checkpoints (section 3.1: 22 %, then 3 % less each time)."""
+    """Yield the numbers of steps between checkpoints.
+
+    Section 3.1: 22 % of all steps, then 3 % less each time, and never less than 6 %.
+    """
     length = max(int(0.22 * steps), 1)
     while True:
         yield length

@@ -1,13 +1,12 @@
 """AutoAttack: APGD on two losses, FAB and Square, one after the other on the images that are left.
 
-Croce & Hein (arXiv 2003.01690), the standard version. From one seed it draws the random numbers that
-the authors' package draws on the CPU, so both attack along the same iterates up to rounding.
+Croce & Hein (arXiv 2003.01690), the standard version. From one seed it draws the random numbers
+that the authors' package draws on the CPU, so both attack along the same iterates up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +18,11 @@ from .losses import CrossEntropy, LogitDifference, Loss, TargetedDLR
 from .oracle import Oracle
 from .square import square
 from .square_l2 import square_l2
+from .verdict import Progress, Verdict, silent
 
 STEPS, TARGETS, QUERIES = 100, 9, 5000
-Progress = Callable[[str, int, int], None]
 # One attack on one batch: from images and labels to the positions that fell, and adversaries.
 _Attack = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Hold what AutoAttack found.
-
-    Attributes:
-        robust: bool [N], True where the network withstood all attacks.
-        adversaries: float32 [N, C, H, W], an adversary where one was found, else the image.
-        after: robust accuracy [0..1] after each attack, by the attack's name.
-        notes: a warning, where Square broke what gradients did not: a sign of masked gradients.
-        forward_images, gradient_images: images of all passes [count].
-    """
-
-    robust: Tensor
-    adversaries: Tensor
-    after: dict[str, float]
-    notes: list[str]
-    forward_images: int
-    gradient_images: int
 
 
 def run(
@@ -55,7 +34,7 @@ def run(
     version: str = "standard",
     seed: int = 0,
     batch_size: int = 500,
-    progress: Progress = lambda attack, done, total: None,
+    progress: Progress = silent,
 ) -> Verdict:
     """Attack images with all attacks of a version.
 

@@ -23,7 +23,7 @@ _FLAT = {"Linf": 0.0, "L2": 1e-8}
 
 @dataclass
 class _State:
-    """Hold the images under attack, [B, ...]: position in the batch, clean image, label, target, iterate."""
+    """Hold the images under attack: position in the batch, clean image, label, target, iterate."""
 
     image: Tensor
     clean: Tensor
@@ -68,7 +68,7 @@ def fab(
 
 
 def _advance(oracle: Oracle, state: _State, threat: ThreatModel) -> Tensor:
-    """Return the next iterate: past the boundary's linearisation, pulled towards the clean image."""
+    """Return the next iterate: past the linearised boundary, pulled towards the clean image."""
     labels = torch.stack([state.target, state.y], 1)
 
     def towards(logits: Tensor) -> Tensor:
@@ -99,9 +99,9 @@ def project_onto_plane(x: Tensor, normal: Tensor, height: Tensor, norm: str) -> 
 
     Where the box does not reach the plane, x + d is the box's nearest point to it. Every coordinate
     moves by min(s b, room): b = 1 under Linf and |normal| under L2, room the way to the box's edge,
-    and s solves sum |normal| min(s b, room) = |height|. The left side is concave and piecewise linear
-    in s, so Newton's method from 0 reaches the solution from below, in finitely many steps and
-    without the sort that the textbook solution needs.
+    and s solves sum |normal| min(s b, room) = |height|. The left side is concave and piecewise
+    linear in s, so Newton's method from 0 reaches the solution from below, in finitely many steps
+    and without the sort that the textbook solution needs.
 
     Args:
         x: [B, C, H, W] in [0, 1]; normal: like `x`; height: [B].
@@ -128,7 +128,7 @@ _MOST_STEPS = 50
 
 
 def _newton(slope: Tensor, speed: Tensor, room: Tensor, goal: Tensor) -> Tensor:
-    """Solve sum slope min(s speed, room) = goal for s >= 0, each row; inf where it has no solution."""
+    """Solve sum slope min(s speed, room) = goal for s >= 0 in each row; inf: no solution."""
     rate, reach = slope * speed, slope * room
     whole = reach.sum(1)
     s = goal / rate.sum(1)

@@ -31,7 +31,12 @@ def window_side(query: int, pixels: int) -> float:
 
 @dataclass
 class _Search:
-    """Hold the images under attack: position in the batch, ball, label, best point, its margin, next query."""
+    """Hold the images under attack.
+
+    Attributes:
+        image: position in the batch; low, high: the ball within [0, 1]; y: labels.
+        best, margin: the best point so far and its margin; query: the next query.
+    """
 
     image: Tensor
     low: Tensor
@@ -134,7 +139,11 @@ def _draw_windows(x: Tensor, eps: float, queries: int, draw: torch.Generator) ->
 def _try(
     oracle: Oracle, search: _Search, windows: _Windows, depth: int, queries: int
 ) -> tuple[int, int]:
-    """Try the next `depth` queries of every image; return how many were tried and how many accepted."""
+    """Try the next `depth` queries of every image.
+
+    Returns:
+        How many queries were tried, and how many were accepted.
+    """
     count = len(search.image)
     order = search.query[:, None] + torch.arange(depth, device=search.query.device)
     real = order < queries
@@ -153,7 +162,7 @@ def _try(
 
 
 def _changed(search: _Search, windows: _Windows, order: Tensor) -> Tensor:
-    """Return every image's best point with each of its next windows changed, [B, depth, C, H, W]."""
+    """Return each image's best point with each of its next windows changed, [B, depth, C, H, W]."""
     _, _, h, w = search.best.shape
     side = windows.side[order][..., None]
     rows = torch.arange(h, device=order.device) - windows.top[order][..., None]

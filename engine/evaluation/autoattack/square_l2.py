@@ -125,7 +125,7 @@ def _signed_hill(side: int, channels: int, batch: int, draw: torch.Generator) ->
 
 
 def _hill(height: int, width: int) -> Tensor:
-    """Return concentric rectangles whose heights grow towards the middle, of norm 1, [height, width]."""
+    """Return concentric rectangles that grow towards the middle, [height, width], of norm 1."""
     rows = (torch.arange(height) - height // 2).abs()
     columns = (torch.arange(width) - width // 2).abs()
     ring = torch.maximum(rows[:, None], columns[None, :])

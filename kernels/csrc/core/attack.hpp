@@ -7,15 +7,13 @@
 
 namespace engine::ENGINE_ISA {
 
-// ---- attack step -----------------------------------------------------------------------------
-
 template <typename G>
 inline void step_linf(const float* x, const float* z, const G* grad, float* out, int64_t n, float eps,
                       float alpha) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const float g = widen(grad[i]);
-    // Both comparisons are false for NaN: it counts as 0.
+    // Both comparisons are false for NaN, so NaN counts as 0.
     const float move = g > 0.0f ? alpha : (g < 0.0f ? -alpha : 0.0f);
     const float low = x[i] - eps, high = x[i] + eps;
     float v = z[i] + move;
@@ -25,7 +23,7 @@ inline void step_linf(const float* x, const float* z, const G* grad, float* out,
   }
 }
 
-// `out` holds the displacement between the passes: it may be `z`, and must not overlap the rest.
+// `out` holds the perturbation between the passes. It may be `z`, and must not overlap the others.
 template <typename G>
 inline void step_l2(const float* x, const float* z, const G* grad, float* out, int64_t n, float eps,
                     float alpha) {
@@ -49,7 +47,7 @@ inline void step_l2(const float* x, const float* z, const G* grad, float* out, i
   for (int64_t i = 0; i < n; ++i) out[i] = clamp01(x[i] + out[i] * shrink);
 }
 
-// to is the transpose of from [rows, n / rows].
+// Write the transpose of `from` [rows, n / rows] to `to`.
 template <typename N>
 inline void write_input(const float* from, N* to, int64_t rows, int64_t n) {
   const int64_t columns = n / rows;
@@ -58,7 +56,7 @@ inline void write_input(const float* from, N* to, int64_t rows, int64_t n) {
     for (int64_t c = 0; c < columns; ++c) narrow(from[r * columns + c], to[c * rows + r]);
 }
 
-// `out` may be `z`. What goes to `input` is still in cache when it is written.
+// `out` may be `z`. The values for `input` are still in cache.
 inline void attack_step(const float* x, const float* z, const void* grad, int dtype, float* out,
                         int64_t b, int64_t d, float eps, float alpha, bool l2,
                         const NetworkInput& input) {
@@ -81,8 +79,6 @@ inline void attack_step(const float* x, const float* z, const void* grad, int dt
   });
 }
 
-// ---- uniform start ---------------------------------------------------------------------------
-
 constexpr int TILE_BLOCKS = 64, TILE = 4 * TILE_BLOCKS;
 
 inline void start_linf(const float* x, float* out, int64_t n, const Stream& s, float eps) {
@@ -97,7 +93,7 @@ inline void start_linf(const float* x, float* out, int64_t n, const Stream& s, f
   }
 }
 
-// Box-Muller on the pairs of one tile of words; out[j] is the normal number of word j.
+// Apply Box and Muller's transform to the pairs of a tile of words; out[j] belongs to word j.
 inline void normals(const uint32_t* words, float* out) {
   constexpr int PAIRS = TILE / 2;
   float radius[PAIRS], turn[PAIRS], sine[PAIRS], cosine[PAIRS];
@@ -110,7 +106,7 @@ inline void normals(const uint32_t* words, float* out) {
     sincos_turns(load(turn + j), s, c);
     store(sine + j, s);
     store(cosine + j, c);
-    // 1 - u lies in (0, 1], but the polynomial may leave log(1) a rounding above 0.
+    // 1 - u lies in (0, 1], but the polynomial's log(1) may be a rounding above 0.
     const vf square = -2.0f * log_positive(load(radius + j));
     store(radius + j, square > vf{} ? square : vf{});
   }
@@ -132,7 +128,7 @@ inline void start_l2(const float* x, float* out, int64_t b, int64_t d, const Str
     float square = 0.0f;
     for (int64_t at = begin / 4 * 4; at < end; at += TILE) {
       philox(s, uint32_t(at / 4), TILE_BLOCKS, words);
-      // An odd total leaves the last word without a partner; the reference pairs it with 0.
+      // With an odd total, the reference pairs the last word with 0.
       if (n % 2 && at <= n - 1 && n - 1 < at + TILE && n - at < TILE) words[n - at] = 0;
       normals(words, tile);
       const int64_t from = max(at, begin), to = min(at + TILE, end);

@@ -1,4 +1,4 @@
-// augment, recall and remember: crops and mirrors of a resident [N, C, H, W] dataset.
+// augment, recall and remember: crop and mirror the images of a resident [N, C, H, W] dataset.
 #pragma once
 
 #include <vector>
@@ -7,13 +7,13 @@
 
 namespace engine::ENGINE_ISA {
 
-struct Where {
+struct Crop {
   int32_t dy, dx, mirrored;
 };
 
-// out[c, y, x] at out[c * step_c + (y * w + x) * step_x] = image[c, y + dy, column] where that pixel
-// lies in the image and 0 elsewhere; column is x + dx, or w - 1 - x + dx where mirrored.
-inline void crop(const Images& s, const float* image, const Where& at, float* out, int64_t step_c,
+// Crop an image: out[c, y, x] = image[c, y + dy, column], or 0 outside the image. column is x + dx,
+// or w - 1 - x + dx if mirrored. out[c, y, x] lies at out[c * step_c + (y * w + x) * step_x].
+inline void crop(const Images& s, const float* image, const Crop& at, float* out, int64_t step_c,
                  int64_t step_x) {
   // Output columns [first, last) show the image.
   const int64_t first = at.mirrored ? max(0, at.dx) : max(0, -int64_t(at.dx));
@@ -42,7 +42,7 @@ inline void crop(const Images& s, const float* image, const Where& at, float* ou
     }
 }
 
-// Set the square of side `side` around (y, x) to 0, as far as it lies in the image.
+// Set the part of the square of side `side` around (y, x) that is in the image to 0.
 inline void cut_out(const Images& s, float* image, int64_t y, int64_t x, int64_t side) {
   const int64_t top = max(0, y - side / 2), bottom = min(s.h, y - side / 2 + side);
   const int64_t left = max(0, x - side / 2), right = min(s.w, x - side / 2 + side);
@@ -52,13 +52,13 @@ inline void cut_out(const Images& s, float* image, int64_t y, int64_t x, int64_t
         image[(c * s.h + row) * s.w + column] = 0.0f;
 }
 
-// The attack's start for one sample: x plus its stored steps, which take the same crop and mirror.
+// Compute one sample's start: x plus its stored steps, with the crop and mirror of the image.
 class Start {
  public:
   Start(const Images& s, float eps, bool l2)
       : s_(s), eps_(eps), l2_(l2), image_(size()), z_(size()), zero_(size()) {}
 
-  void operator()(const int8_t* steps, const Where& at, const float* x, float* out,
+  void operator()(const int8_t* steps, const Crop& at, const float* x, float* out,
                   bool channels_last) {
     const int64_t d = int64_t(size());
     const float quantum = eps_ / 127.0f;
@@ -68,7 +68,7 @@ class Start {
     crop(s_, whole, at, z, channels_last ? 1 : s_.h * s_.w, channels_last ? s_.channels : 1);
 #pragma omp simd
     for (int64_t j = 0; j < d; ++j) z[j] = x[j] + z[j];
-    // A step of no length projects.
+    // A step of length 0 projects.
     if (l2_)
       step_l2(x, z, zero_.data(), out, d, eps_, 0.0f);
     else
@@ -85,29 +85,29 @@ class Start {
   const std::vector<float> zero_;
 };
 
-// x: float [B, C, H, W]; where: int32 [B, 3]. With a memory int8 [N, C, H, W], the attack's start
-// goes to `start`, while x is in cache.
+// x: float [B, C, H, W]; crops: int32 [B, 3]. With a memory int8 [N, C, H, W], also write the
+// attack's start to `start`, while x is in cache.
 inline void augment(const uint8_t* images, const int64_t* index, const Images& s, float* x,
-                    int32_t* where, int64_t b, uint64_t seed, uint64_t step, uint32_t stream,
+                    int32_t* crops, int64_t b, uint64_t seed, uint64_t step, uint32_t stream,
                     int64_t pad, bool flip, int64_t cutout, const int8_t* memory, float* start,
                     float eps, bool l2) {
   const int64_t d = s.channels * s.h * s.w;
   const uint64_t side = uint64_t(2 * pad + 1);
 #pragma omp parallel if (b * d > GRAIN)
   {
-    // A whole image is converted at once: rows are too short to fill registers of bytes.
+    // Convert a whole image at once: rows are too short to fill registers of bytes.
     std::vector<float> image(static_cast<size_t>(d));
     Start form_start(memory ? s : Images{}, eps, l2);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < b; ++i) {
       uint32_t words[4];
       philox({seed, step, stream}, uint32_t(i), 1, words);
-      const Where at{int32_t(int64_t(words[0] * side >> 32) - pad),
+      const Crop at{int32_t(int64_t(words[0] * side >> 32) - pad),
                      int32_t(int64_t(words[1] * side >> 32) - pad),
                      int32_t(flip ? words[2] >> 31 : 0)};
-      where[3 * i] = at.dy;
-      where[3 * i + 1] = at.dx;
-      where[3 * i + 2] = at.mirrored;
+      crops[3 * i] = at.dy;
+      crops[3 * i + 1] = at.dx;
+      crops[3 * i + 2] = at.mirrored;
       const uint8_t* from = images + index[i] * d;
       float* to = image.data();
 #pragma omp simd
@@ -120,7 +120,7 @@ inline void augment(const uint8_t* images, const int64_t* index, const Images& s
   }
 }
 
-inline void recall(const int8_t* memory, const int64_t* index, const int32_t* where, const Images& s,
+inline void recall(const int8_t* memory, const int64_t* index, const int32_t* crops, const Images& s,
                    const float* x, float* out, int64_t b, bool channels_last, float eps, bool l2) {
   const int64_t d = s.channels * s.h * s.w;
 #pragma omp parallel if (b * d > GRAIN)
@@ -128,13 +128,13 @@ inline void recall(const int8_t* memory, const int64_t* index, const int32_t* wh
     Start form_start(s, eps, l2);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < b; ++i) {
-      const Where at{where[3 * i], where[3 * i + 1], where[3 * i + 2]};
+      const Crop at{crops[3 * i], crops[3 * i + 1], crops[3 * i + 2]};
       form_start(memory + index[i] * d, at, x + i * d, out + i * d, channels_last);
     }
   }
 }
 
-// to[i] = (z - x) in steps, rounded to even; NaN becomes 0.
+// Write z - x in steps, rounded to even, to `to`; NaN becomes 0.
 inline void quantise(const float* x, const float* z, float steps, int8_t* to, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
@@ -142,12 +142,12 @@ inline void quantise(const float* x, const float* z, float steps, int8_t* to, in
     v = v < -127.0f ? -127.0f : v;
     v = v > 127.0f ? 127.0f : v;
     v = v == v ? v : 0.0f;
-    // Adding 1.5 * 2^23 rounds to a whole number and leaves it in the low bits.
+    // The sum with 1.5 * 2^23 rounds to a whole number, which is then in the low bits.
     to[i] = int8_t(as_bits(v + 12582912.0f) & 0xFF);
   }
 }
 
-inline void remember(int8_t* memory, const int64_t* index, const int32_t* where, const Images& s,
+inline void remember(int8_t* memory, const int64_t* index, const int32_t* crops, const Images& s,
                      const float* x, const float* z, int64_t b, bool channels_last, float eps) {
   const int64_t d = s.channels * s.h * s.w;
   const int64_t step_c = channels_last ? 1 : s.h * s.w, step_x = channels_last ? s.channels : 1;
@@ -157,9 +157,9 @@ inline void remember(int8_t* memory, const int64_t* index, const int32_t* where,
     std::vector<int8_t> sample(static_cast<size_t>(d));
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < b; ++i) {
-      const int64_t dy = where[3 * i], dx = where[3 * i + 1];
-      const bool mirrored = where[3 * i + 2] > 0;
-      // Source columns [first, last) are shown by the crop.
+      const int64_t dy = crops[3 * i], dx = crops[3 * i + 1];
+      const bool mirrored = crops[3 * i + 2] > 0;
+      // The crop shows source columns [first, last).
       const int64_t first = max(0, dx), last = min(s.w, s.w + dx);
       quantise(x + i * d, z + i * d, steps, sample.data(), d);
       for (int64_t c = 0; c < s.channels; ++c)

@@ -1,5 +1,5 @@
-// Softmax, its gradients, and the local-ball loss, on V rows of logits at a time: the rows are
-// transposed into a tile [K][V], so that a register holds one class of V rows, whatever K is.
+// Softmax, its gradients and the local-ball loss, on V rows of logits at a time. The rows are
+// transposed into a tile [K][V], so that a register holds one class of V rows, for any K.
 #pragma once
 
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace engine::ENGINE_ISA {
 
-// Sum of f(k) over the classes, in blocks: a thousand terms added one by one lose a digit.
+// Sum f(k) over the classes, in blocks: a plain sum of a thousand terms loses a digit.
 template <typename F>
 inline vf sum_over(int64_t classes, F&& f) {
   vf total{};
@@ -21,7 +21,7 @@ inline vf sum_over(int64_t classes, F&& f) {
   return total;
 }
 
-// One tile of V rows: shifted logits t = x - max, their exponentials, the sum and its logarithm.
+// A tile of V rows: shifted logits t = x - max, their exponentials, the sum and its logarithm.
 struct Tile {
   std::vector<float> memory;
   float *t = nullptr, *e = nullptr;
@@ -72,7 +72,7 @@ struct Tile {
   }
 };
 
-// Rows [row, row + rows) of a [B, K] output from a tile [K][V].
+// Write rows [row, row + rows) of a [B, K] output from a tile [K][V].
 inline void write_rows(const Gradient& out, const float* tile, int64_t row, int64_t rows,
                        int64_t classes) {
   with_type(out.dtype, [&](auto* type) {
@@ -89,8 +89,6 @@ inline void write_rows(const Gradient& out, const float* tile, int64_t row, int6
       for (int64_t k = whole; k < classes; ++k) narrow(tile[k * V + r], target[r * classes + k]);
   });
 }
-
-// ---- gradients of the attack's losses ----------------------------------------------------------
 
 inline void cross_entropy_grad(Logits logits, const int64_t* target, Gradient out, int64_t b,
                                int64_t classes, float scale) {
@@ -127,14 +125,12 @@ inline void kl_grad(Logits p_logits, Logits q_logits, Gradient out, int64_t b, i
   }
 }
 
-// ---- local-ball loss ---------------------------------------------------------------------------
-
-// loss [1]; stats [6] as in kernels/reference.py.
+// loss: [1]; stats: [6] as in kernels/reference/logits.py.
 inline void local_ball_loss(Logits adv, const int64_t* target, Logits ball, Logits clean, float lam,
                             float mu, float smoothing, int64_t b, int64_t classes, float* loss,
                             float* stats) {
   const int64_t tiles = ceil_div(b, V);
-  // One partial sum a tile, added up in order: the same bits for any number of threads.
+  // One partial sum a tile, added in order: the same bits for any number of threads.
   std::vector<double> partial(size_t(tiles * 6));
 #pragma omp parallel if (b * classes > GRAIN / 4)
   {

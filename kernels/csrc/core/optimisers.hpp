@@ -1,4 +1,4 @@
-// sgd_ema_step and adamw_ema_step: every parameter tensor in one parallel region and one pass over memory.
+// sgd_ema_step and adamw_ema_step: all parameters in one parallel region and one pass over memory.
 #pragma once
 
 #include <cmath>
@@ -49,8 +49,8 @@ inline void adamw_range(const Parameter& t, const AdamW& s, int64_t from, int64_
   }
 }
 
-// Equal pieces of the tensors laid end to end: no tensor is too small or too large to share.
-// update(type of the gradient, tensor, from, to) does one.
+// Share the elements of all tensors equally among the threads, across the tensors' boundaries.
+// update(type of the gradient, tensor, from, to) updates one piece.
 template <typename Update>
 inline void over_pieces(const Parameter* tensors, int64_t count, const Update& update) {
   constexpr int64_t PIECE = 8192;

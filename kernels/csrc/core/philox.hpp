@@ -1,4 +1,4 @@
-// Philox-4x32-10 (Salmon et al., SC 2011), as `philox` and `random_words` of kernels/reference.py.
+// Philox-4x32-10 (Salmon et al., SC 2011), with the words of kernels/reference/philox.py.
 #pragma once
 
 #include "simd.hpp"
@@ -17,7 +17,7 @@ struct Stream {
 constexpr uint32_t M0 = 0xD2511F53, M1 = 0xCD9E8D57, W0 = 0x9E3779B9, W1 = 0xBB67AE85;
 constexpr uint32_t RADIUS_STREAM = 1u << 31;
 
-// Words of the blocks first, first + 1, ..., first + count - 1: out[4 j + k] is output k of block j.
+// Write the words of blocks first, ..., first + count - 1: out[4 j + k] is output k of block j.
 inline void philox_plain(const Stream& s, uint32_t first, int count, uint32_t* out) {
   for (int j = 0; j < count; ++j) {
     uint32_t c0 = first + uint32_t(j), c1 = s.stream, c2 = uint32_t(s.step),
@@ -41,9 +41,9 @@ inline void philox_plain(const Stream& s, uint32_t first, int count, uint32_t* o
 }
 
 #ifdef __AVX2__
-// Blocks in 64-bit lanes, four to a register and PAIR registers at a time, so that the multiplier does
-// not wait for itself. Only the low half of a lane counts: the multiplier reads no other, so what the
-// high halves collect is never cleared until the end.
+// Compute blocks in 64-bit lanes, four to a register and PAIR registers at a time, to hide the
+// multiplier's latency. The multiplier reads only the low half of a lane, so the high halves are
+// cleared at the end only.
 inline void philox(const Stream& s, uint32_t first, int count, uint32_t* out) {
   constexpr int PAIR = 2;
   const __m256i m0 = _mm256_set1_epi64x(M0), m1 = _mm256_set1_epi64x(M1);
@@ -92,7 +92,7 @@ inline void philox(const Stream& s, uint32_t first, int count, uint32_t* out) {
 }
 #endif
 
-// The top 24 bits as a number in [0, 1), exact.
+// Return the top 24 bits as a number in [0, 1), exactly.
 inline float to_uniform(uint32_t word) { return float(int32_t(word >> 8)) * 0x1p-24f; }
 
 }  // namespace engine::ENGINE_ISA

@@ -1,8 +1,8 @@
-// One SIMD register of floats and the few functions the kernels need on it.
+// A SIMD register of floats, and the functions on it that the kernels need.
 //
-// Every header here is torch-free and Python-free: templates and loops over raw pointers and sizes.
-// All of it sits in the namespace ENGINE_ISA, which each build of isa.cpp names after its instruction
-// set, so that code compiled for AVX2 can never be merged with the portable build's.
+// The headers here use neither torch nor Python: templates and loops over raw pointers and sizes.
+// All code is in the namespace ENGINE_ISA, which each build of isa.cpp names after its instruction
+// set. So the linker can never merge code for AVX2 with the portable build's.
 #pragma once
 
 #include <cstdint>
@@ -32,14 +32,14 @@ constexpr int V = 4;
 typedef float vf __attribute__((vector_size(4 * V)));
 typedef int32_t vi __attribute__((vector_size(4 * V)));
 
-// The work, in elements, below which a second thread costs more than it brings.
+// Below this number of elements, a second thread costs more time than it saves.
 constexpr int64_t GRAIN = 16384;
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Subtracting zero, unlike adding it, changes no value: the compiler sees a plain broadcast.
+// Subtraction of zero, unlike addition, changes no value, so the compiler emits a plain broadcast.
 inline vf splat(float a) { return a - vf{}; }
 inline vf load(const float* p) {
   vf v;
@@ -48,7 +48,8 @@ inline vf load(const float* p) {
 }
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-// The build sets -ffp-contract=off for equal bits everywhere; where only speed counts, ask by name.
+// The build sets -ffp-contract=off for equal bits on every machine; `madd` asks for a fused
+// product.
 inline float madd(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
@@ -67,7 +68,7 @@ inline vf madd(vf a, vf b, vf c) {
 #endif
 }
 
-// Keeps NaN, like torch.clamp.
+// NaN stays NaN, as in torch.clamp.
 inline float clamp01(float v) {
   v = v < 0.0f ? 0.0f : v;
   return v > 1.0f ? 1.0f : v;
@@ -84,14 +85,14 @@ inline uint32_t as_bits(float f) {
   return bits;
 }
 
-// ---- elementary functions --------------------------------------------------------------------
-// Polynomials of the Cephes library (S. Moshier, netlib.org/cephes), about 1 unit in the last place.
+// Polynomials of the Cephes library (S. Moshier, netlib.org/cephes), about 1 unit in the last
+// place.
 
 // exp(x) for x <= 0; 0 below -87.3, NaN for NaN.
 inline vf exp_negative(vf x) {
   const vf low = splat(-87.3f);
   const vf y = x > low ? x : low;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const float magic = 12582912.0f;  // 1.5 * 2^23: the sum rounds to a whole number
   const vf shifted = y * 1.44269504088896341f + magic;
   const vf n = shifted - magic;
   const vf r = madd(n, splat(2.12194440e-4f), madd(n, splat(-0.693359375f), y));
@@ -110,7 +111,7 @@ inline vf exp_negative(vf x) {
 // log(x) for normal x > 0; NaN for NaN.
 inline vf log_positive(vf x) {
   vi bits = (vi)x;
-  // The mantissa in [sqrt(1/2), sqrt(2)), the exponent to match.
+  // Bring the mantissa to [sqrt(1/2), sqrt(2)), and adapt the exponent.
   const vi e = (bits - 0x3F3504F3) >> 23;
   const vf m = (vf)(bits - (e << 23)) - 1.0f;
   const vf ef = __builtin_convertvector(e, vf);
@@ -152,8 +153,6 @@ inline void sincos_turns(vf u, vf& sine, vf& cosine) {
   cosine = ((quadrant + 1) & 2) != 0 ? -b : b;
 }
 
-// ---- half precision --------------------------------------------------------------------------
-
 struct half {
   uint16_t bits;
 };
@@ -164,7 +163,7 @@ struct bfloat {
 inline float widen(float v) { return v; }
 inline float widen(bfloat v) { return as_float(uint32_t(v.bits) << 16); }
 inline float widen(half v) {
-  // Shifting puts the exponent 112 too low; the product corrects it, also for subnormal numbers.
+  // After the shift the exponent is 112 too low; the product corrects it, also for subnormals.
   const uint32_t magnitude = uint32_t(v.bits & 0x7FFF) << 13;
   float f = as_float(magnitude) * 0x1p112f;
   f = magnitude >= 0x0F800000 ? as_float(magnitude | 0x7F800000) : f;
@@ -188,7 +187,7 @@ inline void narrow(const float* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
 }
 #ifdef __F16C__
-// Compilers convert to half one number at a time.
+// Compilers convert only one number at a time to half.
 inline void narrow(const float* from, half* to, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
@@ -212,7 +211,7 @@ inline void store_narrow(T* p, vf v) {
   for (int i = 0; i < V; ++i) narrow(v[i], p[i]);
 }
 
-// A square of V x V numbers, in place.
+// Transpose V x V numbers in place.
 inline void transpose(vf (&r)[V]) {
 #if defined(__AVX__) && !defined(__AVX512F__)
   __m256 pair[8], quad[8];
@@ -239,7 +238,7 @@ inline void transpose(vf (&r)[V]) {
 #endif
 }
 
-// Calls f with a null pointer of the element type that `dtype` names.
+// Call f with a null pointer of the element type of number `dtype`.
 template <typename F>
 inline void with_type(int dtype, F&& f) {
   switch (dtype) {

@@ -1,11 +1,12 @@
-// The first convolution: stem_input_grad, its input gradient; input_grad_step, the attack step from it;
-// and stem_weight_grad, its weights' gradient.
+// The first convolution: its input gradient (stem_input_grad), the attack step along that gradient
+// (input_grad_step), and the gradient of its weights (stem_weight_grad).
 //
 // For one row (c, y) of the image's gradient, and every column kx of the filter,
 //     A_kx[x'] = sum over o and ky of W[o, c, ky, kx] gy[o, (y + padding - ky) / stride, x']
-// needs no shifted loads: x' runs along a row of gy, so A_kx stays in registers for the whole sum over
-// o and ky. Then gx[c, y, stride x' + kx - padding] += A_kx[x'] once a row, into a buffer of one sample
-// in the first-level cache, from which the step is taken: the gradient never reaches memory.
+// needs no shifted loads: x' runs along a row of gy, so A_kx stays in registers for the whole sum
+// over o and ky. Then gx[c, y, stride x' + kx - padding] += A_kx[x'], once a row. gx is a buffer of
+// one sample in the first-level cache, and the step reads it there: the gradient never reaches
+// memory.
 #pragma once
 
 #include <vector>
@@ -14,8 +15,8 @@
 
 namespace engine::ENGINE_ISA {
 
-// KX columns of the filter against N registers of gy's columns; `taps` filter rows of all o.
-// gy[t] is the row of gy that belongs to tap t, weight[t] its weights [O][kw].
+// Multiply KX columns of the filter by N registers of gy's columns, for `taps` filter rows of all
+// o. gy[t] is the row of gy for tap t, weight[t] the weights [O][kw] of tap t.
 template <int KX, int N>
 inline void accumulate(const float* const* gy, const float* const* weight, int taps, int64_t plane,
                        int64_t kw, int64_t out_channels, float* out, int64_t pitch) {
@@ -52,11 +53,11 @@ constexpr Accumulate ACCUMULATE[MAX_KX][MAX_N] = {
     {accumulate<4, 1>, accumulate<4, 2>, accumulate<4, 3>, accumulate<4, 3>},
 };
 
-// grad[c, y, x] of one sample, at grad[c * step_c + (y * w + x) * step_x].
-// gy: [O, out_h, out_w] with planes and rows `plane` and `gy_pitch` apart, V readable floats behind it. weight: [C, kh, O, kw].
-// sums: [kw, pitch] scratch, pitch >= out_w rounded up to V; line: [w] scratch.
-// The rows of all o lie a plane apart, which no hardware prefetcher follows: `next`, the sample that
-// comes after this one, or null, is fetched piece by piece meanwhile.
+// Compute the gradient of one sample; grad[c, y, x] lies at grad[c * step_c + (y * w + x) *
+// step_x]. gy: [O, out_h, out_w] with planes and rows `plane` and `gy_pitch` apart, and V readable
+// floats at the end. weight: [C, kh, O, kw]. sums: [kw, pitch] scratch, pitch >= out_w rounded up
+// to V; line: [w] scratch. The rows of all o lie a plane apart, and no hardware prefetcher follows
+// them. So the loop prefetches `next`, the following sample or null, piece by piece.
 inline void stem_gradient(const Stem& s, const float* gy, int64_t plane, int64_t gy_pitch, const float* next,
                           const float* weight, float* grad,
                           int64_t step_c, int64_t step_x, float* sums, int64_t pitch, float* line,
@@ -72,7 +73,7 @@ inline void stem_gradient(const Stem& s, const float* gy, int64_t plane, int64_t
       for (int64_t x = 0; x < s.w; ++x) line[x] = 0.0f;
       for (int64_t kx = 0; kx < s.kw;) {
         const int64_t left = s.kw - kx;
-        // 5 columns as 3 + 2 rather than 4 + 1.
+        // Split 5 columns into 3 + 2, not 4 + 1.
         const int columns = int(left <= MAX_KX ? left : (left == 5 ? 3 : MAX_KX));
         const int most = columns == 4 ? 3 : MAX_N;
         int taps = 0;
@@ -92,7 +93,7 @@ inline void stem_gradient(const Stem& s, const float* gy, int64_t plane, int64_t
           r += n;
         }
         for (int k = 0; k < columns; ++k) {
-          // Only columns x' with 0 <= stride x' + shift < w land in the image.
+          // Only columns x' with 0 <= stride x' + shift < w are in the image.
           const int64_t shift = kx + k - s.padding;
           const int64_t first = shift < 0 ? ceil_div(-shift, s.stride) : 0;
           const int64_t last = min(s.out_w, ceil_div(s.w - shift, s.stride));
@@ -115,8 +116,8 @@ inline void stem_gradient(const Stem& s, const float* gy, int64_t plane, int64_t
     }
 }
 
-// One sample of gy, [O, out_h, out_w] or (channels_last) [out_h, out_w, O] of T, as float with rows
-// `pitch` and planes `plane` apart.
+// Copy one sample of gy, [O, out_h, out_w] or (channels_last) [out_h, out_w, O] of T, to float with
+// rows `pitch` and planes `plane` apart.
 template <typename T>
 inline void gather_sample(const Stem& s, const T* from, float* to, int64_t plane, int64_t pitch,
                           bool channels_last) {
@@ -150,8 +151,8 @@ inline void gather_sample(const Stem& s, const T* from, float* to, int64_t plane
       }
 }
 
-// use(i, grad) for each sample i of B and its input gradient, [C, h, w] or (channels_last) [h, w, C].
-// weight: [O, C, kh, kw] float, contiguous.
+// Call use(i, grad) for each sample i with its input gradient, [C, h, w] or (channels_last) [h, w,
+// C]. weight: [O, C, kh, kw] float, contiguous.
 template <typename Use>
 inline void each_input_grad(const void* gy, int dtype, bool gy_channels_last, const float* weight,
                             const Stem& s, int64_t b, bool channels_last, Use use) {
@@ -165,9 +166,9 @@ inline void each_input_grad(const void* gy, int dtype, bool gy_channels_last, co
           packed[size_t(((c * s.kh + ky) * s.out_channels + o) * s.kw + kx)] =
               weight[((o * s.channels + c) * s.kh + ky) * s.kw + kx];
   const int64_t pitch = ceil_div(s.out_w, V) * V;
-  // Planes a multiple of 4 KiB apart would all fall into one set of the first-level cache.
+  // Planes a multiple of 4 KiB apart would share one set of the first-level cache.
   const int64_t copy_plane = s.out_h * pitch + 16;
-  // A copy with aligned rows pays where every row is read three times or more.
+  // A copy with aligned rows pays if every row is read three times or more.
   const bool direct =
       dtype == F32 && !gy_channels_last && plane % 1024 && s.channels * s.kh < 3 * s.stride;
 #pragma omp parallel if (b * sample > GRAIN)
@@ -180,7 +181,7 @@ inline void each_input_grad(const void* gy, int dtype, bool gy_channels_last, co
       const float* next = static_cast<const float*>(gy) + (i + 1) * sample;
       const int64_t step_c = channels_last ? 1 : s.h * s.w;
       const int64_t step_x = channels_last ? s.channels : 1;
-      // A row is read in whole registers; near the end of the tensor that would leave it.
+      // The loop reads whole registers: without a copy it would read beyond the tensor's end.
       if (direct && (i + 1) * sample + V <= b * sample) {
         stem_gradient(s, next - sample, plane, s.out_w, next, packed.data(), grad.data(), step_c,
                       step_x, sums.data(), pitch, line.data(), rows.data(), weights.data());
@@ -224,11 +225,9 @@ inline void stem_input_grad(const void* gy, int dtype, bool gy_channels_last, co
 }
 
 
-// ---- the weights' gradient -------------------------------------------------------------------
-
-// sums[t][o] += g[i][o] x[i, t] over the positions i of one sample, for T taps of the filter and two
-// registers of output channels. x: the sample with its padding, rows `pitch` apart; tap t reads offset[t]
-// further on. g: [out_h, out_w, step], o running along it.
+// Add g[i][o] x[i, t] over the positions i of one sample to sums[t][o], for T taps of the filter
+// and two registers of output channels. x: the sample with its padding, rows `pitch` apart; tap t
+// reads at offset[t]. g: [out_h, out_w, step], with o along step.
 template <int T>
 inline void correlate(const Stem& s, const float* x, int64_t pitch, const int64_t* offset,
                       const float* g, int64_t step, float* sums) {
@@ -257,8 +256,9 @@ using Correlate = void (*)(const Stem&, const float*, int64_t, const int64_t*, c
 constexpr Correlate CORRELATE[] = {correlate<1>, correlate<2>, correlate<3>,
                                    correlate<4>, correlate<5>, correlate<6>};
 
-// weight_grad: [O, C, kh, kw]; bias_grad: [O]; x: [B, C, h, w], gy: [B, O, out_h, out_w] or channels_last.
-// Samples are summed in fixed groups, and the groups in order: the same bits for any number of threads.
+// weight_grad: [O, C, kh, kw]; bias_grad: [O]; x: [B, C, h, w]; gy: [B, O, out_h, out_w] or
+// channels_last. Fixed groups of samples are summed, then the groups in order: the same bits for
+// any number of threads.
 inline void stem_weight_grad(const float* x, const float* gy, bool gy_channels_last, const Stem& s,
                              int64_t b, float* weight_grad, float* bias_grad) {
   constexpr int64_t GROUP = 8;
@@ -286,7 +286,7 @@ inline void stem_weight_grad(const float* x, const float* gy, bool gy_channels_l
                         x + ((n * s.channels + c) * s.h + y) * s.w, size_t(s.w) * sizeof(float));
         const float* g = gy + n * s.out_channels * positions;
         if (!direct) {
-          // In tiles: a plane of every o at once is more streams than the cache has ways.
+          // Copy in tiles: the planes of all o at once are more streams than the cache has ways.
           for (int64_t i0 = 0; i0 < positions; i0 += 16)
             for (int64_t o0 = 0; o0 < s.out_channels; o0 += 16)
               for (int64_t i = i0; i < min(positions, i0 + 16); ++i)
@@ -297,7 +297,7 @@ inline void stem_weight_grad(const float* x, const float* gy, bool gy_channels_l
         }
         for (int64_t o = 0; o < step; o += 2 * V) {
           for (int64_t t = 0; t < taps;) {
-            // Blocks of about one size, none above 6: sums and operands fit 16 registers.
+            // Blocks of about one size, at most 6: sums and operands fit 16 registers.
             const int64_t left = taps - t, block = ceil_div(left, ceil_div(left, 6));
             CORRELATE[block - 1](s, padded.data(), pitch, offset.data() + t, g + o, step,
                                  sums + t * step + o);

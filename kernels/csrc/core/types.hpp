@@ -17,7 +17,7 @@ struct Gradient {
   int dtype;
 };
 
-// Where the next iterate goes a second time, or null. Every sample [rows, d / rows] is written
+// The target of a second copy of the next point, or null. Every sample [rows, d / rows] is written
 // transposed; one row is a plain copy.
 struct NetworkInput {
   void* data;
@@ -35,8 +35,8 @@ struct Images {
   int64_t channels, h, w;
 };
 
-// One parameter tensor of n elements; all in the same memory order. `average` may be null; `v`, Adam's
-// second moment, is null under SGD.
+// One parameter tensor of n elements and its state, in one memory order. `average` may be null;
+// `v`, Adam's second moment, is null under SGD.
 struct Parameter {
   float* p;
   const void* g;
@@ -58,7 +58,7 @@ struct AdamW {
   float lr, towards_m, beta2, towards_v, rate, root, eps, blend;
 };
 
-// The ops as one instruction set compiles them; arguments are explained beside each kernel.
+// The ops, compiled for one instruction set; the comment at each kernel explains its arguments.
 struct Kernels {
   void (*uniform_start)(const float* x, float* out, int64_t b, int64_t d, uint64_t seed, uint64_t step,
                         uint32_t stream, float eps, bool l2);
@@ -82,12 +82,12 @@ struct Kernels {
                                    int64_t classes, Gradient grad_adv, Gradient grad_ball,
                                    Gradient grad_clean);
   void (*augment)(const uint8_t* images, const int64_t* index, const Images& shape, float* x,
-                  int32_t* where, int64_t b, uint64_t seed, uint64_t step, uint32_t stream,
+                  int32_t* crops, int64_t b, uint64_t seed, uint64_t step, uint32_t stream,
                   int64_t pad, bool flip, int64_t cutout, const int8_t* memory, float* start, float eps, bool l2);
-  void (*recall)(const int8_t* memory, const int64_t* index, const int32_t* where,
+  void (*recall)(const int8_t* memory, const int64_t* index, const int32_t* crops,
                  const Images& shape, const float* x, float* out, int64_t b, bool channels_last,
                  float eps, bool l2);
-  void (*remember)(int8_t* memory, const int64_t* index, const int32_t* where, const Images& shape,
+  void (*remember)(int8_t* memory, const int64_t* index, const int32_t* crops, const Images& shape,
                    const float* x, const float* z, int64_t b, bool channels_last, float eps);
   void (*sgd_ema_step)(const Parameter* tensors, int64_t count, const Sgd& step);
   void (*adamw_ema_step)(const Parameter* tensors, int64_t count, const AdamW& step);

@@ -1,5 +1,6 @@
-// The Python module: addresses and sizes in, nothing out. kernels/native/__init__.py is its only
-// caller; it has checked every tensor and allocated every output. The GIL is released throughout.
+// The Python module: its functions take addresses and sizes, and return nothing. kernels/native is
+// the only caller. It checks every tensor and allocates every output. All functions release the
+// GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -40,7 +41,7 @@ struct Build {
   const Kernels* kernels;
 };
 
-// The builds that this processor can run, the best one first.
+// The builds that this processor can run, best first.
 std::vector<Build> usable() {
   std::vector<Build> builds;
 #ifdef ENGINE_HAS_AVX2
@@ -71,8 +72,8 @@ void use(const std::string& name) {
   throw std::invalid_argument("no kernels for " + name);
 }
 
-// Freed memory stays with the process, up to the 32 MiB a block that glibc allows. Otherwise every
-// large tensor goes back to the system when it dies, and the next one pays for its pages again.
+// Keep freed memory in the process, up to glibc's limit of 32 MiB a block. By default every large
+// tensor returns to the system when it dies, and the next one pays for its pages again.
 bool keep_freed_memory() {
 #ifdef __GLIBC__
   return mallopt(M_MMAP_THRESHOLD, 32 << 20) && mallopt(M_TRIM_THRESHOLD, INT_MAX) &&
@@ -89,7 +90,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A target outside [0, K) would read and write outside the logits.
+// With a target outside [0, K) a kernel would read and write outside the logits.
 void check_target(const int64_t* target, int64_t b, int64_t classes) {
   uint64_t outside = 0;
   for (int64_t i = 0; i < b; ++i) outside |= uint64_t(target[i]) >= uint64_t(classes);
@@ -172,29 +173,30 @@ void check_index(const int64_t* index, int64_t b, int64_t samples) {
 }
 
 void augment(Address images, Address index, int64_t samples, int64_t channels, int64_t h, int64_t w,
-             Address x, Address where, int64_t b, int64_t seed, int64_t step, uint32_t stream, int64_t pad,
+             Address x, Address crops, int64_t b, int64_t seed, int64_t step, uint32_t stream, int64_t pad,
              bool flip, int64_t cutout, Address memory, Address start, float eps, bool l2) {
   check_index(at<int64_t>(index), b, samples);
   run.kernels->augment(at<uint8_t>(images), at<int64_t>(index), {channels, h, w}, at<float>(x),
-              at<int32_t>(where), b, uint64_t(seed), uint64_t(step), stream, pad, flip, cutout,
+              at<int32_t>(crops), b, uint64_t(seed), uint64_t(step), stream, pad, flip, cutout,
               at<int8_t>(memory), at<float>(start), eps, l2);
 }
 
-void recall(Address memory, Address index, Address where, int64_t samples, int64_t channels, int64_t h,
+void recall(Address memory, Address index, Address crops, int64_t samples, int64_t channels, int64_t h,
             int64_t w, Address x, Address out, int64_t b, bool channels_last, float eps, bool l2) {
   check_index(at<int64_t>(index), b, samples);
-  run.kernels->recall(at<int8_t>(memory), at<int64_t>(index), at<int32_t>(where), {channels, h, w},
+  run.kernels->recall(at<int8_t>(memory), at<int64_t>(index), at<int32_t>(crops), {channels, h, w},
              at<float>(x), at<float>(out), b, channels_last, eps, l2);
 }
 
-void remember(Address memory, Address index, Address where, int64_t samples, int64_t channels,
+void remember(Address memory, Address index, Address crops, int64_t samples, int64_t channels,
               int64_t h, int64_t w, Address x, Address z, int64_t b, bool channels_last, float eps) {
   check_index(at<int64_t>(index), b, samples);
-  run.kernels->remember(at<int8_t>(memory), at<int64_t>(index), at<int32_t>(where), {channels, h, w},
+  run.kernels->remember(at<int8_t>(memory), at<int64_t>(index), at<int32_t>(crops), {channels, h, w},
                at<float>(x), at<float>(z), b, channels_last, eps);
 }
 
-// One tuple a tensor: p, grad, grad dtype, first moment, second or 0, average or 0, elements, weight decay.
+// One tuple a tensor: p, grad, grad dtype, first moment, second or 0, average or 0, elements,
+// weight decay.
 using Row = std::tuple<Address, Address, int, Address, Address, Address, int64_t, float>;
 
 std::vector<Parameter> parameters(const std::vector<Row>& rows) {
@@ -227,7 +229,7 @@ NB_MODULE(_native, m) {
   const auto release = nb::call_guard<nb::gil_scoped_release>();
   m.def("isas", &names);
   m.def("isa", [] { return run.name; });
-  m.def("use_isa", &use);  // for tests: every build must pass them
+  m.def("use_isa", &use);  // for tests, which every build must pass
   m.def("keep_freed_memory", &keep_freed_memory);
 #ifdef _OPENMP
   m.attr("openmp") = true;

@@ -1,4 +1,4 @@
-// All kernels for one instruction set: compiled once for each, with ENGINE_ISA and flags to match.
+// All kernels for one instruction set; compiled once for each, with its ENGINE_ISA and flags.
 #include "../core/attack.hpp"
 #include "../core/data.hpp"
 #include "../core/logits.hpp"

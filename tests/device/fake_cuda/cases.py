@@ -1,4 +1,4 @@
-"""Run named cases on fake CUDA tensors; one line of JSON each: what ran, and what a GPU would refuse.
+"""Run named cases on fake CUDA tensors; print a line of JSON each, with what a GPU would refuse.
 
 ENGINE_FAKE_CUDA_GUARD=guard.so python -m tests.device.fake_cuda.cases [NAME ...]
 """
@@ -61,9 +61,6 @@ class Case:
         return self.run(recipes.load(self.recipe, {"step.capture": "off", **self.changes}))
 
 
-# ---- the device that is not there ----------------------------------------------------------------
-
-
 def pretend() -> None:
     """Make torch's Python side believe in the device too, for the whole process."""
     torch.cuda.is_bf16_supported = lambda *_, **__: True  # type: ignore[method-assign]
@@ -116,8 +113,8 @@ def built(recipe: Recipe, *, takes: bool = True) -> tuple[Step, ResidentLoader]:
         images, labels, BATCH, device=DEVICE, memory=memory, **build.sampling_of(recipe)
     )
     take = loader.take if takes else None
-    # torch's optimisers look at the learning rate when they are made: SGD refuses where lr < 0 is true, AdamW
-    # where lr >= 0 is not.
+    # torch's optimisers look at the learning rate when they are made: SGD refuses where lr < 0 is
+    # true, AdamW where lr >= 0 is not.
     with Spy(host=True, truth=recipe.optim.name != "torch-sgd"):
         step = build.build_step(recipe, network_of(recipe), steps=STEPS, memory=memory, take=take)
     step.train()
@@ -134,9 +131,6 @@ def watch(run: Callable[[], object], *, host: bool = False) -> Spy:
         spy.complaints.clear()
         run()
     return spy
-
-
-# ---- what is run ---------------------------------------------------------------------------------
 
 
 def step(recipe: Recipe) -> Spy:
@@ -247,8 +241,6 @@ def faulty(fault: str, recipe: Recipe) -> Spy:
     objective = type("Planted", (Faulty,), {"fault": staticmethod(FAULTS[fault].does)})()
     return step(replace(recipe, objective=objective))
 
-
-# ---- the cases -----------------------------------------------------------------------------------
 
 _SMALL = "fashion-mnist"
 _L2 = {"threat.norm": "L2", "threat.eps": "1.5"}

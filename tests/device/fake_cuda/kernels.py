@@ -33,8 +33,8 @@ def _table() -> dict[str, bool]:
         keys = {key for keys in _KEYS.findall(block) for key in keys.split(", ")}
         if delegate := _DELEGATE.search(entry):
             delegates[name] = delegate[1]
-        # Without a table of its own an operator is made of others, on any device; with an inner loop alone
-        # its kernels are generated, CUDA's too.
+        # Without a table of its own an operator is made of others, on any device; with an inner
+        # loop alone its kernels are generated, CUDA's too.
         anywhere = not dispatch or "\n  ufunc_inner_loop:" in entry or bool(keys & _EVERYWHERE)
         served[name] = anywhere or "CUDA" in keys
     return served | {name: served[other] for name, other in delegates.items()}
@@ -43,7 +43,8 @@ def _table() -> dict[str, bool]:
 def has_cuda_kernel(name: str) -> bool:
     """Return whether `name`, such as "aten::add.Tensor", runs on CUDA tensors.
 
-    Operators that are not in the table were generated from ones that are, or are not PyTorch's: True.
+    Operators that are not in the table were generated from ones that are, or are not PyTorch's:
+    True.
     """
     namespace, _, rest = name.partition("::")
     return namespace != "aten" or _table().get(rest.removesuffix(".default"), True)

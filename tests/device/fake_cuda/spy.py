@@ -1,4 +1,4 @@
-"""Look at every operator of a step on fake CUDA tensors and complain about what a GPU would not do."""
+"""Watch every operator of a step on fake CUDA tensors; complain where a GPU would refuse."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Prove the CUDA path on a bare machine with a GPU, in one call: `make gpu-check`, under eight minutes."""
+"""Prove the CUDA path on a bare machine with a GPU: `make gpu-check`, under eight minutes."""

@@ -1,11 +1,12 @@
 """Run the stages one after another, each with a limit of its own: a line a stage, a log each.
 
-    python -m tests.device.gpu_check [--out build/gpu-check] [--stages doctor steps ...] [--recipes RECIPE ...]
+    python -m tests.device.gpu_check [--out build/gpu-check] [--stages doctor steps ...] [--recipes
+    RECIPE ...]
 
 Nothing is installed: where `engine` cannot be imported whole, a copy of the sources serves that has
-kernels/ and benchmarks/ where the build would put them; what pip would have brought comes from the wheels
-in .whl/ (`make gpu-wheels` downloads them elsewhere). Without a GPU the stages that need one are skipped by
-name. The last line is ALL PASS or the number of bad stages.
+kernels/ and benchmarks/ where the build would put them; what pip would have brought comes from the
+wheels in .whl/ (`make gpu-wheels` downloads them elsewhere). Without a GPU the stages that need one
+are skipped by name. The last line is ALL PASS or the number of bad stages.
 """
 
 from __future__ import annotations
@@ -102,15 +103,13 @@ def run(stage: Stage, tree: Path, out: Path, environment: dict[str, str], limit:
         status, remark = 1, f"it says {stage.forbidden!r} "
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
     seconds = time.monotonic() - began
-    print(
-        f"{stage.name:15} {'ok' if status == 0 else 'BAD':4} {seconds:4.0f} s  {remark}{last[:140]}",
-        flush=True,
-    )
+    verdict = "ok" if status == 0 else "BAD"
+    print(f"{stage.name:15} {verdict:4} {seconds:4.0f} s  {remark}{last[:140]}", flush=True)
     return status == 0
 
 
 def tree_and_paths(out: Path) -> tuple[Path, list[Path]]:
-    """Return the folder to run in and what to put on Python's path: nothing, where engine is installed."""
+    """Return the folder to run in, and an addition to Python's path unless engine is installed."""
     paths = []
     wheels = missing_wheels()
     if wheels:

@@ -1,9 +1,9 @@
-"""Hold every recipe's captured step against its eager one, bit for bit; count waits for the device; time both.
+"""Compare every recipe's captured step with its eager one, bit for bit; count waits; time both.
 
     python -m tests.device.gpu_check.steps [--batch 64] [RECIPE ...]
 
-One line of JSON for each recipe and precision; the last line is ALL PASS or the number of bad rows. Without
-a GPU a tape stands in for the graph (`engine doctor --capture` has it too).
+One line of JSON for each recipe and precision; the last line is ALL PASS or the number of bad rows.
+Without a GPU a tape stands in for the graph (`engine doctor --capture` has it too).
 """
 
 from __future__ import annotations

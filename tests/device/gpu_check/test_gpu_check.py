@@ -1,4 +1,4 @@
-"""`make gpu-check` runs to its end without a GPU too, so that it does on the day when there is one."""
+"""Test that `make gpu-check` runs to its end without a GPU too."""
 
 from __future__ import annotations
 

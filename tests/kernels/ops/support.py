@@ -79,7 +79,7 @@ def exactly(op, *args, **options):
 
 
 def assert_accurate(name, actual, plain, exact, rounding=4.0):
-    """Hold an output to the reference: shape, type, NaN, and the error that `accuracy.error` allows."""
+    """Compare an output with the reference: shape, type, NaN, and `accuracy.error`'s bound."""
     actual, plain = actual.detach().cpu(), plain.detach()
     assert actual.shape == exact.shape, name
     assert actual.dtype == plain.dtype, name

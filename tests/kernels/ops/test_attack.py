@@ -24,8 +24,6 @@ from .support import (
     skip_bfloat16,
 )
 
-# ---- uniform_start ---------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -79,9 +77,6 @@ def test_uniform_start_is_uniform(backend, device):
     assert lengths.max() <= 1.0001
     # In two dimensions the radius has density 2r, so its mean is 2/3.
     assert abs(lengths.mean() - 2 / 3) < 0.04
-
-
-# ---- attack_step -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -158,9 +153,6 @@ def test_attack_step_stays_in_ball_and_box(backend, device, interpreted):
         delta = (out - x).flatten(1)
         size = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
         assert (size <= eps + 1e-6 + 1e-6 * eps).all()
-
-
-# ---- attack_step_ ----------------------------------------------------------------------------
 
 
 def check_in_place(x, z, grad, *, norm, network_input=None, eps=EPS, alpha=ALPHA):

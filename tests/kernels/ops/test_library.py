@@ -1,4 +1,4 @@
-"""What all ops share: torch.library's own checks, what they dispatch, and errors that name the argument."""
+"""Properties of all ops: torch.library's checks, dispatches, errors that name the argument."""
 
 import pytest
 import torch
@@ -87,9 +87,6 @@ def test_opcheck(backend, device, op, monkeypatch):
 
 def test_every_op_is_covered():
     assert set(operator_arguments("cpu")) == set(backends.OPS)
-
-
-# ---- bad input -------------------------------------------------------------------------------
 
 
 def bad_calls(device):

@@ -23,8 +23,6 @@ from .support import (
     targets,
 )
 
-# ---- gradients from logits -------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("shape", ROWS, ids=str)
@@ -69,8 +67,6 @@ def test_logit_gradients_are_those_of_the_losses():
     (kl,) = torch.autograd.grad(kl_loss, q)
     torch.testing.assert_close(reference.kl_grad(p, q.detach(), 1.0), kl)
 
-
-# ---- local_ball_loss -------------------------------------------------------------------------
 
 TERMS = {"all": (True, True), "local": (True, False), "global": (False, True), "ce": (False, False)}
 

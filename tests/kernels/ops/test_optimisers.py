@@ -23,16 +23,16 @@ def test_sgd_ema_step(backend, device, nesterov, with_average, grad_dtype, layou
     copies = []
     for dtype in (torch.float32, torch.float64):
         copy = [[t.detach().cpu().clone().to(dtype) for t in group] for group in state]
-        lr, found = torch.tensor(0.1, dtype=dtype), torch.tensor(0.0, dtype=dtype)
+        lr, overflow = torch.tensor(0.1, dtype=dtype), torch.tensor(0.0, dtype=dtype)
         for _ in range(2):
-            reference.sgd_ema_step(*copy, lr, found, *options)
+            reference.sgd_ema_step(*copy, lr, overflow, *options)
         copies.append(copy)
-    lr, found = torch.tensor(0.1, device=device), torch.zeros(1, device=device)
+    lr, overflow = torch.tensor(0.1, device=device), torch.zeros(1, device=device)
     for _ in range(2):
         kernels.sgd_ema_step(
             *state,
             lr=lr,
-            found_inf=found,
+            found_inf=overflow,
             momentum=0.9,
             weight_decay=DECAY,
             nesterov=nesterov,
@@ -74,10 +74,10 @@ def test_adamw_ema_step(backend, device, with_average, grad_dtype, layout):
     copies = []
     for dtype in (torch.float32, torch.float64):
         copy = [[t.detach().cpu().clone().to(dtype) for t in group] for group in state]
-        lr, found = torch.tensor(0.01, dtype=dtype), torch.tensor(0.0, dtype=dtype)
+        lr, overflow = torch.tensor(0.01, dtype=dtype), torch.tensor(0.0, dtype=dtype)
         for n in (1.0, 2.0):
             rest = (0.9, 0.999, 1e-8, DECAY, torch.tensor(0.99))
-            reference.adamw_ema_step(*copy, lr, torch.tensor(n), found, *rest)
+            reference.adamw_ema_step(*copy, lr, torch.tensor(n), overflow, *rest)
         copies.append(copy)
     for n in (1.0, 2.0):
         kernels.adamw_ema_step(

@@ -180,6 +180,6 @@ def test_the_stems_gradients_have_gradients(stem):
 
 
 def test_products_are_exact_here():
-    """Their tolerances are float32's: tf32 keeps 10 bits, and PyTorch takes it for convolutions by itself."""
+    """Switch tf32 off: it keeps 10 bits, and PyTorch uses it for convolutions by default."""
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
