@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
 from engine.models import Network
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported, and PyTorch's FLOP counter imports Triton: so it is set
+    # before any test. Without a GPU the kernels run in the interpreter.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Two test processes on two cores must not spin for each other's threads.
 torch.set_num_threads(1)

@@ -268,4 +268,4 @@ def test_mistakes_are_one_line(folders, tmp_path, monkeypatch, capsys):
 def test_help_says_that_foreign_code_runs(capsys):
     with pytest.raises(SystemExit):
         cli.run(["bench", "--help"])
-    assert "executes what lies there" in " ".join(capsys.readouterr().out.split())
+    assert "executes the code in it" in " ".join(capsys.readouterr().out.split())

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import EngineError, cli, models, pictures
-from engine.benchmarks import scaling, scaling_picture, tables
+from engine.benchmarks import predictions, scaling, scaling_picture, tables
 from engine.device import machine
 
 BASE = scaling.Point(batch=8, size=8)
@@ -178,8 +178,8 @@ def test_the_table_tells_growth_from_growth():
 
 def test_make_tables_draws_what_is_stored(monkeypatch, tmp_path):
     monkeypatch.setattr(tables.results, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(tables, "plans", lambda: "")
-    monkeypatch.setattr(tables, "full_scale", lambda: "")
+    monkeypatch.setattr(predictions, "plans", lambda: "")
+    monkeypatch.setattr(predictions, "full_scale", lambda: "")
     for folder in ("results", "docs/images"):
         (tmp_path / folder).mkdir(parents=True)
     for name, marks in (

@@ -1,14 +1,9 @@
 """Which backend runs, on which device, and outputs that start as NaN."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    # Read when triton is imported: without a GPU its kernels run in the interpreter.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from engine.device import precision
 from engine.kernels import backends

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -451,7 +452,9 @@ def test_a_full_disk_under_stdout_is_one_line(run):
 
 def test_a_hang_up_saves_like_sigterm(tmp_path):
     words = ["train", *SHORT, "--optim.epochs", "4000", "--checkpoint.seconds", "1000"]
-    process = started(*words, "--run-dir", "run", cwd=tmp_path)
+    # A test run under nohup would hand down its ignored SIGHUP.
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    process = started(*words, "--run-dir", "run", cwd=tmp_path, preexec_fn=heard)
     deadline = time.monotonic() + 200
     while not (tmp_path / "run" / "last.safetensors").exists():
         assert process.poll() is None

@@ -53,7 +53,9 @@ def build(
     torch.manual_seed(0)
     images, labels = blobs(64)
     model = Tiny(batch_norm=True)
-    memory = AdversaryMemory(64, (1, 6, 6), Linf(0.1))
+    # LIET makes its own start and takes none from a memory.
+    remembers = objective.name != "liet"
+    memory = AdversaryMemory(64, (1, 6, 6), Linf(0.1)) if remembers else None
     feed = loaders.build(
         loader,
         images,
@@ -70,7 +72,7 @@ def build(
         model,
         objective=objective,
         threat=Linf(0.1),
-        attack=Attack(steps=2, start="memory"),
+        attack=Attack(steps=2, start="memory" if remembers else "random"),
         optimiser=Optimiser(
             model, lr=Schedule().rates(0.1, EPOCHS * len(feed)), name=optimiser, ema=0.9
         ),
