@@ -17,8 +17,8 @@ COPY . .
 RUN pip install --no-cache-dir ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} \
       -c constraints.txt ".${EXTRAS:+[$EXTRAS]}"
 
-# Runs and data sets lie in a volume: docker run -v "$PWD:/work" ...
-WORKDIR /work
-ENV ENGINE_DATA=/work/data
+# Runs and data sets lie in a volume: docker run -v "$PWD:/workspace" ...
+WORKDIR /workspace
+ENV ENGINE_DATA=/workspace/data
 ENTRYPOINT ["engine"]
 CMD ["--help"]
