@@ -7,21 +7,21 @@ parameter-free attacks" (arXiv 2003.01690), algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...threat import ThreatModel
 from .losses import Loss
-from .oracle import Oracle, lengths, per_sample
+from .oracle import Attacked, Oracle, lengths, per_sample
 
 # The paper's constants: the share of steps that must raise the loss, and the momentum.
 _RISING, _MOMENTUM = 0.75, 0.75
 
 
 @dataclass
-class _State:
+class _State(Attacked):
     """Hold what every image carries from step to step; all tensors [B, ...].
 
     Attributes:
@@ -99,11 +99,6 @@ class _State:
         self.point = torch.where(wide, self.best, self.point)
         self.gradient = torch.where(wide, self.best_gradient, self.gradient)
         self.rises = torch.zeros_like(self.rises)
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all images but `rows`, bool [B]."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name)[rows])
 
 
 def checkpoints(steps: int) -> Iterator[int]:

@@ -7,13 +7,13 @@ adversary inside the threat ball is found: a nearer one would not change the ver
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...threat import ThreatModel
-from .oracle import Oracle, lengths, per_sample
+from .oracle import Attacked, Oracle, lengths, per_sample
 
 # The paper's constants: the most that the clean image pulls, overshoot, and the way back.
 _PULL, _OVERSHOOT, _BACK = 0.1, 1.05, 0.9
@@ -22,7 +22,7 @@ _FLAT = {"Linf": 0.0, "L2": 1e-8}
 
 
 @dataclass
-class _State:
+class _State(Attacked):
     """Hold the images under attack: position in the batch, clean image, label, target, iterate."""
 
     image: Tensor
@@ -30,11 +30,6 @@ class _State:
     y: Tensor
     target: Tensor
     point: Tensor
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all images but `rows`, bool [B]."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name)[rows])
 
 
 def fab(

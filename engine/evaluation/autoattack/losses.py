@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ... import kernels
-
-# From logits [B, K] and the rows of the batch that they belong to, int64 [B].
-Value = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)

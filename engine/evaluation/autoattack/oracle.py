@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import cast
 
 import torch
@@ -111,6 +112,16 @@ def prepared(model: nn.Module, example: Tensor) -> nn.Module:
         ((plain - fast).abs().max() <= _ROUNDING * plain.abs().max()).item()
     )
     return frozen if same else model
+
+
+@dataclass
+class Attacked:
+    """Hold the images under attack: every field of a subclass is a tensor [B, ...]."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all images but `rows`, bool [B]."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name)[rows])
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ on the image tries again. Every image meets the same queries in the same order a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...threat import ThreatModel
-from .oracle import Oracle, margin, per_sample
+from .oracle import Attacked, Oracle, margin, per_sample
 
 _FIRST_SHARE = 0.8  # share of the image that the first windows cover
 # The share halves after these queries, however many there are: AutoAttack ends at 5,000.
@@ -30,7 +30,7 @@ def window_side(query: int, pixels: int) -> float:
 
 
 @dataclass
-class _Search:
+class _Search(Attacked):
     """Hold the images under attack.
 
     Attributes:
@@ -45,11 +45,6 @@ class _Search:
     best: Tensor
     margin: Tensor
     query: Tensor
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all images but `rows`, bool [B]."""
-        for each in fields(self):
-            setattr(self, each.name, getattr(self, each.name)[rows])
 
 
 def square(
