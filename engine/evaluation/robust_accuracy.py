@@ -311,7 +311,8 @@ def check_images(x: Tensor, y: Tensor) -> None:
     """Raise an EngineError for no images, or for images outside [0, 1]."""
     if len(x) == 0 or len(x) != len(y):
         raise EngineError(f"cannot evaluate {len(x)} images with {len(y)} labels")
-    if x.dtype != torch.float32 or float(x.min()) < 0 or float(x.max()) > 1:
+    # NaN compares as false.
+    if x.dtype != torch.float32 or not (float(x.min()) >= 0 and float(x.max()) <= 1):
         raise EngineError(
             "images must be float32 in [0, 1]: put the normalisation inside the model, not in the "
             "data"

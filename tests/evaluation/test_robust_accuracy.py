@@ -241,3 +241,11 @@ def test_attack_face(trained):
     assert ((adversary - x).flatten(1).norm(dim=1) <= 0.5 * (1 + 1e-5)).all()
     accuracy = lambda z: float((model(z).argmax(1) == y).double().mean())  # noqa: E731
     assert accuracy(engine.attack(model, x, y, Linf(0.4), steps=10)) < accuracy(x)
+
+
+@pytest.mark.parametrize("judge", [engine.evaluate, engine.autoattack])
+def test_a_pixel_that_is_no_number_is_refused(judge):
+    x = torch.rand(4, 1, 6, 6)
+    x[2, 0, 3, 3] = float("nan")
+    with pytest.raises(EngineError, match=r"images must be float32 in \[0, 1\]"):
+        judge(Foreign(), x, torch.zeros(4, dtype=torch.int64), Linf(0.1))
