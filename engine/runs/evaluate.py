@@ -14,6 +14,7 @@ from ..errors import EngineError
 from ..evaluation import masking, robust_accuracy, robustbench
 from ..progress import EvaluationBar, bar
 from ..training.trainer import Result
+from . import hub
 from .build import build_model
 from .folder import Run
 from .images import classes, shape_of, test_set
@@ -23,18 +24,19 @@ _MASKING_EXAMPLES = 500
 
 
 def load(run: str | Path, checkpoint: str = "best") -> Any:
-    """Return the network of a run folder, in evaluation mode, on the CPU.
+    """Return the network of a run folder or an exported one, in evaluation mode, on the CPU.
 
     Args:
-        run: the folder that `engine train` wrote.
-        checkpoint: "best", the epoch with the best validation accuracy, or "last".
+        run: the folder that `engine train` wrote, or `engine export --format hub`.
+        checkpoint: "best", the epoch with the best validation accuracy, or "last"; an exported
+            folder has one checkpoint, and `checkpoint` changes nothing there.
     Returns:
         A module from images float32 [B, C, H, W] in [0, 1] to logits [B, K].
     Raises:
-        EngineError: if the folder is no run, or its weights are missing or damaged.
+        EngineError: if the folder is neither, or its weights are missing or damaged.
     """
-    opened = Run.open(Path(run))
-    return _network(opened, checkpoint)
+    folder = Path(run)
+    return hub.load(folder) if hub.is_exported(folder) else _network(Run.open(folder), checkpoint)
 
 
 def load_model(run: Run, checkpoint: str = "best") -> Any:
@@ -43,10 +45,18 @@ def load_model(run: Run, checkpoint: str = "best") -> Any:
 
 
 def _network(run: Run, checkpoint: str) -> Any:
-    shape, count = _of_weights(run, checkpoint) or (shape_of(run.recipe), len(classes(run.recipe)))
+    shape, count = dimensions(run, checkpoint)
     model = build_model(run.recipe, None, count, shape)
     run.load_into(model, checkpoint)
     return model.eval()
+
+
+def dimensions(run: Run, checkpoint: str = "best") -> tuple[torch.Size, int]:
+    """Return the shape [C, H, W] of a checkpoint's images and the number of its classes.
+
+    Files of weights have held them since `engine.load` exists; for older ones the data set is read.
+    """
+    return _of_weights(run, checkpoint) or (shape_of(run.recipe), len(classes(run.recipe)))
 
 
 def _of_weights(run: Run, checkpoint: str) -> tuple[torch.Size, int] | None:
