@@ -19,6 +19,8 @@ from ..threat import Number, ThreatModel
 from ..training.optimiser import OptimiserName
 from ..training.schedule import Schedule
 
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+
 
 def _absolute_path(path: str | None) -> str | None:
     """Make a path absolute: a run can then be resumed from any folder."""
@@ -210,6 +212,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Log:
+    to: Annotated[
+        tuple[LoggerName, ...],
+        Field(
+            description="loggers of the epochs' rows beside metrics.jsonl: tensorboard, wandb, "
+            "mlflow; on the command line with commas between, or none"
+        ),
+    ] = ("tensorboard",)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Hold all settings of a run."""
 
@@ -230,3 +243,4 @@ class Recipe:
     validation: Validation = field(default_factory=Validation)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    log: Log = field(default_factory=Log)

@@ -175,7 +175,7 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
     value: Any = text
     kind = _bare(known[dotted])
     if get_origin(kind) is tuple:
-        value = tuple(part for part in text.split(",") if part)
+        value = tuple(part for part in text.split(",") if part and part.lower() != "none")
     elif text.lower() == "none" and type(None) in get_args(kind):
         value = None
     for part in parts[:-1]:

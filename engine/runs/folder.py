@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _NAMES = (
     *("recipe.toml", "environment.json", "metrics.jsonl", "checkpoints", "lock", "summary.json"),
     *("best.safetensors", "last.safetensors", "evaluation.json", "masking.json", "report.html"),
-    *("pictures", "export"),
+    *("pictures", "export", "loggers.json", "wandb", "mlflow.db"),
 )
 # Characters of a recipe's name in the name of a folder, which may have 255 bytes.
 _LONGEST_NAME = 60
