@@ -92,7 +92,7 @@ def _read_onnx(path: Path) -> Logits:
 
 
 def _write_torchscript(model: nn.Module, images: Tensor, path: Path) -> None:
-    # PyTorch calls TorchScript deprecated; docs/export.md says so.
+    # PyTorch 2.13 calls TorchScript deprecated; docs/export.md says so.
     with _quiet(), torch.no_grad():
         torch.jit.trace(model, images).save(str(path))
 

@@ -145,7 +145,7 @@ class FakeWandB(types.ModuleType):
         super().__init__("wandb")
         self.inits, self.logged, self.finished = [], [], 0
 
-    def Settings(self, **options):  # noqa: N802: the package's own name
+    def Settings(self, **options):  # as the package calls it
         return options
 
     def init(self, **options):
