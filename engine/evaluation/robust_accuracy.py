@@ -25,7 +25,7 @@ from ..errors import EngineError
 from ..models import stem_of
 from ..threat import ThreatModel
 from .autoattack import ensemble, package
-from .autoattack.verdict import Progress, silent
+from .work import Progress, Work, silent
 
 Judge = Literal["pyautoattack", "engine"]
 PgdLoss = Literal["cross-entropy", "margin"]
@@ -47,7 +47,7 @@ class Report:
         worst_case: share of images that withstood every attack that was run.
         after: AutoAttack's robust accuracy after each of its attacks.
         judge: who ran AutoAttack: "pyautoattack" or "engine".
-        seconds: wall-clock seconds in all.
+        seconds: wall-clock seconds in all, with those before a kill.
         notes: warnings of AutoAttack's own checks.
         attacks: the attacks of AutoAttack, see `attack_names`.
     """
@@ -92,7 +92,7 @@ def pgd(
     step: PgdStep = "constant",
     seed: int = 0,
     batch_size: int = 500,
-    progress: Progress = silent,
+    work: Work | None = None,
 ) -> Tensor:
     """Run PGD with restarts (Madry et al., arXiv 1706.06083).
 
@@ -106,22 +106,25 @@ def pgd(
             minus the label's.
         step: the step size. constant: eps / 4 (2.5 eps / steps below ten steps); decaying: from eps
             linearly to eps / steps. Constant steps overstate robust accuracy at a large radius.
+        work: runs the batches; left out: here and silently.
     Returns:
         bool [N], True for images that every point leaves correctly classified.
     """
-    gradient = _GRADIENTS[loss]
+    gradient, work = _GRADIENTS[loss], work or Work()
     if step == "decaying":
         sizes = [threat.eps * (1 - k / steps) for k in range(steps)]
     else:
         sizes = [threat.eps * max(0.25, 2.5 / steps)] * steps
     robust = predictions(model, x, batch_size=batch_size) == y
     for restart in range(restarts):
-        alive = robust.nonzero().flatten()
-        progress("pgd", restart, restarts)
-        for number, indices in enumerate(alive.split(batch_size)):
+
+        def judge(number: int, indices: Tensor, restart: int = restart) -> Tensor:
             state = rng.state(seed, x.device, step=restart * 1_000_003 + number)
-            robust[_break(model, x, y, indices, threat, gradient, sizes, state)] = False
-    progress("pgd", restarts, restarts)
+            return _break(model, x, y, indices, threat, gradient, sizes, state)
+
+        batches = robust.nonzero().flatten().split(batch_size)
+        name = f"PGD restart {restart + 1} of {restarts}"
+        robust[work.fallen(name, batches, judge)] = False
     return robust
 
 
@@ -218,6 +221,7 @@ def evaluate(
     batch_size: int = 500,
     seed: int = 0,
     progress: Progress = silent,
+    work: Work | None = None,
 ) -> Report:
     """Measure clean accuracy, and run PGD with restarts and AutoAttack on the same images.
 
@@ -233,7 +237,9 @@ def evaluate(
             package's targeted losses do not take.
         batch_size: images in memory at once.
         seed: of both attacks.
-        progress: called with (attack, done, total).
+        progress: called with (attack, batches done, batches).
+        work: runs the batches in place of `progress`: in several processes, or from where a stopped
+            evaluation ended.
     Returns:
         The accuracies, and the robust accuracy after each of AutoAttack's attacks.
     Raises:
@@ -242,7 +248,7 @@ def evaluate(
     """
     x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
     check_images(x, y)
-    began = time.perf_counter()
+    began, work = time.perf_counter(), work or Work(progress)
     with evaluation_mode(model):
         with torch.no_grad():
             logits = model(x[:1])
@@ -259,7 +265,7 @@ def evaluate(
             restarts=pgd_restarts,
             seed=seed,
             batch_size=batch_size,
-            progress=progress,
+            work=work,
         )
         worst, by_aa = by_pgd, None
         after: dict[str, float] = {}
@@ -275,7 +281,7 @@ def evaluate(
                 version=autoattack_version,
                 seed=seed,
                 batch_size=batch_size,
-                progress=progress,
+                work=work,
             )
             by_aa, after, notes = verdict.robust, verdict.after, verdict.notes
             worst = by_pgd & by_aa
@@ -290,7 +296,7 @@ def evaluate(
         pgd_restarts=pgd_restarts,
         autoattack_version=autoattack_version,
         judge=judge,
-        seconds=time.perf_counter() - began,
+        seconds=work.seconds + time.perf_counter() - began,
         after=after,
         notes=notes,
         attacks=attacks,

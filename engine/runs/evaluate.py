@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from ..device.machine import device, peak_memory_mb
+from .. import files
+from ..device.distributed import World
+from ..device.machine import device, environment, peak_memory_mb
 from ..errors import EngineError
 from ..evaluation import masking, robust_accuracy, robustbench
+from ..evaluation.work import Work
 from ..progress import EvaluationBar, bar
 from ..training.trainer import Result
 from . import hub
-from .build import build_model
+from .build import ALONE, build_model
 from .folder import Run
 from .images import classes, shape_of, test_set
 
@@ -76,15 +81,28 @@ def _of_weights(run: Run, checkpoint: str) -> tuple[torch.Size, int] | None:
     return torch.Size(shape), count
 
 
-def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
-    """Evaluate a checkpoint on the test images and write evaluation.json."""
+def evaluate_run(
+    run: Run, checkpoint: str = "best", world: World = ALONE
+) -> robust_accuracy.Report:
+    """Evaluate a checkpoint on the test images and write evaluation.json.
+
+    The answers so far lie in RUN/evaluation: an evaluation that was stopped goes on with the
+    batches that are left.
+
+    Args:
+        world: the processes that share the batches; the first alone writes evaluation.json.
+    """
     recipe = run.recipe
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     x, y = test_set(recipe)
+    model = load_model(run, checkpoint)
     with bar() as progress:
+        work = Work(
+            EvaluationBar(progress), world, run.place("evaluation"), _about(run, checkpoint, y)
+        )
         report = robust_accuracy.evaluate(
-            load_model(run, checkpoint),
+            model,
             x,
             y,
             recipe.threat,
@@ -94,8 +112,31 @@ def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
             judge=recipe.evaluation.judge,
             batch_size=recipe.evaluation.batch_size,
             seed=recipe.seed,
-            progress=EvaluationBar(progress),
+            work=work,
         )
+    if world.first:
+        _write(run, checkpoint, report)
+    work.finish()
+    return report
+
+
+def _about(run: Run, checkpoint: str, y: Tensor) -> dict[str, Any]:
+    """Return the plain values that decide the answers of an evaluation."""
+    recipe = run.recipe
+    weights = run.path / f"{checkpoint}.safetensors"
+    return {
+        "weights": files.digest(weights, weights.stat().st_size),
+        "threat": [recipe.threat.norm, recipe.threat.eps],
+        "evaluation": dataclasses.asdict(recipe.evaluation),
+        "data": [recipe.data.name, len(y)],
+        "seed": recipe.seed,
+        "engine": environment()["engine"],
+        "device": y.device.type,
+    }
+
+
+def _write(run: Run, checkpoint: str, report: robust_accuracy.Report) -> None:
+    recipe = run.recipe
     width = "" if recipe.model.width is None else f", width {recipe.model.width}"
     fields = robustbench.fields(
         report,
@@ -104,7 +145,6 @@ def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
         dataset=recipe.data.name,
     )
     run.write_json("evaluation.json", {**fields, "checkpoint": checkpoint})
-    return report
 
 
 def check_masking(

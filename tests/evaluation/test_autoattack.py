@@ -94,9 +94,9 @@ def test_apgd_walks_as_the_package_does(trained, threat):
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_targeted_attacks_break_what_the_package_breaks(trained, threat):
     net, x, y = trained
-    attacks = ensemble._attacks(Oracle(net), threat, 6, "standard", 500)
+    attacks = ensemble._attacks(Oracle(net), x, y, net(x), threat, "standard", SEED, 500)
     for name in ("apgd-t", "fab-t"):
-        rows, found = attacks[name](x, y, draw())
+        rows, found = attacks[name](torch.arange(len(x)))
         broken, _ = theirs(net, x, y, threat, name)
         assert torch.equal(as_mask(rows, x), broken), name
         assert (net(found).argmax(1) != y[rows]).all()
@@ -235,6 +235,15 @@ def test_two_or_three_classes_are_attacked(classes, monkeypatch):
         verdict = ensemble.run(net, x, y, ThreatModel("Linf", 0.3))
     assert list(verdict.after) == ["apgd-ce", "apgd-difference", "fab-t", "square"]
     assert float(verdict.robust.double().mean()) < 1
+
+
+def test_an_image_passes_once_for_its_targets(trained):
+    """The clean logits rank the target classes of all attacks."""
+    net, x, y = trained
+    verdict = ensemble.run(net, x, y, Linf(0.26), version="apgd", seed=SEED, batch_size=20)
+    fell = int((~verdict.robust).sum())
+    assert 0 < fell < len(x)
+    assert verdict.forward_images == len(x) + fell
 
 
 def test_everything_fallen_or_wrong_is_no_error(trained):

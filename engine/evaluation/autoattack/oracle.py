@@ -39,10 +39,14 @@ class Oracle:
         return self._forward(x)
 
     @torch.no_grad()
+    def exact_logits(self, x: Tensor) -> Tensor:
+        """Return the logits [B, K] of the network itself, not of its prepared form."""
+        self.forward_images += len(x)
+        return self.model(x)
+
     def is_wrong(self, x: Tensor, y: Tensor) -> Tensor:
         """Return where the network itself, not its prepared form, misses the labels: bool [B]."""
-        self.forward_images += len(x)
-        return self.model(x).argmax(1) != y
+        return self.exact_logits(x).argmax(1) != y
 
     def gradient(self, x: Tensor, towards: TowardsLogits) -> tuple[Tensor, Tensor]:
         """Return the logits at x and the input gradient of a loss.
