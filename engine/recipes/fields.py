@@ -13,7 +13,7 @@ from ..adversary.attack import Attack
 from ..data.loaders import LoaderName
 from ..data.own import absolute
 from ..device.precision import Precision
-from ..evaluation.robust_accuracy import PgdLoss, PgdStep
+from ..evaluation.robust_accuracy import EvaluationPrecision, PgdLoss, PgdStep
 from ..objectives import AnyObjective, LocalBall
 from ..threat import Number, ThreatModel
 from ..training.optimiser import OptimiserName
@@ -208,6 +208,13 @@ class Evaluation:
             "engine's"
         ),
     ] = "pyautoattack"
+    precision: Annotated[
+        EvaluationPrecision,
+        Field(
+            description="arithmetic of the attacks' passes; in bf16 an adversary counts only if "
+            "the float32 network falls for it, and judge must be engine"
+        ),
+    ] = "fp32"
     batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500
 
 

@@ -22,6 +22,7 @@ from .. import files
 from ..data import own
 from ..device import apex
 from ..errors import EngineError
+from ..evaluation.robust_accuracy import check_precision
 from ..objectives import AnyObjective, LocalBall
 from ..text import shown
 from .fields import Recipe
@@ -96,6 +97,8 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
                 f'{recipe.threat.eps:g}/255 is written "{recipe.threat.eps:g}/255"'
             )
         apex.check_precision(recipe.optim.name, recipe.step.precision)
+        evaluation = recipe.evaluation
+        check_precision(evaluation.precision, evaluation.judge, evaluation.autoattack)
     except ValidationError as error:
         raise EngineError(f"{source}: {_one_line(error)}") from None
     except EngineError as error:

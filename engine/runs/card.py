@@ -62,6 +62,8 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
     elif found.get("autoattack_judge") == "engine":
         claim["autoattack_acc"] = None
         claim["footnote"] = "AutoAttack by its authors' package has not been run"
+    elif found.get("precision", "fp32") != "fp32":
+        claim["footnote"] = f"attacks in {found.get('precision')}, verified in fp32"
     elif found.get("examples") != images.test_size(run.recipe):
         claim["footnote"] = f"first {found.get('examples')} test images only"
     return claim
@@ -122,6 +124,8 @@ def model_card(
 def _measured(recipe: Recipe, report: Mapping[str, Any]) -> list[tuple[str, float]]:
     """Return (name, percent) of every accuracy in the report."""
     threat = f"{recipe.threat.norm}, eps {as_written(recipe.threat.eps)}"
+    if report.get("precision", "fp32") != "fp32":
+        threat += f", attacks in {report['precision']}"
     judge = ", by the engine's own" if report.get("autoattack_judge") == "engine" else ""
     names = {
         "clean_acc": "Clean accuracy",

@@ -112,6 +112,7 @@ def evaluate_run(
             judge=recipe.evaluation.judge,
             batch_size=recipe.evaluation.batch_size,
             seed=recipe.seed,
+            precision=recipe.evaluation.precision,
             work=work,
         )
     if world.first:
@@ -191,6 +192,7 @@ def accuracies(report: robust_accuracy.Report) -> dict[str, Any]:
         "pgd": report.pgd,
         "autoattack": report.autoattack,
         "autoattack_attacks": list(report.attacks),
+        "precision": report.precision,
         "examples": report.examples,
         "eval_seconds": round(report.seconds, 2),
     }

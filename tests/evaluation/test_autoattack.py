@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyautoattack import AutoAttack
 from pyautoattack.fab_projections import projection_l2, projection_linf
+from torch import nn
 from torch.nn import functional as F
 
 from engine import L2, Linf, ThreatModel
@@ -18,7 +19,7 @@ from engine.evaluation.autoattack.losses import CrossEntropy, LogitDifference, T
 from engine.evaluation.autoattack.oracle import Oracle, lengths
 from engine.evaluation.autoattack.square import square, window_side
 from engine.evaluation.autoattack.square_l2 import square_l2
-from engine.evaluation.robust_accuracy import evaluation_mode
+from engine.evaluation.robust_accuracy import evaluation_mode, pgd
 
 from ..conftest import Foreign, Tiny, blobs
 
@@ -244,6 +245,47 @@ def test_an_image_passes_once_for_its_targets(trained):
     fell = int((~verdict.robust).sum())
     assert 0 < fell < len(x)
     assert verdict.forward_images == len(x) + fell
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_in_bf16_an_image_falls_only_where_the_float32_network_does(trained, threat, monkeypatch):
+    monkeypatch.setattr(ensemble, "QUERIES", 100)
+    net, x, y = trained
+    x, y = x[:16], y[:16]
+    exact = ensemble.run(net, x, y, threat, seed=SEED)
+    verdict = ensemble.run(net, x, y, threat, seed=SEED, precision="bf16")
+    broken = ~verdict.robust
+    assert broken.any()
+    assert (net(verdict.adversaries).argmax(1)[broken] != y[broken]).all()
+    inside = lengths(verdict.adversaries - x, threat.norm) <= threat.eps * (1 + 1e-5)
+    assert inside.all()
+    assert (verdict.robust == exact.robust).double().mean() >= 0.9
+
+
+class WrongInBf16(nn.Module):
+    """Under autocast the opposite of the network: every image falls at once, and none in truth."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        logits = self.net(x)
+        return -logits if torch.is_autocast_enabled("cpu") else logits
+
+
+def test_what_falls_in_bf16_alone_is_attacked_in_float32(trained, monkeypatch):
+    monkeypatch.setattr(ensemble, "QUERIES", 100)
+    net, x, y = trained
+    x, y = x[:24], y[:24]
+    exact = ensemble.run(WrongInBf16(net), x, y, Linf(0.26), seed=SEED)
+    verdict = ensemble.run(WrongInBf16(net), x, y, Linf(0.26), seed=SEED, precision="bf16")
+    assert 0 < int(exact.robust.sum()) < len(x)
+    assert torch.equal(verdict.robust, exact.robust)
+    words = {"steps": 10, "restarts": 2, "seed": SEED}
+    by_pgd = pgd(WrongInBf16(net), x, y, Linf(0.26), **words)
+    assert 0 < int(by_pgd.sum()) < len(x)
+    assert torch.equal(pgd(WrongInBf16(net), x, y, Linf(0.26), precision="bf16", **words), by_pgd)
 
 
 def test_everything_fallen_or_wrong_is_no_error(trained):

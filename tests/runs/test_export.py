@@ -85,6 +85,29 @@ def test_a_subset_is_no_claim_for_the_whole_test_set(run):
     assert "footnote" not in whole or "397" in whole["footnote"]
 
 
+def test_attacks_in_bf16_are_named_wherever_accuracies_are_shown(tmp_path, capsys):
+    path = str(tmp_path / "run")
+    words = ["train", "quickstart", "--optim.epochs", "1", "--run-dir", path, *QUICK]
+    words += ["--evaluation.precision", "bf16"]
+    assert cli.run([*words, "--evaluation.autoattack", "apgd"]) == 2
+    assert "evaluation.judge = engine" in capsys.readouterr().err
+    words += ["--evaluation.judge", "engine", "--evaluation.autoattack", "apgd"]
+    assert cli.run([*words, "--evaluation.examples", "20"]) == 0
+    assert "Attacks in bf16; adversaries verified in fp32." in capsys.readouterr().out
+    run = Run.open(Path(path))
+    assert run.read_json("evaluation.json")["precision"] == "bf16"
+    assert "attacks in bf16, verified in fp32" in (run.path / "report.html").read_text()
+    for format in ("robustbench", "hub"):
+        export(run, tmp_path / format, format)
+        card = (tmp_path / format / "README.md").read_text()
+        assert "The attacks ran in bf16" in card
+    assert "eps 0.15, attacks in bf16)" in card
+    found = run.read_json("evaluation.json")
+    standard = {"autoattack_version": "standard", "autoattack_attacks": [], "examples": 397}
+    claim = claim_of(run, {**found, **standard, "autoattack_judge": "pyautoattack"})
+    assert claim["footnote"] == "attacks in bf16, verified in fp32"
+
+
 def test_a_run_that_was_not_evaluated_is_refused(tmp_path, capsys):
     path = str(tmp_path / "run")
     words = ["train", "quickstart", "--optim.epochs", "1", "--run-dir", path, "--json", "--no-eval"]

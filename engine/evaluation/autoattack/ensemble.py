@@ -39,6 +39,7 @@ def run(
     seed: int = 0,
     batch_size: int = 500,
     work: Work | None = None,
+    precision: str = "fp32",
 ) -> Verdict:
     """Attack images with all attacks of a version.
 
@@ -51,18 +52,52 @@ def run(
         seed: of every batch of every attack.
         batch_size: images in memory at once.
         work: runs the batches; left out: here and silently.
+        precision: of the attacks' passes, "fp32" or "bf16". An image falls only where the float32
+            network is wrong.
     """
     work = work or Work()
     oracle = Oracle(model, x[:batch_size])
+    fast = oracle if precision == "fp32" else Oracle(model, precision=precision)
     clean = torch.cat([oracle.exact_logits(images) for images in x.split(batch_size)])
-    attacks = _attacks(oracle, x, y, clean, threat, version, seed, batch_size)
+    options = (x, y, clean, threat, version, seed, batch_size)
+    attacks = {
+        name: _verified(oracle, y, attack) for name, attack in _attacks(oracle, *options).items()
+    }
+    if fast is not oracle:
+        claims = _attacks(fast, *options)
+        attacks = {
+            name: _verified(oracle, y, claims[name], attack) for name, attack in attacks.items()
+        }
     verdict = in_turn(attacks, x, clean.argmax(1) == y, batch_size, work)
     return replace(
         verdict,
         notes=[*work.notes, *_notes(verdict.after)],
-        forward_images=oracle.forward_images,
-        gradient_images=oracle.gradient_images,
+        forward_images=sum(o.forward_images for o in {oracle, fast}),
+        gradient_images=sum(o.gradient_images for o in {oracle, fast}),
     )
+
+
+def _verified(oracle: Oracle, y: Tensor, attack: Attack, exact: Attack | None = None) -> Attack:
+    """Return `attack`, whose adversaries count only if the float32 network falls for them.
+
+    The network judges each adversary as it would be published.
+
+    Args:
+        exact: where `attack` runs in bf16: the same in float32. An image that falls in bf16 alone
+            has left `attack` early, so `exact` attacks it. An image that stands has then withstood
+            the whole attack in one of the two.
+    """
+
+    def verified(rows: Tensor) -> tuple[Tensor, Tensor]:
+        claimed, found = attack(rows)
+        wrong = oracle.is_wrong(found, y[claimed])
+        fallen, adversaries = claimed[wrong], found[wrong]
+        if exact is None or wrong.all():
+            return fallen, adversaries
+        more, others = exact(claimed[~wrong])
+        return torch.cat([fallen, more]), torch.cat([adversaries, others])
+
+    return verified
 
 
 def _notes(after: dict[str, float]) -> list[str]:
@@ -87,7 +122,7 @@ def _attacks(
     seed: int,
     batch_size: int,
 ) -> dict[str, Attack]:
-    """Return the attacks of a version by name, in their order.
+    """Return the attacks of a version by name, in their order; what they find is not verified.
 
     Args:
         clean: logits [N, K] at the images x.
@@ -117,24 +152,17 @@ def _attacks(
             return square_l2(oracle, x[rows], y[rows], threat, queries=QUERIES, draw=draw)
         return square(oracle, x[rows], y[rows], threat, queries=QUERIES, rows=batch_size, draw=draw)
 
-    def verified(once: _Once, tries: range) -> Attack:
-        """The verdict is the network's own, on the adversary as it would be published."""
-
-        def attack(rows: Tensor) -> tuple[Tensor, Tensor]:
-            fallen, found = _repeat(rows, once, tries, torch.Generator().manual_seed(seed), x[:0])
-            wrong = oracle.is_wrong(found, y[fallen])
-            return fallen[wrong], found[wrong]
-
-        return attack
+    def tried(once: _Once, tries: range) -> Attack:
+        return lambda rows: _repeat(rows, once, tries, torch.Generator().manual_seed(seed), x[:0])
 
     single, ranks = range(1), range(2, targets + 2)
-    attacks = {"apgd-ce": verified(apgd_ce, range(5 if version == "apgd" else 1))}
+    attacks = {"apgd-ce": tried(apgd_ce, range(5 if version == "apgd" else 1))}
     if classes >= 4:
-        attacks["apgd-t"] = verified(apgd_t, ranks)
+        attacks["apgd-t"] = tried(apgd_t, ranks)
     else:
-        attacks["apgd-difference"] = verified(apgd_difference, single)
+        attacks["apgd-difference"] = tried(apgd_difference, single)
     if version == "standard":
-        attacks |= {"fab-t": verified(fab_t, ranks), "square": verified(random_search, single)}
+        attacks |= {"fab-t": tried(fab_t, ranks), "square": tried(random_search, single)}
     return attacks
 
 
