@@ -14,18 +14,18 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..data import datasets
 from ..data.loaders import ResidentLoader
 from ..device import phases
 from ..device.capture import Work
 from ..recipes import Recipe
 from ..runs import build
+from ..runs.images import facts
 from ..training.step import Step
 from .dispatch import Call, Spy, storage_of
 
@@ -173,12 +173,15 @@ def audit(recipe: Recipe) -> Audit:
 
 def _train(recipe: Recipe, tape: Tape | None) -> tuple[Step, list[str]]:
     """Run some steps of a recipe on random images; return the step and the tensors that moved."""
-    about = datasets.info(recipe.data.name)
+    about = facts(recipe)
+    # Pictures reach a captured step as copies of batches: images in memory stand for them.
+    data = replace(recipe.data, size=None, resize=None, scale=None, jitter=0.0)
+    recipe = replace(recipe, data=data)
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8 * _BATCH, *about.shape), dtype=torch.uint8, generator=draw)
-    labels = torch.randint(0, len(about.classes), (len(images),), generator=draw)
+    labels = torch.randint(0, about.classes, (len(images),), generator=draw)
     torch.manual_seed(0)
-    model = build.build_model(recipe, images, len(about.classes), images.shape[1:])
+    model = build.build_model(recipe, images, about.classes, images.shape[1:])
     memory = build.memory_for(recipe, images)
     loader = ResidentLoader(images, labels, _BATCH, memory=memory, **build.sampling_of(recipe))
     step = build.build_step(

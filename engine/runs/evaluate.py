@@ -16,7 +16,7 @@ from ..progress import EvaluationBar, bar
 from ..training.trainer import Result
 from .build import build_model
 from .folder import Run
-from .images import classes, shape_of, test_set
+from .images import classes, first_test_images, part_size, parts, shape_of, test_images
 
 # Enough for differences of five points, and affordable.
 _MASKING_EXAMPLES = 500
@@ -71,18 +71,19 @@ def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
     recipe = run.recipe
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    x, y = test_set(recipe)
+    size = recipe.evaluation.batch_size
+    images, labels = test_images(recipe)
+    held = parts(images, labels, device(), part_size(images, size))
     with bar() as progress:
-        report = robust_accuracy.evaluate(
+        report = robust_accuracy.evaluate_parts(
             load_model(run, checkpoint),
-            x,
-            y,
+            held,
             recipe.threat,
             pgd_steps=recipe.evaluation.pgd_steps,
             pgd_restarts=recipe.evaluation.pgd_restarts,
             autoattack_version=recipe.evaluation.autoattack,
             judge=recipe.evaluation.judge,
-            batch_size=recipe.evaluation.batch_size,
+            batch_size=size,
             seed=recipe.seed,
             progress=EvaluationBar(progress),
         )
@@ -114,7 +115,7 @@ def check_masking(
         raise EngineError(
             f"{surrogate.path} is of {surrogate.recipe.data.name}: transfer needs one dataset"
         )
-    x, y = (t[:_MASKING_EXAMPLES] for t in test_set(recipe))
+    x, y = first_test_images(recipe, _MASKING_EXAMPLES)
     other = None if surrogate is None else load_model(surrogate)
     model = load_model(run, checkpoint)
     with bar() as progress, robust_accuracy.evaluation_mode(model):
