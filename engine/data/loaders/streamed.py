@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..arrays import to_device
-from ..photos import Photos, Sample, as_floats, stacked
+from ..photos import Frames, Photos, Sample, as_floats, stacked
 from .base import Batch, Loader, Sampling, blank
 
 Faults = list[tuple[str, str]]
@@ -64,21 +65,29 @@ class PhotoLoader(Loader, abc.ABC):
             self._order = epoch, self.sampling.order(epoch)
         return self._order[1][step // self.sampling.replays]
 
-    def batch(self, epoch: int, pixels: Tensor, positions: Tensor, faults: Faults) -> Batch:
+    def frames(self, epoch: int, positions: Tensor) -> Frames:
+        """Return the frames of pictures in an epoch."""
+        return self.framing.draw(epoch, positions, self.photos.sizes_of(positions))
+
+    def batch(
+        self, epoch: int, pixels: Tensor, positions: Tensor, crops: Tensor, faults: Faults
+    ) -> Batch:
         """Return the batch of framed pictures, on the device.
 
         Args:
-            pixels: uint8 [B, 3, H, W]; positions: int64 [B], after replacements of damaged ones.
+            pixels: uint8 [B, 3, H, W], or float32 in [0, 1].
+            positions: int64 [B], after damaged pictures were replaced.
+            crops: int32 [B, 3], before that.
         Raises:
             EngineError: for damaged files, where they are refused.
         """
-        self.photos.admit(faults)
-        crops = self.framing.draw(epoch, positions, self.photos.sizes_of(positions)).crops
-        x = as_floats(pixels, self.device)
+        if faults:
+            self.photos.admit(faults)
+            crops = self.frames(epoch, positions).crops
+        x = pixels if pixels.is_floating_point() else as_floats(pixels, self.device)
         if self.framing.jitter:
-            matrix, offset = (
-                to_device(t, self.device) for t in self.framing.colours(epoch, positions)
-            )
+            colours = self.framing.colours(epoch, positions)
+            matrix, offset = (to_device(t, self.device) for t in colours)
             x = torch.baddbmm(offset, matrix, x.flatten(2)).clamp_(0.0, 1.0).view_as(x)
         labels = self.photos.labels_of(positions)
         return Batch(x, *(to_device(t, self.device) for t in (labels, positions, crops)))
@@ -100,6 +109,8 @@ class _Keys:
 
     def __init__(self, loader: WorkerPhotoLoader) -> None:
         self.loader, self.epoch, self.first = loader, 0, 0
+        # Of the batches on their way.
+        self.crops: deque[Tensor] = deque()
 
     def __len__(self) -> int:
         return len(self.loader) - self.first
@@ -108,8 +119,8 @@ class _Keys:
         loader, epoch = self.loader, self.epoch
         for step in range(self.first, len(loader)):
             positions = loader.positions(epoch, step)
-            sizes = loader.photos.sizes_of(positions)
-            frames = loader.framing.draw(epoch, positions, sizes)
+            frames = loader.frames(epoch, positions)
+            self.crops.append(frames.crops)
             columns = [positions[:, None], frames.windows, frames.crops]
             keys = torch.cat([*columns, torch.full_like(positions[:, None], epoch)], 1)
             yield keys.tolist()
@@ -140,8 +151,9 @@ class WorkerPhotoLoader(PhotoLoader):
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         self._keys.epoch, self._keys.first = epoch, first
+        self._keys.crops.clear()
         for pixels, positions, faults in self._loader:
-            yield self.batch(epoch, pixels, positions, faults)
+            yield self.batch(epoch, pixels, positions, self._keys.crops.popleft(), faults)
 
     def close(self) -> None:
         self._loader = ()

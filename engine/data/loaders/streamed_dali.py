@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ...errors import EngineError
 from ...kernels import reference
-from ..photos import Photos, Sample, shifted
+from ..photos import Photos, Sample, scale_into, shifted
 from .base import Batch
 from .dali import unavailable
 from .streamed import PhotoLoader
@@ -109,58 +109,58 @@ class DaliPhotoLoader(PhotoLoader):
             images = self._decoded()
         asked = self._asked.popleft()
         samples = {row: future.result() for row, future in asked.by_hand.items()}
-        pixels = self._scaled(images, asked, samples)
+        scaled = self._scaled_on_gpu if self._on_gpu else self._scaled
+        pixels = scaled(images, asked, samples)
         positions = asked.positions.clone()
         for row, sample in samples.items():
             positions[row] = sample.position
         faults = [fault for sample in samples.values() for fault in sample.faults]
-        return self.batch(asked.epoch, pixels, positions, faults)
+        return self.batch(asked.epoch, pixels, positions, asked.crops, faults)
 
     def _decoded(self) -> Any:
         # Outputs made on the stream that reads them need no wait for the device.
         stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
         return self._pipeline.run(stream)[0]
 
+    def _scaled_on_gpu(self, images: Any, asked: _Asked, samples: dict[int, Sample]) -> Tensor:
+        """Return uint8 [B, 3, H, W], shifted and mirrored, on the GPU."""
+        pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2)
+        rows = torch.arange(len(pixels), device=self.device)
+        pixels = reference.crop(pixels, rows, asked.crops.to(self.device))
+        for row, sample in samples.items():
+            pixels[row] = torch.from_numpy(np.ascontiguousarray(sample.pixels)).to(self.device)
+        return pixels
+
     def _scaled(self, images: Any, asked: _Asked, samples: dict[int, Sample]) -> Tensor:
-        """Return uint8 [B, 3, H, W], shifted, channels last in memory."""
-        if self._on_gpu:
-            pixels = torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).clone()
-            if self.framing.pad:
-                shifts = asked.crops.to(self.device)
-                # DALI has mirrored already.
-                shifts = torch.stack([shifts[:, 0], shifts[:, 1] * (1 - 2 * shifts[:, 2])], 1)
-                shifts = torch.cat([shifts, torch.zeros_like(shifts[:, :1])], 1)
-                rows = torch.arange(len(pixels), device=self.device)
-                pixels = reference.crop(pixels, rows, shifts)
-            for row, sample in samples.items():
-                pixels[row] = torch.from_numpy(sample.pixels).permute(2, 0, 1).to(self.device)
-            return pixels
-        height, width = self.framing.size
-        out = np.empty((len(asked.positions), height, width, 3), np.uint8)
+        """Return float32 [B, 3, H, W] in [0, 1], shifted and mirrored."""
+        out = np.empty((len(asked.positions), 3, *self.framing.size), np.float32)
         crops = asked.crops.tolist()
 
-        def scale(row: int) -> None:
-            if row in samples:
-                out[row] = samples[row].pixels
-                return
-            image = torch.from_dlpack(images[row]).permute(2, 0, 1)[None]
-            scaled = F.interpolate(image, (height, width), mode="bilinear", antialias=True)
-            out[row] = shifted(scaled[0].permute(1, 2, 0).numpy(), crops[row])
+        def scale(rows: range) -> None:
+            for row in rows:
+                if row in samples:
+                    scale_into(out[row], samples[row].pixels)
+                    continue
+                image = torch.from_dlpack(images[row]).permute(2, 0, 1)[None]
+                scaled = F.interpolate(image, self.framing.size, mode="bilinear", antialias=True)
+                scale_into(out[row], shifted(scaled[0].numpy(), crops[row]))
 
-        list(self._pool.map(scale, range(len(out))))
-        return torch.from_numpy(out).permute(0, 3, 1, 2)
+        # Each thread takes its share of the rows at once: a task a row costs more than it balances.
+        list(self._pool.map(scale, [range(k, len(out), self.workers) for k in range(self.workers)]))
+        return torch.from_numpy(out)
 
     def _source(self, info: Any) -> list[Any]:
-        """Return DALI's arguments for one batch: paths, corners and sizes of windows, mirrors."""
+        """Return DALI's arguments for one batch: paths, and the corners and sides of windows."""
         epoch, step = divmod(self._base + info.iteration, len(self))
         positions, photos = self.positions(epoch, step), self.photos
-        frames = self.framing.draw(epoch, positions, photos.sizes_of(positions))
+        frames = self.frames(epoch, positions)
         windows, crops = frames.windows.numpy().copy(), frames.crops
+        folder = os.fspath(photos.index.folder)
         paths, by_hand = [], {}
         rows = photos.rows[positions].tolist()
         for row, (position, place) in enumerate(zip(positions.tolist(), rows, strict=True)):
-            path = photos.index.path(place)
-            if self._fits_dali(position, place):
+            path = f"{folder}/{photos.index.names[place]}"
+            if self._fits_dali(position, place, path):
                 paths.append(_path(path))
                 continue
             frame = windows[row].tolist(), crops[row].tolist()
@@ -168,15 +168,14 @@ class DaliPhotoLoader(PhotoLoader):
             paths.append(self._stand_in)
             windows[row] = 0, 0, 1, 1
         self._asked.append(_Asked(epoch, positions, crops, by_hand))
-        mirrors = np.ascontiguousarray(crops[:, 2].numpy())
-        return [paths, *(np.ascontiguousarray(windows[:, k : k + 2]) for k in (0, 2)), mirrors]
+        return [paths, *(np.ascontiguousarray(windows[:, k : k + 2]) for k in (0, 2))]
 
-    def _fits_dali(self, position: int, row: int) -> bool:
+    def _fits_dali(self, position: int, row: int, path: str) -> bool:
         index = self.photos.index
         if position in self._refused or not index.plain[row]:
             return False
         try:
-            return os.stat(index.path(row)).st_size == int(index.bytes[row])
+            return os.stat(path).st_size == int(index.bytes[row])
         except OSError:
             return False
 
@@ -192,16 +191,17 @@ class DaliPhotoLoader(PhotoLoader):
             prefetch_queue_depth=2,
         )
         def pipeline() -> Any:
-            paths, corners, sides, mirrors = fn.external_source(
+            paths, corners, sides = fn.external_source(
                 source=self._source,
-                num_outputs=4,
+                num_outputs=3,
                 batch=True,
                 batch_info=True,
-                dtype=[types.UINT8, *[types.INT32] * 3],
-                ndim=[1, 1, 1, 0],
+                dtype=[types.UINT8, types.INT32, types.INT32],
+                ndim=[1, 1, 1],
             )
             images = fn.decoders.image_slice(
-                fn.io.file.read(paths),
+                # Plain reads: mapping these small files into memory costs more than copying them.
+                fn.io.file.read(paths, dont_use_mmap=True),
                 corners,
                 sides,
                 axis_names="HW",
@@ -210,7 +210,6 @@ class DaliPhotoLoader(PhotoLoader):
                 # The chroma of nvJPEG then comes as close to the CPU's as it can.
                 jpeg_fancy_upsampling=True,
             )
-            images = fn.flip(images, horizontal=mirrors, vertical=0)
             if self._on_gpu:
                 images = fn.resize(
                     images,

@@ -71,14 +71,11 @@ def header(data: bytes, *, thorough: bool = False) -> Header:
     return Header(*((width, height) if turned else (height, width)), plain, grey)
 
 
-def pixels(
-    data: bytes, window: Sequence[int], size: tuple[int, int], *, mirrored: bool = False
-) -> np.ndarray:
+def pixels(data: bytes, window: Sequence[int], size: tuple[int, int]) -> np.ndarray:
     """Return a window of a picture, scaled with antialiasing (bilinear): uint8 [H, W, 3].
 
     Args:
         window: (top, left, height, width) in the upright picture [pixels].
-        mirrored: mirror the window before it is scaled.
         size: (H, W) of the result.
     Raises:
         EngineError: the reason for which the file cannot be decoded, without its name.
@@ -91,8 +88,6 @@ def pixels(
         if top + height > upright.height or left + width > upright.width:
             raise EngineError("its size is not what it was when it was indexed")
         cut = upright.crop((left, top, left + width, top + height))
-        if mirrored:
-            cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(cut.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,23 +114,23 @@ class Framing:
     def _random(self, words: Tensor, sizes: Tensor) -> Tensor:
         """Return the windows of random resized crops, int32 [n, 4]."""
         assert self.scale is not None
-        uniform = to_uniform(words, torch.float64)
-        tries = uniform[:, : 2 * _TRIES].view(-1, _TRIES, 2)
+        # NumPy: at these sizes torch's exp costs a wake-up of all its threads.
+        uniform = to_uniform(words, torch.float64).numpy()
+        tries = uniform[:, : 2 * _TRIES].reshape(-1, _TRIES, 2)
         least, most = self.scale
-        h, w = sizes.double()[:, :, None].unbind(1)
+        h, w = np.hsplit(sizes.numpy().astype(np.float64), 2)
         area = h * w * (least + (most - least) * tries[:, :, 0])
         aspect = self.size[1] / self.size[0]
-        ratio = aspect * torch.exp(math.log(_RATIO) * (2 * tries[:, :, 1] - 1))
-        across, down = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        ratio = aspect * np.exp(math.log(_RATIO) * (2 * tries[:, :, 1] - 1))
+        across, down = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
         fits = (across >= 1) & (across <= w) & (down >= 1) & (down <= h)
         # Where no try fits: the largest centre window of an aspect ratio in the range.
-        first = fits.int().argmax(1, keepdim=True)
-        wide = torch.minimum(w, (h * aspect * _RATIO).round())
-        high = torch.minimum(h, (w / (aspect / _RATIO)).round())
-        found = fits.any(1, keepdim=True)
-        across = torch.where(found, across.gather(1, first), wide)
-        down = torch.where(found, down.gather(1, first), high)
-        place = uniform[:, _PLACE : _PLACE + 2]
-        rest = torch.cat([h - down, w - across], 1)
-        corner = torch.where(found, (place * (rest + 1)).floor(), (rest / 2).round())
-        return torch.cat([corner, down, across], 1).to(torch.int32)
+        first, found = fits.argmax(1)[:, None], fits.any(1, keepdims=True)
+        wide = np.minimum(w, np.maximum(1, np.rint(h * aspect * _RATIO)))
+        high = np.minimum(h, np.maximum(1, np.rint(w * _RATIO / aspect)))
+        across = np.where(found, np.take_along_axis(across, first, 1), wide)
+        down = np.where(found, np.take_along_axis(down, first, 1), high)
+        rest = np.concatenate([h - down, w - across], 1)
+        drawn = np.floor(uniform[:, _PLACE : _PLACE + 2] * (rest + 1))
+        corner = np.where(found, drawn, np.rint(rest / 2))
+        return torch.from_numpy(np.concatenate([corner, down, across], 1).astype(np.int32))
