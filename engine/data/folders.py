@@ -124,8 +124,6 @@ def faults(folder: Path) -> Iterator[tuple[str, bool, str]]:
             yield f"{folder}: {split}", False, str(error)
             continue
         yield from ((str(file), False, reason) for file, reason in found)
-        whole = len(listing.names) + len(listing.faults) - len(found)
-        summary = f"{whole:,} pictures of {len(listing.classes)} classes are whole"
-        if found:
-            summary += f", {len(found):,} files are damaged"
-        yield f"{folder}: {split}", not found, summary
+        if not found:
+            whole = f"{len(listing.names):,} pictures of {len(listing.classes)} classes are whole"
+            yield f"{folder}: {split}", True, whole
