@@ -14,7 +14,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ..device import phases
 from ..device.capture import Work
 from ..recipes import Recipe
 from ..runs import build
-from ..runs.images import facts
+from ..runs.images import facts, in_memory
 from ..training.step import Step
 from .dispatch import Call, Spy, storage_of
 
@@ -174,9 +174,7 @@ def audit(recipe: Recipe) -> Audit:
 def _train(recipe: Recipe, tape: Tape | None) -> tuple[Step, list[str]]:
     """Run some steps of a recipe on random images; return the step and the tensors that moved."""
     about = facts(recipe)
-    # Pictures reach a captured step as copies of batches: images in memory stand for them.
-    data = replace(recipe.data, size=None, resize=None, scale=None, jitter=0.0)
-    recipe = replace(recipe, data=data)
+    recipe = in_memory(recipe)
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8 * _BATCH, *about.shape), dtype=torch.uint8, generator=draw)
     labels = torch.randint(0, about.classes, (len(images),), generator=draw)

@@ -238,7 +238,8 @@ def _memory_gb(
     return {
         "weights and optimiser": weights * (4 * copies + 2 * half) / 1e9,
         "activations of the loss": activations * (0.5 if half else 1.0) / 1e9,
-        "dataset": pixels / 1e9,
+        # Pictures are streamed.
+        "dataset": 0.0 if recipe.data.size else pixels / 1e9,
         "adversary memory": pixels / 1e9 if recipe.attack.start == "memory" else 0.0,
     }
 

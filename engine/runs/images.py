@@ -6,7 +6,7 @@ A set in memory is a tensor; a folder of pictures is a `Photos`, which has a len
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -94,6 +94,15 @@ def facts(recipe: Recipe) -> Facts:
     if shape is None:
         raise EngineError(f"{recipe.data.name}: pictures of several sizes: set data.size = 224")
     return Facts(shape, about.train, len(about.classes))
+
+
+def in_memory(recipe: Recipe) -> Recipe:
+    """Return the recipe for images in memory that stand for its pictures.
+
+    Pictures reach a captured step as copies of batches, so the step is the same.
+    """
+    data = replace(recipe.data, size=None, resize=None, scale=None, jitter=0.0)
+    return replace(recipe, data=data)
 
 
 def split(recipe: Recipe) -> Split:

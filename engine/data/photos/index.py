@@ -6,13 +6,15 @@ and times, so a changed folder is read again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,12 +124,16 @@ def each_file(
             return str(error)
 
     total = len(listing.names)
-    with bar() as progress, ThreadPoolExecutor(_THREADS) as pool:
-        task = progress.add_task(title, total=total, note="", visible=thorough or total >= _LONG)
+    with ThreadPoolExecutor(_THREADS) as pool, contextlib.ExitStack() as shown:
+        update: Callable[..., object] | None = None
+        if thorough or total >= _LONG:
+            progress = shown.enter_context(bar())
+            update = partial(progress.update, progress.add_task(title, total=total, note=""))
         for first in range(0, total, _CHUNK):
             chunk = range(first, min(first + _CHUNK, total))
             yield from zip(chunk, pool.map(one, chunk), strict=True)
-            progress.update(task, completed=chunk[-1] + 1)
+            if update is not None:
+                update(completed=chunk[-1] + 1)
 
 
 def _build(listing: Listing, title: str) -> Index:
