@@ -1,10 +1,10 @@
 """A user's own data set: a folder of images, or one .npz or .safetensors file of arrays.
 
 A folder has train/CLASS/*.png and test/CLASS/*.png, or val in place of test (or .jpg, .bmp, .ppm,
-.webp), all of one size; classes are numbered in the order of their names. A file has the arrays
-`train_images`, `train_labels`, `test_images` and `test_labels` (or `x_train`, `y_train`, `x_test`,
-`y_test`, as Keras names them): images uint8 [N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1]
-as labels.
+.webp), all of one size. Classes are numbered in the order of their names, and test images come in
+one fixed shuffled order. A file has the arrays `train_images`, `train_labels`, `test_images` and
+`test_labels` (or `x_train`, `y_train`, `x_test`, `y_test`, as Keras names them): images uint8
+[N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1] as labels.
 
 The files may be anything: nothing is unpickled, no name leaves its folder, and no more than `LIMIT`
 bytes are ever decompressed. Every fault is an `EngineError` that begins with the file's name.
@@ -27,7 +27,7 @@ import numpy as np
 from ..errors import EngineError
 from . import readers
 from .photos.decode import FORMATS
-from .photos.listing import SUFFIXES
+from .photos.listing import SUFFIXES, fixed_order
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,10 @@ def read(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
 
 
 def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Return every image of a split with its label, and the training split's class names."""
+    """Return every image of a split with its label, and the training split's class names.
+
+    Test images come in `fixed_order`, so that the first N are of all classes.
+    """
     try:
         names = _folders(path / "train")
         folder = path / "train" if split == "train" else _test_folder(path)
@@ -107,6 +110,8 @@ def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, 
         raise EngineError(f"{e.filename or path}: cannot read it: {e.strerror or e}") from None
     if not found:
         raise EngineError(f"{folder}: no images in class folders ({', '.join(SUFFIXES)})")
+    if split != "train":
+        found = [found[row] for row in fixed_order(len(found)).tolist()]
     return found, tuple(names)
 
 

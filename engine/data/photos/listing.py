@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ...errors import EngineError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm")
@@ -70,6 +73,14 @@ def list_files(folder: Path, split: str) -> Listing:
             f"{folder / part.name}: no pictures in class folders ({', '.join(SUFFIXES)})"
         )
     return listing
+
+
+def fixed_order(count: int) -> Tensor:
+    """Return the one order of `count` test pictures, int64 [count].
+
+    The files lie by class; in this order the first N pictures stand for all classes.
+    """
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 def _test_folder(root: Path) -> Path:

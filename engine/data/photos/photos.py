@@ -17,6 +17,7 @@ from ..arrays import to_device
 from . import decode
 from .framing import Framing
 from .index import Index, read_file
+from .listing import fixed_order
 
 log = logging.getLogger(__name__)
 
@@ -181,15 +182,12 @@ def of_index(index: Index, framing: Framing, damaged: Damaged, threads: int, ord
     """Return all whole pictures of an index.
 
     Args:
-        order: shuffle once, the same way always: the files lie by class, and the first N test
-            pictures stand for all.
+        order: put the pictures in `fixed_order`.
     Raises:
         EngineError: for damaged files, where they are refused.
     """
     count = len(index.names)
-    rows = torch.arange(count)
-    if order:
-        rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    rows = fixed_order(count) if order else torch.arange(count)
     photos = Photos(index, rows, framing, damaged, threads)
     photos.admit(index.faults)
     return photos
