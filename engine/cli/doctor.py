@@ -40,7 +40,7 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     about: dict[str, Any] = {
         "environment": {**environment(), "apex": apex.status()},
         "kernels": kernels.backends.table(),
-        "models": sorted(models.MODELS),
+        "models": sorted(models.names()),
         "recipes": recipes.names(),
     }
     if arguments.json:

@@ -119,7 +119,7 @@ def _choices(dotted: str, hint: Any) -> list[str]:
     if dotted == "objective.name":
         return list(recipes.objectives())
     if dotted == "model.name":
-        return sorted(models.MODELS)
+        return sorted(models.names())
     if dotted == "data.name":
         return list(data.names())
     return list(_literals(hint))

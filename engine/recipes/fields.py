@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import (
+    AfterValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializationInfo,
+    TypeAdapter,
+)
 from pydantic.dataclasses import dataclass
 
 from ..adversary.attack import Attack
@@ -14,7 +21,7 @@ from ..data.loaders import LoaderName
 from ..data.own import absolute
 from ..device.precision import Precision
 from ..evaluation.robust_accuracy import PgdLoss, PgdStep
-from ..objectives import AnyObjective, LocalBall
+from ..objectives import OBJECTIVES, LocalBall, Objective
 from ..threat import Number, ThreatModel
 from ..training.optimiser import OptimiserName
 from ..training.schedule import Schedule
@@ -23,6 +30,26 @@ from ..training.schedule import Schedule
 def _absolute_path(path: str | None) -> str | None:
     """Make a path absolute: a run can then be resumed from any folder."""
     return path if path is None else str(Path(path).expanduser().absolute())
+
+
+def _read_objective(value: Any) -> Objective:
+    """Read an objective's table by the class that has its name, a registered one too."""
+    if isinstance(value, Objective):
+        return value
+    kind = OBJECTIVES.get(value["name"]) if isinstance(value, dict) and "name" in value else None
+    if kind is None:
+        raise ValueError("must be a table with the name of an objective")
+    return TypeAdapter(kind).validate_python(value)
+
+
+def _write_objective(objective: Objective, info: SerializationInfo) -> dict[str, Any]:
+    return TypeAdapter(type(objective)).dump_python(objective, mode=info.mode)
+
+
+# Which classes there are is known when a recipe is read, not here: an imported module adds to them.
+AnyObjective = Annotated[
+    Objective, PlainValidator(_read_objective), PlainSerializer(_write_objective)
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +100,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    name: Annotated[str, Field(description="network: see `engine doctor`")] = "tiny-cnn"
+    name: Annotated[
+        str, Field(description="network; or timm/NAME, torchvision/NAME, one from --import")
+    ] = "tiny-cnn"
     width: Annotated[
         int | None,
         Field(

@@ -22,7 +22,7 @@ from .. import files
 from ..data import own
 from ..device import apex
 from ..errors import EngineError
-from ..objectives import AnyObjective, LocalBall
+from ..objectives import OBJECTIVES, LocalBall
 from ..text import shown
 from .fields import Recipe
 
@@ -187,8 +187,7 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
 
 def objectives() -> dict[str, type]:
     """Return the objective classes by the name that recipes use."""
-    union = get_args(get_args(AnyObjective)[0]) or (get_args(AnyObjective)[0],)
-    return {cls.__dataclass_fields__["name"].default: cls for cls in union}
+    return dict(OBJECTIVES)
 
 
 def _objective_name(tree: Mapping[str, Any]) -> Any:
@@ -269,16 +268,9 @@ def _reject_unknown(tree: Mapping[str, Any]) -> None:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    location = [str(p) for p in first["loc"]]
-    # The discriminator of the objective's union is no field of the user's.
-    location = [
-        p
-        for i, p in enumerate(location)
-        if not (i == 1 and location[0] == "objective" and p in objectives())
-    ]
     seen = [
         p
-        for p in location
+        for p in map(str, first["loc"])
         if not p.startswith(("function-", "constrained-", "float", "int", "none"))
     ]
     got = first.get("input")

@@ -59,10 +59,6 @@ def build_model(
     Raises:
         EngineError: for a network that does not fit the images or the weights.
     """
-    if shape[1] != shape[2]:
-        raise EngineError(
-            f"images of {shape[1]}x{shape[2]} pixels: the networks here take square ones"
-        )
     mean = std = None
     if recipe.model.normalise:
         if images is None:
@@ -75,7 +71,7 @@ def build_model(
     model = models.build(
         recipe.model.name,
         in_channels=shape[0],
-        image_size=shape[-1],
+        image_size=shape[1:],
         classes=classes,
         width=recipe.model.width,
         mean=mean,
