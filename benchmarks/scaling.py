@@ -116,9 +116,7 @@ def settings(quick: bool) -> Setting:
 class Wider(FastAtMnist):
     """Define Fast-AT's network with every hidden layer `width` times as wide."""
 
-    def __init__(
-        self, in_channels: int, size: tuple[int, int], classes: int, width: int
-    ) -> None:
+    def __init__(self, in_channels: int, size: tuple[int, int], classes: int, width: int) -> None:
         super().__init__(in_channels, size, classes)
         *_, last = (name for name, _ in self.named_children())
         for name, layer in list(self.named_children()):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import EngineError
 from . import result
-from .shared import Commands, add_command, parse_overrides, print_rows
+from .shared import Commands, add_command, add_import, parse_overrides, print_rows
 
 
 def add(commands: Commands) -> None:
@@ -38,6 +38,7 @@ def add(commands: Commands) -> None:
         metavar="RUN",
         help="with --masking: also try adversaries of that run's network",
     )
+    add_import(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..text import printable
-from .shared import Commands, add_command
+from .shared import Commands, add_command, add_import
 
 
 def add(commands: Commands) -> None:
@@ -14,6 +14,7 @@ def add(commands: Commands) -> None:
         commands, "export", _export, "write a run's weights, RobustBench's claim and a model card"
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN")
+    add_import(parser)
     parser.add_argument("--out", type=Path, help="folder; default RUN/export")
 
 

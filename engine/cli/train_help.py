@@ -67,6 +67,7 @@ def _usage(recipes: list[str], width: int) -> str:
             _entry("--resume RUN", "continue a stopped or killed run, bit for bit", width),
             _entry("--no-eval", "train only; `engine eval RUN` evaluates later", width),
             _entry("--json", "print one JSON object on stdout; progress goes to stderr", width),
+            _entry("--import MODULE", "networks and objectives of your own, see docs", width),
             _entry("--nproc N", "N processes on this machine that share each batch", width),
             "",
             "RECIPE: a path ending in .toml, or",

@@ -28,6 +28,9 @@ _PROBED = 2
 # How far two orders of summing the same float32 numbers may lie apart, against the largest.
 _TOLERANCE = 1e-3
 _announced: set[str] = set()
+# What was found before in this process, by network, images and classes: the first convolution's
+# name and whether its output is written to; None without a stem.
+_known: dict[tuple[object, ...], tuple[str, bool] | None] = {}
 
 
 class Foreign(Network):
@@ -144,16 +147,27 @@ def wrap(
     if first is None:
         raise EngineError(f"network {name} has no parameters to train")
     adopt(net)
-    draw = torch.Generator().manual_seed(0)
-    x = torch.rand((_PROBED, in_channels, *size), generator=draw).to(first.device)
     model = net if isinstance(net, Network) else Foreign(net, in_channels, size)
-    with torch.device(first.device), _restored(model):
-        _check_training(model, x, name, classes)
-        model.eval()
-        check_logits(_called(model, x, name), name, len(x), classes)
-        if isinstance(model, Foreign):
-            _find_stem(model, x, name)
+    key = (name, in_channels, size, classes, first.is_meta)
+    if key not in _known:
+        with torch.device(first.device), _restored(model):
+            _known[key] = _probed(model, name, _random(in_channels, size, first.device), classes)
+    elif isinstance(model, Foreign) and (stem := _known[key]):
+        model.open_at(stem[0], writes=stem[1])
     return model
+
+
+def _random(in_channels: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    draw = torch.Generator("cpu").manual_seed(0)
+    return torch.rand((_PROBED, in_channels, *size), generator=draw, device="cpu").to(device)
+
+
+def _probed(model: Network, name: str, x: Tensor, classes: int) -> tuple[str, bool] | None:
+    """Check the logits in both modes; find and open the stem, and return it."""
+    _check_training(model, x, name, classes)
+    model.eval()
+    check_logits(_called(model, x, name), name, len(x), classes)
+    return _find_stem(model, x, name) if isinstance(model, Foreign) else None
 
 
 def check_logits(logits: object, name: str, images: int, classes: int) -> None:
@@ -216,7 +230,7 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
 
 
-def _find_stem(model: Foreign, x: Tensor, name: str) -> None:
+def _find_stem(model: Foreign, x: Tensor, name: str) -> tuple[str, bool] | None:
     """Give `model`, in evaluation mode, its stem if it has one; else say that it has none."""
     found = _first_convolution(model.net, x)
     if found is not None:
@@ -225,14 +239,16 @@ def _find_stem(model: Foreign, x: Tensor, name: str) -> None:
             version = h._version
             model.open_at(found, writes=False)
             model.rest(x, h)
-        model.open_at(found, writes=h._version != version)
+        writes = h._version != version
+        model.open_at(found, writes=writes)
         if x.is_meta or _proven(model, x):
-            return
+            return found, writes
         model.close()
     _announce(
         f"network {name} does not begin with a plain convolution: attacks differentiate it down to "
         "the pixels"
     )
+    return None
 
 
 def _first_convolution(net: nn.Module, x: Tensor) -> str | None:
@@ -249,7 +265,10 @@ def _first_convolution(net: nn.Module, x: Tensor) -> str | None:
     plain = {
         name: m
         for name, m in convolutions.items()
-        if type(m) is nn.Conv2d and is_plain(m) and not m._forward_pre_hooks and not m._forward_hooks
+        if type(m) is nn.Conv2d
+        and is_plain(m)
+        and not m._forward_pre_hooks
+        and not m._forward_hooks
     }
     handles = [m.register_forward_pre_hook(watch(name)) for name, m in plain.items()]
     try:

@@ -111,10 +111,13 @@ class Model:
             "[count]",
         ),
     ] = None
-    init: Annotated[
+    pretrained: Annotated[
         str | None,
         AfterValidator(_absolute_path),
-        Field(description="file of weights to start from, .safetensors or .pt; left out: random"),
+        Field(
+            description="file of weights to start from, .safetensors or .pt, whose head may be of "
+            "other classes; left out: random"
+        ),
     ] = None
     normalise: Annotated[
         bool,

@@ -33,6 +33,8 @@ _KEY_PARTS = 32
 # The largest numbers in a recipe: counts fit 32 bits, values fit float32.
 _LARGEST_COUNT, _LARGEST_VALUE = (1 << 31) - 1, 1e37
 _LONGEST_WORD = 100
+# Names that fields had in earlier versions, by section: run folders keep them.
+_RENAMED = {"model": {"init": "pretrained"}}
 _ADAPTER = TypeAdapter(Recipe)
 _DEFAULT_OBJECTIVE = LocalBall().name
 
@@ -82,8 +84,8 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     Raises:
         EngineError: as `load` does; its text begins with `source`.
     """
+    tree = _renamed(tree)
     _reject_unknown(tree)
-    tree = dict(tree)
     if isinstance(tree.get("objective"), Mapping):
         tree["objective"] = {"name": _DEFAULT_OBJECTIVE, **tree["objective"]}
     try:
@@ -164,6 +166,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _set(tree: dict[str, Any], key: str, text: str) -> None:
     """Put the command line's `text` where `key` ("attack.steps", or "attack.batch-norm") points."""
     parts = key.replace("-", "_").split(".")
+    parts[1:] = [_RENAMED.get(parts[0], {}).get(part, part) for part in parts[1:]]
     known = {name: annotation for name, annotation, _, _ in options(_objective_of(tree))}
     dotted = ".".join(parts)
     if parts == ["objective", "name"]:
@@ -239,6 +242,17 @@ def nearest(word: str, known: list[str], prefix: str = "") -> str:
 
 def _bare(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `tree` with today's names in place of earlier ones; today's name has precedence."""
+    renamed = dict(tree)
+    for section, names in _RENAMED.items():
+        table = renamed.get(section)
+        if isinstance(table, Mapping):
+            old = {names[key]: value for key, value in table.items() if key in names}
+            renamed[section] = old | {k: v for k, v in table.items() if k not in names}
+    return renamed
 
 
 def _reject_unknown(tree: Mapping[str, Any]) -> None:

@@ -55,7 +55,7 @@ def build_model(
             will.
         classes: number of logits.
         shape: of an image, [C, H, W].
-        init: load the weights of `model.init`, where the recipe has one.
+        init: load the weights of `model.pretrained`, where the recipe has one.
     Raises:
         EngineError: for a network that does not fit the images or the weights.
     """
@@ -77,8 +77,8 @@ def build_model(
         mean=mean,
         std=std,
     )
-    if init and recipe.model.init is not None:
-        start_from(model, Path(recipe.model.init))
+    if init and recipe.model.pretrained is not None:
+        start_from(model, Path(recipe.model.pretrained), classes)
     # Convolutions run faster in this format, on CPUs (docs/performance.md) and on tensor cores.
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
