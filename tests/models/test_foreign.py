@@ -66,6 +66,19 @@ class Twice(nn.Module):
         return self.net(x) + x.mean()
 
 
+class TwiceBehindZeros(Twice):
+    """Its head starts at zero: what it does with the images shows in no logit."""
+
+    def __init__(self, channels, size, classes):
+        super().__init__(channels, size, classes)
+        self.head = nn.Linear(classes, classes)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x):
+        return self.head(super().forward(x))
+
+
 def shared(channels, size, classes):
     conv = nn.Conv2d(channels, channels, 3, padding=1)
     return nn.Sequential(conv, nn.Tanh(), conv, *head(channels, classes))
@@ -87,11 +100,14 @@ def build(make, **options):
     ("make", "has_stem"),
     [
         *((make, True) for make in (plain, in_place, Patches)),
-        *((make, False) for make in (Twice, shared, grouped)),
+        *((make, False) for make in (Twice, TwiceBehindZeros, shared, grouped)),
     ],
 )
 def test_the_attack_gradient_of_a_foreign_network_is_autograds(make, has_stem, caplog):
     model = build(make).eval()
+    if make is TwiceBehindZeros:
+        assert not model.net.head.weight.any()
+        nn.init.normal_(model.net.head.weight)
     stem = stem_of(model)
     assert (stem is not None) == has_stem
     assert ("down to the pixels" in caplog.text) != has_stem

@@ -10,10 +10,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from engine import cli, models, objectives, plugins, recipes
 from engine.errors import EngineError
+from engine.models import foreign
 from engine.objectives import base
+from engine.performance import capture_audit
 from engine.runs.folder import Run
 
 FLAGS = ["--import", "mynets"]
@@ -33,6 +37,7 @@ def forget(monkeypatch):
 
     def call() -> None:
         monkeypatch.setattr(models, "_registered", {})
+        monkeypatch.setattr(foreign, "_known", {})
         monkeypatch.setattr(plugins, "_imported", [])
         sys.modules.pop("mynets", None)
         for name in base.OBJECTIVES.keys() - before.keys():
@@ -153,3 +158,38 @@ def test_processes_of_a_run_import_the_same(outside):
     plugins.load(["mynets"])
     plugins.load(["mynets"])
     assert plugins.words() == ["--import", "mynets"]
+
+
+@pytest.mark.parametrize("part", ["GroupNorm", "BatchNorm2d", "replaced buffer", "F.dropout"])
+def test_the_capture_audit_of_a_registered_network(part, forget):
+    """GroupNorm, BatchNorm and dropout can be captured; the audit names what cannot be."""
+
+    class Net(nn.Module):
+        def __init__(self, channels, size, classes):
+            super().__init__()
+            norm = nn.BatchNorm2d(8) if part == "BatchNorm2d" else nn.GroupNorm(2, 8)
+            conv = nn.Conv2d(channels, 8, 3, padding=1)
+            self.net = nn.Sequential(
+                conv, norm, nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(2)
+            )
+            self.head = nn.Linear(32, classes)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            h = self.net(x).flatten(1)
+            if part == "replaced buffer" and self.training:
+                self.seen = self.seen + 1
+            if part == "F.dropout":
+                h = nn.functional.dropout(h, 0.5, self.training)
+            return self.head(h)
+
+    models.register("audited")(Net)
+    found = capture_audit.audit(recipes.load("quickstart", {"model.name": "audited"}))
+    said = {
+        "replaced buffer": "moved in memory between steps",
+        "F.dropout": "draws random numbers from a generator",
+    }
+    if part in said:
+        assert any(said[part] in line for line in found.complaints), found.complaints
+    else:
+        assert found.complaints == []
