@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from ..errors import EngineError
 from ..text import printable
@@ -49,13 +48,6 @@ def _data(arguments: argparse.Namespace) -> int:
     if arguments.action == "info":
         about = data.info(arguments.name)
         print(json.dumps(asdict(about), indent=2, default=str))
-        _, height, width = about.shape
-        if height != width:
-            print(
-                f"engine: the images have {height}x{width} pixels, and the networks take square "
-                "ones: crop or resize the images before training",
-                file=sys.stderr,
-            )
         return 0
     checks = data.verify(arguments.name)
     for check in checks:

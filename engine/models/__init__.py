@@ -99,9 +99,10 @@ def build(
             that does not return logits.
     """
     _check_name(name)
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2:
-        raise EngineError(f"image_size of model {name} is a height and a width, got {size}")
+    sides = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+    if len(sides) != 2:
+        raise EngineError(f"image_size of model {name} is a height and a width, got {sides}")
+    size = (sides[0], sides[1])
     for what, value, least in (
         ("in_channels", in_channels, 1),
         ("image_size", min(size), 1),
@@ -141,7 +142,7 @@ def _check_name(name: str) -> None:
     )
 
 
-def _made(name: str, in_channels: int, size: tuple[int, ...], classes: int) -> nn.Module:
+def _made(name: str, in_channels: int, size: tuple[int, int], classes: int) -> nn.Module:
     """Make a network that is not the engine's own."""
     source, _, rest = name.partition("/")
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +93,7 @@ def adopt(net: nn.Module) -> None:
                 setattr(parent, name, ours)
 
 
-def _ours(module: nn.Module) -> nn.Module | None:
+def _ours(module: Any) -> nn.Module | None:
     kind = type(module)
     if kind is nn.Dropout:
         return Dropout(module.p, module.inplace)

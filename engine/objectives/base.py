@@ -106,9 +106,11 @@ class Objective(abc.ABC):
     """Compute a training loss with its attack; an objective has options and no state of a run.
 
     Attributes:
+        name: what recipes call the objective.
         free_step: whether the objective can train at the remembered adversary (`attack.steps` = 0).
     """
 
+    name: str
     free_step: ClassVar[bool] = False
 
     def check(self, attack: Attack) -> None:

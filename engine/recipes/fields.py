@@ -43,7 +43,9 @@ def _read_objective(value: Any) -> Objective:
 
 
 def _write_objective(objective: Objective, info: SerializationInfo) -> dict[str, Any]:
-    return TypeAdapter(type(objective)).dump_python(objective, mode=info.mode)
+    return TypeAdapter(type(objective)).dump_python(
+        objective, mode="json" if info.mode_is_json() else "python"
+    )
 
 
 # Which classes there are is known when a recipe is read, not here: an imported module adds to them.
