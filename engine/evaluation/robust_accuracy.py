@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,15 @@ from ..adversary.ascent import (
     towards_runner_up,
 )
 from ..data import arrays
+from ..device.precision import passes
 from ..errors import EngineError
 from ..models import stem_of
 from ..threat import ThreatModel
 from .autoattack import ensemble, package
-from .autoattack.verdict import Progress, silent
+from .work import Progress, Work, silent
 
 Judge = Literal["pyautoattack", "engine"]
+EvaluationPrecision = Literal["fp32", "bf16"]
 PgdLoss = Literal["cross-entropy", "margin"]
 PgdStep = Literal["constant", "decaying"]
 _GRADIENTS: dict[PgdLoss, Callable[[Tensor], LogitsGrad]] = {
@@ -47,9 +49,10 @@ class Report:
         worst_case: share of images that withstood every attack that was run.
         after: AutoAttack's robust accuracy after each of its attacks.
         judge: who ran AutoAttack: "pyautoattack" or "engine".
-        seconds: wall-clock seconds in all.
+        seconds: wall-clock seconds in all, with those before a kill.
         notes: warnings of AutoAttack's own checks.
         attacks: the attacks of AutoAttack, see `attack_names`.
+        precision: of the attacks' passes.
     """
 
     threat: ThreatModel
@@ -66,6 +69,7 @@ class Report:
     after: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     attacks: tuple[str, ...] = ()
+    precision: EvaluationPrecision = "fp32"
 
     def standard_error(self, accuracy: float) -> float:
         """Return the binomial standard error of an accuracy on `examples` images."""
@@ -92,7 +96,8 @@ def pgd(
     step: PgdStep = "constant",
     seed: int = 0,
     batch_size: int = 500,
-    progress: Progress = silent,
+    work: Work | None = None,
+    precision: EvaluationPrecision = "fp32",
 ) -> Tensor:
     """Run PGD with restarts (Madry et al., arXiv 1706.06083).
 
@@ -106,22 +111,39 @@ def pgd(
             minus the label's.
         step: the step size. constant: eps / 4 (2.5 eps / steps below ten steps); decaying: from eps
             linearly to eps / steps. Constant steps overstate robust accuracy at a large radius.
+        work: runs the batches; left out: here and silently.
+        precision: of the attack's passes, "fp32" or "bf16". In bf16 an image falls only where the
+            float32 network is wrong at the same point; an image that falls in bf16 alone is
+            attacked again in float32.
     Returns:
         bool [N], True for images that every point leaves correctly classified.
     """
-    gradient = _GRADIENTS[loss]
+    gradient, work = _GRADIENTS[loss], work or Work()
     if step == "decaying":
         sizes = [threat.eps * (1 - k / steps) for k in range(steps)]
     else:
         sizes = [threat.eps * max(0.25, 2.5 / steps)] * steps
     robust = predictions(model, x, batch_size=batch_size) == y
+
+    def attack(indices: Tensor, state: Tensor, precision: str = precision) -> Tensor:
+        fallen, points = _break(model, x, y, indices, threat, gradient, sizes, state, precision)
+        if precision == "fp32" or len(fallen) == 0:
+            return fallen.unique()
+        wrong = predictions(model, points, batch_size=batch_size) != y[fallen]
+        confirmed = fallen[wrong].unique()
+        rest = fallen[~wrong].unique()
+        rest = rest[~torch.isin(rest, confirmed)]
+        return torch.cat([confirmed, attack(rest, state, "fp32")]) if len(rest) else confirmed
+
     for restart in range(restarts):
-        alive = robust.nonzero().flatten()
-        progress("pgd", restart, restarts)
-        for number, indices in enumerate(alive.split(batch_size)):
+
+        def judge(number: int, indices: Tensor, restart: int = restart) -> Tensor:
             state = rng.state(seed, x.device, step=restart * 1_000_003 + number)
-            robust[_break(model, x, y, indices, threat, gradient, sizes, state)] = False
-    progress("pgd", restarts, restarts)
+            return attack(indices, state)
+
+        batches = robust.nonzero().flatten().split(batch_size)
+        name = f"PGD restart {restart + 1} of {restarts}"
+        robust[work.fallen(name, batches, judge)] = False
     return robust
 
 
@@ -134,25 +156,33 @@ def _break(
     gradient: Callable[[Tensor], LogitsGrad],
     sizes: list[float],
     state: Tensor,
-) -> Tensor:
-    """Return the members of `indices` that one restart of PGD breaks.
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Run one restart of PGD.
 
     Args:
         sizes: of the steps, one after the other [pixel units].
+        precision: of the passes, "fp32" or "bf16".
+    Returns:
+        The members of `indices` that break, int64 [F], some more than once, and the points at which
+        they break, [F, C, H, W].
     """
     ball, labels, stem = threat.around(x[indices]), y[indices], stem_of(model)
     z = random_point(ball, state, stream=rng.RESTART)
     broken: list[Tensor] = []
+    points: list[Tensor] = []
     for step in range(len(sizes) + 1):
-        if step < len(sizes):
-            following, logits = ascend(
-                model, ball, z, gradient(labels), alpha=sizes[step], stem=stem
-            )
-        else:
-            with torch.no_grad():
-                following, logits = z, model(z)
+        with passes(precision, x.device):
+            if step < len(sizes):
+                following, logits = ascend(
+                    model, ball, z, gradient(labels), alpha=sizes[step], stem=stem
+                )
+            else:
+                with torch.no_grad():
+                    following, logits = z, model(z)
         alive = logits.argmax(dim=1) == labels
         broken.append(indices[~alive])
+        points.append(z[~alive])
         if not alive.any():
             break
         # A copy of the batch costs time; it pays after a tenth of the batch is broken.
@@ -160,11 +190,24 @@ def _break(
             indices, labels, following = indices[alive], labels[alive], following[alive]
             ball = threat.around(ball.centre[alive])
         z = following
-    return torch.cat(broken).unique()
+    return torch.cat(broken), torch.cat(points)
 
 
 # Who runs AutoAttack, by the name that recipes use.
 JUDGES = {"pyautoattack": package.run, "engine": ensemble.run}
+
+
+def check_precision(precision: str, judge: str, version: str) -> None:
+    """Raise an EngineError where the authors' package is to judge in another precision than fp32.
+
+    Args:
+        version: of AutoAttack, as for `attack_names`.
+    """
+    if precision != "fp32" and judge != "engine" and version != "none":
+        raise EngineError(
+            f"evaluation.precision = {precision}: the authors' AutoAttack judges in fp32 only: set "
+            "evaluation.judge = engine"
+        )
 
 
 def attack_names(version: str, classes: int) -> tuple[str, ...]:
@@ -217,7 +260,9 @@ def evaluate(
     judge: Judge = "pyautoattack",
     batch_size: int = 500,
     seed: int = 0,
+    precision: EvaluationPrecision = "fp32",
     progress: Progress = silent,
+    work: Work | None = None,
 ) -> Report:
     """Measure clean accuracy, and run PGD with restarts and AutoAttack on the same images.
 
@@ -233,16 +278,21 @@ def evaluate(
             package's targeted losses do not take.
         batch_size: images in memory at once.
         seed: of both attacks.
-        progress: called with (attack, done, total).
+        precision: of the attacks' passes, see `pgd`. Clean accuracy and every verdict are the
+            float32 network's. The authors' package judges in "fp32" only.
+        progress: called with (attack, batches done, batches).
+        work: runs the batches in place of `progress`: in several processes, or from where a stopped
+            evaluation ended.
     Returns:
         The accuracies, and the robust accuracy after each of AutoAttack's attacks.
     Raises:
-        EngineError: if the images leave [0, 1], there are none, or the model returns no logits
-            [N, K] of at least two classes.
+        EngineError: if the images leave [0, 1], there are none, the model returns no logits [N, K]
+            of at least two classes, or the authors' package is to judge in bf16.
     """
+    check_precision(precision, judge, autoattack_version)
     x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
     check_images(x, y)
-    began = time.perf_counter()
+    began, work = time.perf_counter(), work or Work(progress)
     with evaluation_mode(model):
         with torch.no_grad():
             logits = model(x[:1])
@@ -259,7 +309,8 @@ def evaluate(
             restarts=pgd_restarts,
             seed=seed,
             batch_size=batch_size,
-            progress=progress,
+            work=work,
+            precision=precision,
         )
         worst, by_aa = by_pgd, None
         after: dict[str, float] = {}
@@ -267,6 +318,8 @@ def evaluate(
         if autoattack_version != "none":
             if logits.shape[1] < package.FEWEST_CLASSES:
                 judge = "engine"
+            # The authors' package has one precision: `check_precision`.
+            options: dict[str, Any] = {"precision": precision} if judge == "engine" else {}
             verdict = JUDGES[judge](
                 model,
                 x,
@@ -275,7 +328,8 @@ def evaluate(
                 version=autoattack_version,
                 seed=seed,
                 batch_size=batch_size,
-                progress=progress,
+                work=work,
+                **options,
             )
             by_aa, after, notes = verdict.robust, verdict.after, verdict.notes
             worst = by_pgd & by_aa
@@ -290,7 +344,8 @@ def evaluate(
         pgd_restarts=pgd_restarts,
         autoattack_version=autoattack_version,
         judge=judge,
-        seconds=time.perf_counter() - began,
+        precision=precision,
+        seconds=work.seconds + time.perf_counter() - began,
         after=after,
         notes=notes,
         attacks=attacks,

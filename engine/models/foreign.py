@@ -78,6 +78,12 @@ class Foreign(Network):
         images = h.detach()[:, :1, :1, :1].expand(-1, self._channels, *self._images_of(h, opening))
         return self.rest(images, h.clone() if self._writes else h)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # The same in one piece, for graphs that others run.
+            return self.net(self.scaled(x))
+        return super().forward(x)
+
     def rest(self, images: Tensor, h: Tensor) -> Tensor:
         """Run the module on `images`, with `h` as the output of its first convolution."""
         opening = self.stem_conv

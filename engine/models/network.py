@@ -66,10 +66,15 @@ class Network(nn.Module):
         """The number of channels of an image."""
         return cast(nn.Conv2d, self.stem_conv).in_channels
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Return the normalised images, or the images themselves without `mu` and `sigma`."""
+        if self.mu is None or self.sigma is None:
+            return x
+        return (x - self.mu) / self.sigma
+
     def stem(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] in [0, 1] to the first convolution's output [B, O, H', W']."""
-        if self.mu is not None and self.sigma is not None:
-            x = (x - self.mu) / self.sigma
+        x = self.scaled(x)
         conv = self.stem_conv
         if conv is None:
             return x

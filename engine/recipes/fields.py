@@ -20,11 +20,13 @@ from ..adversary.attack import Attack
 from ..data.loaders import LoaderName
 from ..data.own import absolute
 from ..device.precision import Precision
-from ..evaluation.robust_accuracy import PgdLoss, PgdStep
+from ..evaluation.robust_accuracy import EvaluationPrecision, PgdLoss, PgdStep
 from ..objectives import OBJECTIVES, LocalBall, Objective
 from ..threat import Number, ThreatModel
 from ..training.optimiser import OptimiserName
 from ..training.schedule import Schedule
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
 def _absolute_path(path: str | None) -> str | None:
@@ -240,7 +242,25 @@ class Evaluation:
             "engine's"
         ),
     ] = "pyautoattack"
+    precision: Annotated[
+        EvaluationPrecision,
+        Field(
+            description="arithmetic of the attacks' passes; in bf16 an adversary counts only if "
+            "the float32 network falls for it, and judge must be engine"
+        ),
+    ] = "fp32"
     batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500
+
+
+@dataclass(frozen=True)
+class Log:
+    to: Annotated[
+        tuple[LoggerName, ...],
+        Field(
+            description="loggers of the epochs' rows beside metrics.jsonl: tensorboard, wandb, "
+            "mlflow; on the command line with commas between, or none"
+        ),
+    ] = ("tensorboard",)
 
 
 @dataclass(frozen=True)
@@ -264,3 +284,4 @@ class Recipe:
     validation: Validation = field(default_factory=Validation)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    log: Log = field(default_factory=Log)

@@ -22,6 +22,7 @@ from .. import files
 from ..data import own
 from ..device import apex
 from ..errors import EngineError
+from ..evaluation.robust_accuracy import check_precision
 from ..objectives import OBJECTIVES, LocalBall
 from ..text import shown
 from .fields import Recipe
@@ -98,6 +99,8 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
                 f'{recipe.threat.eps:g}/255 is written "{recipe.threat.eps:g}/255"'
             )
         apex.check_precision(recipe.optim.name, recipe.step.precision)
+        evaluation = recipe.evaluation
+        check_precision(evaluation.precision, evaluation.judge, evaluation.autoattack)
     except ValidationError as error:
         raise EngineError(f"{source}: {_one_line(error)}") from None
     except EngineError as error:
@@ -178,7 +181,7 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
     value: Any = text
     kind = _bare(known[dotted])
     if get_origin(kind) is tuple:
-        value = tuple(part for part in text.split(",") if part)
+        value = tuple(part for part in text.split(",") if part and part.lower() != "none")
     elif text.lower() == "none" and type(None) in get_args(kind):
         value = None
     for part in parts[:-1]:

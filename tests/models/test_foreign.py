@@ -221,6 +221,15 @@ def test_a_name_is_registered_once():
     assert models.names()[-1] == "mine"
 
 
+def test_a_foreign_network_is_exported_in_one_piece():
+    model, x = build(in_place).eval(), torch.rand(2, 3, *SIZE)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        exported = torch.export.export(model, (x,)).module()
+        for graph in (traced, exported):
+            torch.testing.assert_close(graph(x), model(x))
+
+
 # Dropout
 
 
