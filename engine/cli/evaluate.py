@@ -107,6 +107,7 @@ def _launch(arguments: argparse.Namespace, rest: list[str]) -> int:
 def _check_masking(run: Run, arguments: argparse.Namespace) -> int:
     from ..report import page
     from ..runs import evaluate
+    from ..runs.folder import Run
 
     surrogate = Run.open(arguments.transfer) if arguments.transfer else None
     masking = evaluate.check_masking(run, arguments.checkpoint, surrogate)
