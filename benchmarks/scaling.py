@@ -116,8 +116,8 @@ def settings(quick: bool) -> Setting:
 class Wider(FastAtMnist):
     """Define Fast-AT's network with every hidden layer `width` times as wide."""
 
-    def __init__(self, in_channels: int, image_size: int, classes: int, width: int) -> None:
-        super().__init__(in_channels, image_size, classes)
+    def __init__(self, in_channels: int, size: tuple[int, int], classes: int, width: int) -> None:
+        super().__init__(in_channels, size, classes)
         *_, last = (name for name, _ in self.named_children())
         for name, layer in list(self.named_children()):
             if isinstance(layer, nn.Conv2d):
@@ -139,7 +139,7 @@ def step_of(point: Point, device: torch.device, world: World = _ALONE) -> tuple[
     shape = (1, point.size, point.size)
     torch.manual_seed(0)
     with device:
-        model = Wider(*shape[:2], point.classes, point.width)
+        model = Wider(shape[0], shape[1:], point.classes, point.width)
         n = world.share(point.batch)
         index = torch.arange(world.rank * n, (world.rank + 1) * n)
         batch = Batch(

@@ -1,3 +1,5 @@
+from . import models as models
+from . import objectives as objectives
 from .adversary.attack import Attack as Attack
 from .adversary.memory import AdversaryMemory as AdversaryMemory
 from .api import attack as attack

@@ -50,7 +50,7 @@ def environment(torch: str, triton: str) -> Path:
         venv.create(folder, with_pip=True)
     pinned = folder / "constraints.txt"
     pinned.write_text(constraints(torch, triton))
-    words = [python, "-m", "pip", "install", "-q", "-c", pinned, "-e", f"{ROOT}[gpu,test]"]
+    words = [python, "-m", "pip", "install", "-q", "-c", pinned, "-e", f"{ROOT}[gpu,test,models]"]
     # Two builds in one folder break each other.
     subprocess.run([*words, "-C", f"build-dir={folder / 'native'}"], check=True)
     return python

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_the_wheel_trains_benchmarks_and_profiles_anywhere(python, tmp_path):
     assert row["clean"] > 0.8
     assert json.loads(run(python, tmp_path, "profile", "quickstart", "--json"))["covered"] > 0.9
     assert json.loads(run(python, tmp_path, "bench", "step", "--quick", "--json"))
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_a_network_and_an_objective_of_a_module_outside(python, tmp_path):
+    shutil.copy(ROOT / "tests" / "plugins" / "mynets.py", tmp_path)
+    flags = ["--import", "mynets", "--json"]
+    words = ["--model.name", "my-net", "--objective.name", "pairing", "--optim.epochs", "2"]
+    words += ["--evaluation.autoattack", "none", "--evaluation.examples", "20"]
+    run(python, tmp_path, "train", "quickstart", *flags, *words, "--run-dir", "r", "--no-eval")
+    # As if it had been stopped before its last step.
+    (tmp_path / "r" / "summary.json").unlink()
+    row = json.loads(run(python, tmp_path, "train", "--resume", "r", *flags))
+    assert row["examples"] == 20
+    again = json.loads(run(python, tmp_path, "eval", "r", *flags))
+    assert again["clean"] == row["clean"]
 
 
 def _doctor_here():

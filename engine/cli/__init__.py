@@ -71,6 +71,10 @@ def run(argv: list[str]) -> int:
         command: Callable[..., int] = arguments.run
         if rest and not arguments.overridable:
             raise EngineError(f"unknown argument {rest[0]} (see engine {arguments.command} --help)")
+        if modules := getattr(arguments, "imports", None):
+            from .. import plugins
+
+            plugins.load(modules)
         return command(arguments, rest) if arguments.overridable else command(arguments)
     except EngineError as error:
         return _refuse(error)

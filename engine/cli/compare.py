@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import EngineError
 from ..text import printable
-from .shared import Commands, add_command, parse_overrides
+from .shared import Commands, add_command, add_import, parse_overrides
 
 Row = Mapping[str, Any]
 
@@ -46,6 +46,7 @@ def add(commands: Commands) -> None:
         help="show the results that come with the engine; RECIPE: those of this recipe, method or "
         "comparison",
     )
+    add_import(parser)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
 
 

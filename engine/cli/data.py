@@ -55,13 +55,6 @@ def _data(arguments: argparse.Namespace) -> int:
                 "engine: the pictures have several sizes: --data.size 224 streams them",
                 file=sys.stderr,
             )
-        elif about.shape[1] != about.shape[2]:
-            _, height, width = about.shape
-            print(
-                f"engine: the images have {height}x{width} pixels, and the networks take square "
-                "ones: crop or resize the images before training",
-                file=sys.stderr,
-            )
         return 0
     checks = data.verify(arguments.name)
     for check in checks:

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from ..errors import EngineError
-from .shared import Commands, add_command, parse_overrides
+from .shared import Commands, add_command, add_import, parse_overrides
 
 
 def add(commands: Commands) -> None:
@@ -22,6 +22,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--capture", metavar="RECIPE", help="audit this recipe's step; needs no GPU"
     )
+    add_import(parser)
     parser.add_argument("--json", action="store_true")
 
 
@@ -40,7 +41,7 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     about: dict[str, Any] = {
         "environment": {**environment(), "apex": apex.status()},
         "kernels": kernels.backends.table(),
-        "models": sorted(models.MODELS),
+        "models": sorted(models.names()),
         "recipes": recipes.names(),
     }
     if arguments.json:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import EngineError
 from . import result
-from .shared import Commands, add_command, exit_status, parse_overrides, print_rows
+from .shared import Commands, add_command, add_import, exit_status, parse_overrides, print_rows
 
 if TYPE_CHECKING:
     from ..device.distributed import World
@@ -48,6 +48,7 @@ def add(commands: Commands) -> None:
         metavar="RUN",
         help="with --masking: also try adversaries of that run's network",
     )
+    add_import(parser)
     parser.add_argument(
         "--nproc", type=int, default=1, metavar="N", help="N processes share the evaluation"
     )
@@ -87,17 +88,26 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
 
 def _launch(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Run the same command in `--nproc` processes."""
+    from .. import plugins
     from ..device import distributed
 
     if arguments.masking:
         raise EngineError("--masking runs in one process: leave out --nproc")
-    words = ["eval", str(arguments.run_dir), "--checkpoint", arguments.checkpoint, *rest]
+    words = [
+        "eval",
+        *plugins.words(),
+        str(arguments.run_dir),
+        "--checkpoint",
+        arguments.checkpoint,
+        *rest,
+    ]
     return distributed.launch(arguments.nproc, words + ["--json"] * arguments.json)
 
 
 def _check_masking(run: Run, arguments: argparse.Namespace) -> int:
     from ..report import page
     from ..runs import evaluate
+    from ..runs.folder import Run
 
     surrogate = Run.open(arguments.transfer) if arguments.transfer else None
     masking = evaluate.check_masking(run, arguments.checkpoint, surrogate)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..text import printable
-from .shared import Commands, add_command
+from .shared import Commands, add_command, add_import
 
 # Those of `runs.export`, which imports torch; a test compares them.
 FORMATS = ("robustbench", "hub", "onnx", "torchscript", "pt2")
@@ -17,6 +17,7 @@ def add(commands: Commands) -> None:
         commands, "export", _export, "write a run's network for other tools: weights, ONNX, a card"
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN")
+    add_import(parser)
     parser.add_argument(
         "--format",
         choices=FORMATS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .shared import Commands, add_command, parse_overrides
+from .shared import Commands, add_command, add_import, parse_overrides
 
 
 def add(commands: Commands) -> None:
@@ -18,6 +18,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("recipe", help="a recipe by name, or a .toml file")
     parser.add_argument("--gpu", default="h100", help="a100, h100 or h200")
+    add_import(parser)
     parser.add_argument("--json", action="store_true")
 
 

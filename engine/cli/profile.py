@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..errors import EngineError
-from .shared import Commands, add_command, parse_overrides
+from .shared import Commands, add_command, add_import, parse_overrides
 
 
 def add(commands: Commands) -> None:
@@ -22,13 +22,14 @@ def add(commands: Commands) -> None:
     parser.add_argument("--tool", choices=("torch", "nsys", "ncu"), default="torch")
     parser.add_argument("--steps", type=int, default=20, help="steps to measure [count]")
     parser.add_argument("--out", type=Path, help="folder; default runs/profile-RECIPE")
+    add_import(parser)
     parser.add_argument("--json", action="store_true")
 
 
 def _profile(arguments: argparse.Namespace, rest: list[str]) -> int:
     from dataclasses import asdict
 
-    from .. import recipes
+    from .. import plugins, recipes
     from ..device.machine import keep_freed_memory
     from ..performance import profile
     from ..progress import stdout
@@ -45,7 +46,7 @@ def _profile(arguments: argparse.Namespace, rest: list[str]) -> int:
         profile.watched(recipe, steps=arguments.steps)
         return 0
     if arguments.tool != "torch":
-        words = [arguments.recipe, *rest, "--steps", str(arguments.steps)]
+        words = [arguments.recipe, *plugins.words(), *rest, "--steps", str(arguments.steps)]
         return profile.run_tool(arguments.tool, words, out / arguments.tool)
     profiled = profile.profile(recipe, out, steps=arguments.steps)
     if arguments.json:

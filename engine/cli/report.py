@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from ..text import printable
-from .shared import Commands, add_command
+from .shared import Commands, add_command, add_import
 
 
 def add(commands: Commands) -> None:
     parser = add_command(commands, "report", _report, "rebuild a run's report.html")
     parser.add_argument("run_dir", type=Path, metavar="RUN")
+    add_import(parser)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -56,6 +56,18 @@ def add_command(
     return parser
 
 
+def add_import(parser: Parser) -> None:
+    """Add the flag that brings networks and objectives of one's own; `cli.run` obeys it."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import a module that registers networks or objectives of your own; may be repeated",
+    )
+
+
 def parse_overrides(rest: list[str]) -> dict[str, str]:
     """Turn `--attack.steps 2` and `--attack.steps=2` into {"attack.steps": "2"}."""
     overrides: dict[str, str] = {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import EngineError
 from ..text import printable
 from . import result, train_help
-from .shared import Commands, exit_status, parse_overrides
+from .shared import Commands, add_import, exit_status, parse_overrides
 
 if TYPE_CHECKING:
     from ..device.distributed import World
@@ -34,6 +34,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--nproc", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-eval", action="store_true")
+    add_import(parser)
     parser.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION")
 
 
@@ -91,6 +92,7 @@ def _check(recipe: Recipe, arguments: argparse.Namespace, world: World) -> None:
 
 
 def _train_and_report(run: Run, world: World, arguments: argparse.Namespace) -> int:
+    from .. import plugins
     from ..device import distributed
     from ..progress import stderr
     from ..report import page
@@ -115,8 +117,8 @@ def _train_and_report(run: Run, world: World, arguments: argparse.Namespace) -> 
             row["report"] = str(page.build(run))
     except KeyboardInterrupt as stopped:
         if world.first:
-            folder = printable(shlex.quote(str(run.path)))
-            print(f"engine: stopped; go on with: engine train --resume {folder}", file=sys.stderr)
+            again = shlex.join(["--resume", str(run.path), *plugins.words()])
+            print(f"engine: stopped; go on with: engine train {printable(again)}", file=sys.stderr)
         return exit_status(stopped)
     result.show(row, recipe, arguments.json)
     return 0
@@ -142,10 +144,11 @@ def _new_run(recipe: Recipe, path: Path | None, world: World) -> Run:
 
 def _launch(arguments: argparse.Namespace, rest: list[str], recipe: Recipe) -> int:
     """Run the same command in `--nproc` processes."""
+    from .. import plugins
     from ..device import distributed
     from ..runs.folder import Run
 
-    words = ["train"]
+    words = ["train", *plugins.words()]
     if arguments.resume is not None:
         words += ["--resume", str(arguments.resume)]
     else:

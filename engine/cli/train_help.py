@@ -68,6 +68,7 @@ def _usage(recipes: list[str], width: int) -> str:
             _entry("--resume RUN", "continue a stopped or killed run, bit for bit", width),
             _entry("--no-eval", "train only; `engine eval RUN` evaluates later", width),
             _entry("--json", "print one JSON object on stdout; progress goes to stderr", width),
+            _entry("--import MODULE", "networks and objectives of your own, see docs", width),
             _entry("--nproc N", "N processes on this machine that share each batch", width),
             "",
             "RECIPE: a path ending in .toml, or",
@@ -120,7 +121,7 @@ def _choices(dotted: str, hint: Any) -> list[str]:
     if dotted == "objective.name":
         return list(recipes.objectives())
     if dotted == "model.name":
-        return sorted(models.MODELS)
+        return sorted(models.names())
     if dotted == "data.name":
         return list(data.names())
     return list(_literals(hint))

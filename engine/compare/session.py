@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .. import files, recipes
+from .. import files, plugins, recipes
 from ..device.machine import environment
 from ..errors import EngineError
 from ..performance import timing
@@ -195,7 +195,7 @@ def _start(job: Job, out: Path, score: str, workers: int) -> subprocess.Popen:
         wanted = folder / "wanted.toml"
         files.write_text(wanted, recipes.dump(job.recipe))
         words = [str(wanted), "--run-dir", str(folder)]
-    words = [sys.executable, "-m", "engine", "train", *words, "--json"]
+    words = [sys.executable, "-m", "engine", "train", *words, *plugins.words(), "--json"]
     if score == "validation":
         words.append("--no-eval")
     threads = job.recipe.threads or max(1, (os.cpu_count() or 1) // workers)

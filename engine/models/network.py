@@ -20,10 +20,11 @@ class Network(nn.Module):
     must not write into its argument, which is then a leaf of autograd's graph.
 
     Input [B, C, H, W], float in [0, 1]; output logits [B, K]. A subclass implements `body`, and
-    sets `stem_name` if its first convolution is not called `conv1`.
+    sets `stem_name` if its first convolution is not called `conv1`. With None, the stem is the
+    normalisation alone, and attacks differentiate the network down to the pixels.
     """
 
-    stem_name = "conv1"
+    stem_name: str | None = "conv1"
     mu: Tensor | None
     sigma: Tensor | None
 
@@ -42,8 +43,8 @@ class Network(nn.Module):
         Raises:
             ValueError: for another number of values than input channels, or a std <= 0.
         """
-        weight = self.stem_conv.weight
-        channels = self.stem_conv.in_channels
+        weight = next(self.parameters())
+        channels = self.in_channels
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
                 raise ValueError(f"{name} has {len(values)} values, the images {channels} channels")
@@ -54,14 +55,29 @@ class Network(nn.Module):
         self.sigma = torch.tensor(std, dtype=weight.dtype, device=weight.device).view(shape)
 
     @property
-    def stem_conv(self) -> nn.Conv2d:
+    def stem_conv(self) -> nn.Conv2d | None:
+        """The first convolution, or None in a network without a stem."""
+        if self.stem_name is None:
+            return None
         return cast(nn.Conv2d, self.get_submodule(self.stem_name))
+
+    @property
+    def in_channels(self) -> int:
+        """The number of channels of an image."""
+        return cast(nn.Conv2d, self.stem_conv).in_channels
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Return the normalised images, or the images themselves without `mu` and `sigma`."""
+        if self.mu is None or self.sigma is None:
+            return x
+        return (x - self.mu) / self.sigma
 
     def stem(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] in [0, 1] to the first convolution's output [B, O, H', W']."""
-        if self.mu is not None and self.sigma is not None:
-            x = (x - self.mu) / self.sigma
+        x = self.scaled(x)
         conv = self.stem_conv
+        if conv is None:
+            return x
         if _ours(conv, x):
             return _StemConvolution.apply(
                 x, conv.weight, conv.bias, conv.stride[0], conv.padding[0]
@@ -90,7 +106,7 @@ def _ours(conv: nn.Conv2d, x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         # torch.func has no rules for these ops, so the library's convolution serves it.
         and not torch._C._are_functorch_transforms_active()
-        and _plain(conv)
+        and is_plain(conv)
     )
 
 
@@ -145,7 +161,7 @@ def stem_of(model: nn.Module) -> Stem | None:
     exposed = callable(getattr(model, "stem", None)) and callable(getattr(model, "body", None))
     if not exposed or not isinstance(conv, nn.Conv2d):
         return None
-    if not _plain(conv):
+    if not is_plain(conv):
         return None
     weight = conv.weight.detach()
     sigma = getattr(model, "sigma", None)
@@ -153,7 +169,8 @@ def stem_of(model: nn.Module) -> Stem | None:
     return Stem(weight if sigma is None else weight / sigma, stride, padding)
 
 
-def _plain(conv: nn.Conv2d) -> bool:
+def is_plain(conv: nn.Conv2d) -> bool:
+    """Tell whether a convolution is one that a `Stem` describes."""
     return (
         not isinstance(conv.padding, str)
         and conv.groups == 1

@@ -90,7 +90,7 @@ class ResNet18(_Residual18):
     """RobustBench's `ResNet18` at width 64; any image size (32 in the literature)."""
 
     def __init__(
-        self, in_channels: int, image_size: int, classes: int, width: int = _WIDTH
+        self, in_channels: int, size: tuple[int, int], classes: int, width: int = _WIDTH
     ) -> None:
         super().__init__(_BasicBlock, in_channels, classes, width)
         self.bn1 = nn.BatchNorm2d(width)
@@ -109,6 +109,6 @@ class PreActResNet18(_Residual18):
     """
 
     def __init__(
-        self, in_channels: int, image_size: int, classes: int, width: int = _WIDTH
+        self, in_channels: int, size: tuple[int, int], classes: int, width: int = _WIDTH
     ) -> None:
         super().__init__(_PreActBlock, in_channels, classes, width)

@@ -17,11 +17,12 @@ class TinyCnn(Network):
     The network is meant for scikit-learn's 8x8 digits.
     """
 
-    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
+    def __init__(self, in_channels: int, size: tuple[int, int], classes: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
-        self.fc1 = nn.Linear(32 * ((image_size + 1) // 2) ** 2, 64)
+        height, width = ((side + 1) // 2 for side in size)
+        self.fc1 = nn.Linear(32 * height * width, 64)
         self.fc2 = nn.Linear(64, classes)
 
     def body(self, h: Tensor) -> Tensor:
@@ -32,17 +33,18 @@ class TinyCnn(Network):
 class FastAtMnist(Network):
     """Build the MNIST network of "Fast is better than free" (Wong, Rice, Kolter, arXiv 2001.03994).
 
-    The original is an nn.Sequential, so the layers' names are numbers. The image size must be
+    The original is an nn.Sequential, so the layers' names are numbers. Height and width must be
     divisible by 4.
     """
 
     stem_name = "0"
 
-    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
+    def __init__(self, in_channels: int, size: tuple[int, int], classes: int) -> None:
         super().__init__()
-        if image_size % 4:
+        height, width = size
+        if height % 4 or width % 4:
             raise EngineError(
-                f"fast-at-mnist needs an image size divisible by 4, got {image_size}; "
+                f"fast-at-mnist needs an image size divisible by 4, got {height}x{width}; "
                 "pad the images or take tiny-cnn"
             )
         layers = (
@@ -51,7 +53,7 @@ class FastAtMnist(Network):
             nn.Conv2d(16, 32, 4, stride=2, padding=1),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(32 * (image_size // 4) ** 2, 100),
+            nn.Linear(32 * (height // 4) * (width // 4), 100),
             nn.ReLU(),
             nn.Linear(100, classes),
         )
@@ -74,13 +76,12 @@ class SmallCnn(Network):
 
     stem_name = "feature_extractor.conv1"
 
-    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
+    def __init__(self, in_channels: int, size: tuple[int, int], classes: int) -> None:
         super().__init__()
-        side = ((image_size - 4) // 2 - 4) // 2
-        if side < 1:
+        height, width = (((side - 4) // 2 - 4) // 2 for side in size)
+        if min(height, width) < 1:
             raise EngineError(
-                f"small-cnn needs images of 16x16 or more, got {image_size}x{image_size}; "
-                "take tiny-cnn"
+                f"small-cnn needs images of 16x16 or more, got {size[0]}x{size[1]}; take tiny-cnn"
             )
         self.feature_extractor = nn.Sequential(
             OrderedDict(
@@ -100,7 +101,7 @@ class SmallCnn(Network):
         last = nn.Linear(200, classes)
         self.classifier = nn.Sequential(
             OrderedDict(
-                fc1=nn.Linear(64 * side**2, 200),
+                fc1=nn.Linear(64 * height * width, 200),
                 relu1=nn.ReLU(),
                 drop=Dropout(0.5),
                 fc2=nn.Linear(200, 200),

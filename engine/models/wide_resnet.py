@@ -40,7 +40,7 @@ class WideResNet34x10(Network):
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith("sub_block1.")})
     """
 
-    def __init__(self, in_channels: int, image_size: int, classes: int) -> None:
+    def __init__(self, in_channels: int, size: tuple[int, int], classes: int) -> None:
         super().__init__()
         blocks, widths = (34 - 4) // 6, (160, 320, 640)
         channels = 16

@@ -1,10 +1,6 @@
-"""Training losses, one file for each method; a new one joins `AnyObjective` and gets a recipe."""
+"""Training losses, one file for each method; `register` gives recipes a new one."""
 
-from typing import Annotated
-
-from pydantic import Field
-
-from .base import Objective, Outcome, Passes
+from .base import OBJECTIVES, Objective, Outcome, Passes, register
 from .clean import Clean
 from .fgsm_pgi import FGSMPGI
 from .gat import GAT
@@ -18,10 +14,11 @@ from .nuat import NuAT
 from .pgd import PGD
 from .trades import TRADES
 
-AnyObjective = Annotated[
-    LocalBall | PGD | TRADES | MART | NFGSM | FGSMPGI | GradAlign | LLR | GAT | NuAT | LIET | Clean,
-    Field(discriminator="name"),
-]
+for _kind in (
+    *(LocalBall, PGD, TRADES, MART, NFGSM, FGSMPGI),
+    *(GradAlign, LLR, GAT, NuAT, LIET, Clean),
+):
+    register(_kind)
 
 __all__ = [
     "FGSMPGI",
@@ -30,9 +27,9 @@ __all__ = [
     "LLR",
     "MART",
     "NFGSM",
+    "OBJECTIVES",
     "PGD",
     "TRADES",
-    "AnyObjective",
     "Clean",
     "GradAlign",
     "LocalBall",
@@ -40,4 +37,5 @@ __all__ = [
     "Objective",
     "Outcome",
     "Passes",
+    "register",
 ]

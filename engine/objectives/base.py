@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, is_dataclass
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -106,9 +106,11 @@ class Objective(abc.ABC):
     """Compute a training loss with its attack; an objective has options and no state of a run.
 
     Attributes:
+        name: what recipes call the objective.
         free_step: whether the objective can train at the remembered adversary (`attack.steps` = 0).
     """
 
+    name: str
     free_step: ClassVar[bool] = False
 
     def check(self, attack: Attack) -> None:
@@ -167,6 +169,33 @@ class Objective(abc.ABC):
         outcome = self.compute(model, x, y, threat, attack, start, shared)
         shared[1] += 1
         return outcome
+
+
+# The objectives by the name that recipes use.
+OBJECTIVES: dict[str, type[Objective]] = {}
+Kind = TypeVar("Kind", bound=type[Objective])
+
+
+def register(kind: Kind) -> Kind:
+    """Give recipes an objective: `objective.name` is the default of the class's field `name`.
+
+    It decorates a frozen dataclass (pydantic's checks its fields) that is an `Objective`.
+
+    Raises:
+        EngineError: for another class, or a name that another objective has.
+    """
+    fields = getattr(kind, "__dataclass_fields__", {})
+    name = fields["name"].default if "name" in fields else None
+    if not (isinstance(kind, type) and issubclass(kind, Objective) and is_dataclass(kind)):
+        raise EngineError(f"{kind!r:.80} is no objective: it must be a dataclass and an Objective")
+    if not isinstance(name, str):
+        raise EngineError(
+            f"objective {kind.__name__} needs a name, as in: name: Literal['mine'] = 'mine'"
+        )
+    if name in OBJECTIVES:
+        raise EngineError(f"there is an objective {name!r} already: register another name")
+    OBJECTIVES[name] = kind
+    return kind
 
 
 # The models whose first batch was looked at; a look at every batch would make the host wait.

@@ -92,13 +92,23 @@ class Tape(Spy):
             complain("reads a value of the device on the host")
         if torch.Tag.dynamic_output_shape in call.op.tags:
             complain("makes a tensor whose shape depends on its contents")
-        if torch.Tag.nondeterministic_seeded in call.op.tags:
+        if _draws(call):
             complain("draws random numbers from a generator and not from the step's state")
         if call.short_name in _FROM_HOST:
             complain("makes a tensor from a number of the host's")
         for t in call.inputs:
             if storage_of(t) not in self._made and not getattr(t, "is_constant", False):
                 complain(f"touches a tensor {tuple(t.shape)} that the step does not own")
+
+
+def _draws(call: Call) -> bool:
+    """Tell whether an operator draws from a generator; attention without dropout does not."""
+    if torch.Tag.nondeterministic_seeded not in call.op.tags:
+        return False
+    arguments = call.op._schema.arguments
+    given = dict(zip((a.name for a in arguments), call.args, strict=False)) | call.kwargs
+    default = next((a.default_value for a in arguments if a.name == "dropout_p"), None)
+    return given.get("dropout_p", default) != 0
 
 
 _BATCH, _STEPS = 2, 3

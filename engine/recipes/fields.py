@@ -6,7 +6,15 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    SerializationInfo,
+    TypeAdapter,
+)
 from pydantic.dataclasses import dataclass
 
 from ..adversary.attack import Attack
@@ -16,7 +24,7 @@ from ..data.photos import Damaged
 from ..device.precision import Precision
 from ..errors import EngineError
 from ..evaluation.robust_accuracy import EvaluationPrecision, PgdLoss, PgdStep
-from ..objectives import AnyObjective, LocalBall
+from ..objectives import OBJECTIVES, LocalBall, Objective
 from ..threat import Number, ThreatModel
 from ..training.optimiser import OptimiserName
 from ..training.schedule import Schedule
@@ -45,6 +53,28 @@ def _pair(value: Any) -> Any:
 
 _Side = Annotated[int, Field(ge=1, le=1 << 14)]
 _Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def _read_objective(value: Any) -> Objective:
+    """Read an objective's table by the class that has its name, a registered one too."""
+    if isinstance(value, Objective):
+        return value
+    kind = OBJECTIVES.get(value["name"]) if isinstance(value, dict) and "name" in value else None
+    if kind is None:
+        raise ValueError("must be a table with the name of an objective")
+    return TypeAdapter(kind).validate_python(value)
+
+
+def _write_objective(objective: Objective, info: SerializationInfo) -> dict[str, Any]:
+    return TypeAdapter(type(objective)).dump_python(
+        objective, mode="json" if info.mode_is_json() else "python"
+    )
+
+
+# Which classes there are is known when a recipe is read, not here: an imported module adds to them.
+AnyObjective = Annotated[
+    Objective, PlainValidator(_read_objective), PlainSerializer(_write_objective)
+]
 
 
 @dataclass(frozen=True)
@@ -171,7 +201,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    name: Annotated[str, Field(description="network: see `engine doctor`")] = "tiny-cnn"
+    name: Annotated[
+        str, Field(description="network; or timm/NAME, torchvision/NAME, one from --import")
+    ] = "tiny-cnn"
     width: Annotated[
         int | None,
         Field(
@@ -180,10 +212,13 @@ class Model:
             "[count]",
         ),
     ] = None
-    init: Annotated[
+    pretrained: Annotated[
         str | None,
         AfterValidator(_absolute_path),
-        Field(description="file of weights to start from, .safetensors or .pt; left out: random"),
+        Field(
+            description="file of weights to start from, .safetensors or .pt, whose head may be of "
+            "other classes; left out: random"
+        ),
     ] = None
     normalise: Annotated[
         bool,

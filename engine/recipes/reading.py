@@ -23,7 +23,7 @@ from ..data import own
 from ..device import apex
 from ..errors import EngineError
 from ..evaluation.robust_accuracy import check_precision
-from ..objectives import AnyObjective, LocalBall
+from ..objectives import OBJECTIVES, LocalBall
 from ..text import shown
 from .fields import Recipe
 
@@ -34,6 +34,8 @@ _KEY_PARTS = 32
 # The largest numbers in a recipe: counts fit 32 bits, values fit float32.
 _LARGEST_COUNT, _LARGEST_VALUE = (1 << 31) - 1, 1e37
 _LONGEST_WORD = 100
+# Names that fields had in earlier versions, by section: run folders keep them.
+_RENAMED = {"model": {"init": "pretrained"}}
 _ADAPTER = TypeAdapter(Recipe)
 _DEFAULT_OBJECTIVE = LocalBall().name
 
@@ -83,8 +85,8 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     Raises:
         EngineError: as `load` does; its text begins with `source`.
     """
+    tree = _renamed(tree)
     _reject_unknown(tree)
-    tree = dict(tree)
     if isinstance(tree.get("objective"), Mapping):
         tree["objective"] = {"name": _DEFAULT_OBJECTIVE, **tree["objective"]}
     try:
@@ -173,6 +175,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _set(tree: dict[str, Any], key: str, text: str) -> None:
     """Put the command line's `text` where `key` ("attack.steps", or "attack.batch-norm") points."""
     parts = key.replace("-", "_").split(".")
+    parts[1:] = [_RENAMED.get(parts[0], {}).get(part, part) for part in parts[1:]]
     known = {name: annotation for name, annotation, _, _ in options(_objective_of(tree))}
     dotted = ".".join(parts)
     if parts == ["objective", "name"]:
@@ -196,8 +199,7 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
 
 def objectives() -> dict[str, type]:
     """Return the objective classes by the name that recipes use."""
-    union = get_args(get_args(AnyObjective)[0]) or (get_args(AnyObjective)[0],)
-    return {cls.__dataclass_fields__["name"].default: cls for cls in union}
+    return dict(OBJECTIVES)
 
 
 def _objective_name(tree: Mapping[str, Any]) -> Any:
@@ -251,6 +253,17 @@ def _bare(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
+def _renamed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `tree` with today's names in place of earlier ones; today's name has precedence."""
+    renamed = dict(tree)
+    for section, names in _RENAMED.items():
+        table = renamed.get(section)
+        if isinstance(table, Mapping):
+            old = {names[key]: value for key, value in table.items() if key in names}
+            renamed[section] = old | {k: v for k, v in table.items() if k not in names}
+    return renamed
+
+
 def _reject_unknown(tree: Mapping[str, Any]) -> None:
     chosen = _objective_name(tree)
     if not isinstance(chosen, str) or chosen not in objectives():
@@ -278,16 +291,9 @@ def _reject_unknown(tree: Mapping[str, Any]) -> None:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    location = [str(p) for p in first["loc"]]
-    # The discriminator of the objective's union is no field of the user's.
-    location = [
-        p
-        for i, p in enumerate(location)
-        if not (i == 1 and location[0] == "objective" and p in objectives())
-    ]
     seen = [
         p
-        for p in location
+        for p in map(str, first["loc"])
         if not p.startswith(("function-", "constrained-", "float", "int", "none"))
     ]
     got = first.get("input")

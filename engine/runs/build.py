@@ -56,14 +56,10 @@ def build_model(
             checkpoint will.
         classes: number of logits.
         shape: of an image, [C, H, W].
-        init: load the weights of `model.init`, where the recipe has one.
+        init: load the weights of `model.pretrained`, where the recipe has one.
     Raises:
         EngineError: for a network that does not fit the images or the weights.
     """
-    if shape[1] != shape[2]:
-        raise EngineError(
-            f"images of {shape[1]}x{shape[2]} pixels: the networks here take square ones"
-        )
     mean = std = None
     if recipe.model.normalise:
         if images is None:
@@ -78,14 +74,14 @@ def build_model(
     model = models.build(
         recipe.model.name,
         in_channels=shape[0],
-        image_size=shape[-1],
+        image_size=shape[1:],
         classes=classes,
         width=recipe.model.width,
         mean=mean,
         std=std,
     )
-    if init and recipe.model.init is not None:
-        start_from(model, Path(recipe.model.init))
+    if init and recipe.model.pretrained is not None:
+        start_from(model, Path(recipe.model.pretrained), classes)
     # Convolutions run faster in this format, on CPUs (docs/performance.md) and on tensor cores.
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

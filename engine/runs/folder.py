@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from .. import files, recipes
+from .. import files, models, plugins, recipes
 from ..device.machine import environment
 from ..errors import EngineError
 from ..recipes import Recipe
+from ..text import shown
 from ..training.checkpoint import load_tensors, most_bytes, save_tensors
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ _NAMES = (
 )
 # Characters of a recipe's name in the name of a folder, which may have 255 bytes.
 _LONGEST_NAME = 60
+# The name of a module, as `--import` takes it.
+_MODULE = re.compile(r"[A-Za-z_][\w.]{0,99}")
 
 
 class Run:
@@ -63,7 +67,8 @@ class Run:
         run._lock()
         run._refuse_second()
         files.write_text(run.place("recipe.toml"), recipes.dump(recipe))
-        run.write_json("environment.json", environment())
+        # A hint for `_check_known`; nothing imports a module because a run names it.
+        run.write_json("environment.json", {**environment(), "imports": plugins.imported()})
         return run
 
     @staticmethod
@@ -83,12 +88,14 @@ class Run:
 
         Raises:
             EngineError: if the folder holds no run, or the run's recipe is damaged, or one of the
-                run's files is a symbolic link (`place`).
+                run's files is a symbolic link (`place`), or the run's network or objective came
+                from a module that is not imported here.
         """
         if not (path / "recipe.toml").is_file():
             raise EngineError(f"{path} is not a run folder: it has no recipe.toml")
         for name in _NAMES:
             files.within(path, name)
+        _check_known(path)
         return cls(path, recipes.load(str(path / "recipe.toml")))
 
     def place(self, name: str) -> Path:
@@ -240,6 +247,34 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise EngineError(f"{path} does not fit the network: {reason}") from None
+
+
+def _check_known(path: Path) -> None:
+    """Refuse a run whose network or objective is not known here, and say where it came from."""
+    tree = recipes.tree(str(path / "recipe.toml"))
+    for section, title, known in (
+        ("objective", "objective", recipes.objectives().__contains__),
+        ("model", "network", models.is_known),
+    ):
+        table = tree.get(section)
+        name = table.get("name") if isinstance(table, dict) else None
+        if not isinstance(name, str) or known(name):
+            continue
+        if hints := _imports_of(path):
+            flags = " ".join(f"--import {hint}" for hint in hints)
+            raise EngineError(
+                f"{title} {shown(name)} is not known: it came from {flags}; pass that option again"
+            )
+
+
+def _imports_of(path: Path) -> list[str]:
+    """Return the modules that a run folder names; a stranger's folder may hold anything."""
+    try:
+        found = json.loads(files.read_text(path / "environment.json"))["imports"]
+    except (EngineError, OSError, ValueError, RecursionError, KeyError, TypeError):
+        return []
+    names = found if isinstance(found, list) else []
+    return [name for name in names if isinstance(name, str) and _MODULE.fullmatch(name)]
 
 
 def _folder(path: Path) -> Path:

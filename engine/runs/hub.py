@@ -20,7 +20,7 @@ from .folder import load_weights
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _CONFIG_BYTES = 1 << 20
 # Fields of `model` that name files of the machine that trained.
-_PATHS = ("init",)
+_PATHS = ("pretrained",)
 
 
 def config_of(recipe: Recipe, shape: torch.Size, classes: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Read a file of weights for a network to start from: `model.init`."""
+"""Read a file of weights for a network to start from: `model.pretrained`."""
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,41 +19,79 @@ _LIMIT = 16 << 30  # bytes of a file of weights
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 # Buffers that normalise the images: a file without them leaves the data set's own in place.
 _STATISTICS = {"mu", "sigma"}
+log = logging.getLogger(__name__)
+_announced: set[str] = set()
 
 
-def start_from(model: nn.Module, path: Path) -> None:
-    """Load the weights of a file into `model`.
+def start_from(model: nn.Module, path: Path, classes: int) -> None:
+    """Load the weights of a file into `model`; a head of other classes stays as it is, and a line
+    says so.
 
     Args:
         path: a state dict: .safetensors, or .pt and .pth, which are read with `weights_only`. It
             may lie under "state_dict" or "model", and its names may begin with "module.".
+        classes: the number of logits.
     Raises:
         EngineError: if the file is absent, damaged, holds no state dict, or is of another network.
     """
     weights = {name.removeprefix("module."): t for name, t in _state_dict(path).items()}
     own = model.state_dict()
-    if missing := [name for name in own if name not in weights | dict.fromkeys(_STATISTICS)]:
+    head = _head_of(model, classes)
+    fresh = {name for name in head if not _fits(weights.get(name), own[name])}
+    for name in fresh:
+        _check_head(path, name, weights.pop(name, None), own[name])
+    if missing := [n for n in own if n not in weights and n not in fresh | _STATISTICS]:
         raise EngineError(
-            f"model.init = {path}: it is of another network: it has no {missing[0]}"
+            f"model.pretrained = {path}: it is of another network: it has no {missing[0]}"
             + (f" and {len(missing) - 1} others" if len(missing) > 1 else "")
         )
     if unknown := [name for name in weights if name not in own]:
         raise EngineError(
-            f"model.init = {path}: it is of another network: {unknown[0]} is not in this one"
+            f"model.pretrained = {path}: it is of another network: {unknown[0]} is not in this one"
         )
     for name, t in weights.items():
         if t.shape != own[name].shape:
             raise EngineError(
-                f"model.init = {path}: {name} is {list(t.shape)}, and this network has "
-                f"{list(own[name].shape)}: another network, or another number of classes"
+                f"model.pretrained = {path}: {name} is {list(t.shape)}, and this network has "
+                f"{list(own[name].shape)}: it is of another network"
             )
     model.load_state_dict(weights, strict=False)
+    if fresh:
+        _announce(f"model.pretrained = {path}: the head is fresh: {', '.join(sorted(fresh))}")
+
+
+def _head_of(model: nn.Module, classes: int) -> list[str]:
+    """Return the names of the weights of the last layer that makes a number for each class."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    last = next((m for m in reversed(layers) if m.weight.shape[0] == classes), None)
+    own = set() if last is None else {id(p) for p in last.parameters()}
+    return [name for name, t in model.state_dict(keep_vars=True).items() if id(t) in own]
+
+
+def _fits(t: Tensor | None, own: Tensor) -> bool:
+    return t is not None and t.shape == own.shape
+
+
+def _check_head(path: Path, name: str, t: Tensor | None, own: Tensor) -> None:
+    """Refuse a head that differs by more than its number of classes."""
+    if t is not None and t.shape[1:] != own.shape[1:]:
+        raise EngineError(
+            f"model.pretrained = {path}: {name} is {list(t.shape)}, and this network has "
+            f"{list(own.shape)}: it is of another network"
+        )
+
+
+def _announce(line: str) -> None:
+    """Log a line once: a run builds its network several times."""
+    if line not in _announced:
+        _announced.add(line)
+        log.warning(line)
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
     if path.suffix not in _SUFFIXES:
-        raise EngineError(f"model.init = {path}: must end in {', '.join(_SUFFIXES)}")
-    with files.opened(path, _LIMIT, "model.init = "):
+        raise EngineError(f"model.pretrained = {path}: must end in {', '.join(_SUFFIXES)}")
+    with files.opened(path, _LIMIT, "model.pretrained = "):
         pass
     try:
         if path.suffix == ".safetensors":
@@ -60,14 +99,14 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:80]
-        raise EngineError(f"model.init = {path} is damaged: {reason}") from None
+        raise EngineError(f"model.pretrained = {path} is damaged: {reason}") from None
     except pickle.UnpicklingError:
         raise EngineError(
-            f"model.init = {path} holds more than tensors: save model.state_dict() alone"
+            f"model.pretrained = {path} holds more than tensors: save model.state_dict() alone"
         ) from None
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise EngineError(f"model.init = {path} holds no state dict: save model.state_dict()")
+        raise EngineError(f"model.pretrained = {path} holds no state dict: save model.state_dict()")
     return dict(found)

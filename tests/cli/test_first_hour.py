@@ -156,33 +156,57 @@ def test_training_starts_from_a_file_of_weights(form, tmp_path):
         torch.save(weights, path)
     else:
         torch.save({"state_dict": {f"module.{k}": v for k, v in weights.items()}}, path)
-    recipe = recipes.load("quickstart", {"model.init": str(path)})
+    recipe = recipes.load("quickstart", {"model.pretrained": str(path)})
     step, _ = build.prepare(recipe, 1)
     started = step.networks()[0].state_dict()
     assert all(torch.equal(started[name], t) for name, t in weights.items())
 
 
 def test_weights_that_do_not_fit_give_one_line(tmp_path, capsys):
-    other = models.build("tiny-cnn", in_channels=1, image_size=8, classes=3).state_dict()
-    save_file(other, tmp_path / "classes.safetensors")
+    other = models.build("tiny-cnn", in_channels=1, image_size=12, classes=10).state_dict()
+    save_file(other, tmp_path / "width.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "network.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
     torch.save(Foreign(), tmp_path / "module.pt")
     for name, said in (
-        ("classes.safetensors", "another number of classes"),
+        ("width.safetensors", "another network"),
         ("network.safetensors", "another network"),
         ("damaged.safetensors", "damaged"),
         ("module.pt", "save model.state_dict()"),
         ("absent.pt", "absent.pt"),
         ("weights.onnx", ".safetensors, .pt, .pth"),
     ):
-        words = ["train", "quickstart", "--model.init", str(tmp_path / name)]
+        words = ["train", "quickstart", "--model.pretrained", str(tmp_path / name)]
         words += ["--run-dir", str(tmp_path / "run")]
         assert cli.run(words) == 2
         err = capsys.readouterr().err
         assert said in err
         assert err.count("\n") == 1, err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("file", ["other classes", "no head"])
+def test_a_head_of_other_classes_is_fresh_and_the_rest_is_the_files(file, tmp_path, caplog):
+    from engine.runs import build
+
+    torch.manual_seed(5)
+    weights = models.build("tiny-cnn", in_channels=1, image_size=8, classes=3).state_dict()
+    if file == "no head":
+        weights = {name: t for name, t in weights.items() if not name.startswith("fc2")}
+    save_file(weights, tmp_path / "w.safetensors")
+    recipe = recipes.load("quickstart", {"model.pretrained": str(tmp_path / "w.safetensors")})
+    step, _ = build.prepare(recipe, 1)
+    started = step.networks()[0].state_dict()
+    assert started["fc2.weight"].shape == (10, 64)
+    same = [name for name in started if not name.startswith("fc2")]
+    assert all(torch.equal(started[name], weights[name]) for name in same)
+    assert "the head is fresh: fc2.bias, fc2.weight" in caplog.text
+
+
+def test_the_fields_earlier_name_is_read_too(tmp_path):
+    path = str(tmp_path / "w.pt")
+    assert recipes.load("quickstart", {"model.init": path}).model.pretrained == path
+    assert recipes.parse({"name": "old", "model": {"init": path}}).model.pretrained == path
 
 
 # ---- help and tables
@@ -268,12 +292,14 @@ def test_a_val_folder_serves_as_the_test_images(tmp_path, caplog):
         own.read(tmp_path, "test")
 
 
-def test_data_info_says_that_images_are_not_square_or_not_of_one_size(tmp_path, capsys):
+def test_data_info_says_that_images_are_not_of_one_size(tmp_path, capsys):
     for split in ("train", "test"):
         folder_of(tmp_path / "wide", split, size=(12, 8))
         folder_of(tmp_path / "mixed", split, sizes={(0, 2): (9, 9)})
     assert cli.run(["data", "info", str(tmp_path / "wide")]) == 0
-    assert "8x12 pixels, and the networks take square ones" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["shape"] == [1, 8, 12]
+    assert not shown.err
     assert cli.run(["data", "info", str(tmp_path / "mixed")]) == 0
     assert "several sizes: --data.size 224 streams them" in capsys.readouterr().err
     assert cli.run(["train", "quickstart", "--data.name", str(tmp_path / "mixed")]) == 2

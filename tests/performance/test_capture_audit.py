@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 
 from engine import PGD, recipes
 from engine.performance import capture_audit
@@ -96,3 +97,11 @@ def test_audit_notices_a_generator_and_a_number_of_the_host(monkeypatch):
     assert "rand_like draws random numbers from a generator" in complaints
     assert "_local_scalar_dense reads a value of the device on the host" in complaints
     assert "differs between replay and eager step" in complaints
+
+
+@pytest.mark.parametrize(("dropout", "draws"), [(0.0, False), (0.5, True)])
+def test_attention_draws_with_dropout_only(dropout, draws):
+    q = torch.rand(1, 2, 4, 8)
+    tape = Tape(lambda: [q])
+    tape.record(lambda: nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=dropout))
+    assert any("draws random numbers" in line for line in tape.complaints) == draws

@@ -102,12 +102,15 @@ def _first_perturbation(x: Tensor, draw: torch.Generator) -> Tensor:
     """Return a grid of hills with random signs, about five by five, [B, C, H, W]."""
     b, c, h, w = x.shape
     delta = torch.zeros((b, c, h, w))
-    side = h // 5
-    edge = (h - side * 5) // 2
+    side = min(h, w) // 5
+    edge = (min(h, w) - side * 5) // 2
     for row in range(h // side):
         for column in range(w // side):
             top, left = edge + row * side, edge + column * side
-            delta[:, :, top : top + side, left : left + side] += _signed_hill(side, c, b, draw)
+            hill = _signed_hill(side, c, b, draw)
+            # Beyond the last edge of an oblong image there may be a part of a hill.
+            hill = hill[:, :, : max(h - top, 0), : max(w - left, 0)]
+            delta[:, :, top : top + side, left : left + side] += hill
     return delta.to(x.device)
 
 

@@ -1,0 +1,74 @@
+"""Networks of timm and torchvision by name, with random weights."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import nn
+
+from ..errors import EngineError
+
+# Each is called with (name, in_channels, (height, width), classes).
+Source = Callable[[str, int, tuple[int, int], int], nn.Module]
+
+
+def _timm(name: str, in_channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    timm = _package("timm")
+    _known(name, name.partition(".")[0], timm.list_models(), "timm")
+    options = {"pretrained": False, "num_classes": classes, "in_chans": in_channels}
+    return _sized(lambda **size: timm.create_model(name, **options, **size), img_size=size)
+
+
+def _torchvision(name: str, in_channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    models = _package("torchvision").models
+    _known(name, name, models.list_models(module=models), "torchvision")
+    if in_channels != 3:
+        raise EngineError(
+            f"network torchvision/{name} takes images of 3 channels, these have {in_channels}: "
+            "timm's networks take any number"
+        )
+
+    def make(**image_size: int) -> nn.Module:
+        return models.get_model(name, weights=None, num_classes=classes, **image_size)
+
+    return _sized(make, image_size=size[0]) if size[0] == size[1] else make()
+
+
+SOURCES: dict[str, Source] = {"timm": _timm, "torchvision": _torchvision}
+
+
+def _package(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("timm", "torchvision"):
+            raise
+        raise EngineError(
+            f"{error.name} is not installed: pip install 'robust-engine[models]'"
+        ) from None
+    except Exception as error:
+        # torchvision's operators do not load beside another build of PyTorch than their own.
+        raise EngineError(
+            f"{name} does not import here: {' '.join(str(error).split())[:160]}: install the "
+            "torchvision that belongs to this PyTorch"
+        ) from error
+
+
+def _known(name: str, base: str, known: list[str], source: str) -> None:
+    if base not in known:
+        near = difflib.get_close_matches(base[:100].lower(), known, n=1, cutoff=0.5)
+        hint = f": did you mean {source}/{near[0]}?" if near else ""
+        raise EngineError(f"{source} has no network {name!r}{hint}")
+
+
+def _sized(make: Callable[..., nn.Module], **size: object) -> nn.Module:
+    """Call `make` with the images' size, which only networks of one size take."""
+    try:
+        return make(**size)
+    except TypeError as error:
+        if not any(keyword in str(error) for keyword in size):
+            raise
+        return make()
