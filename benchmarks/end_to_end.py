@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from engine import recipes
 from engine.data import datasets
 from engine.device import machine, precision
+from engine.errors import EngineError
 from engine.performance import plan, timing
 from engine.progress import TrainingBar, bar, stderr
 from engine.recipes import Recipe
@@ -141,6 +143,8 @@ class Plain:
         self._where = machine.device()
         parts = split(recipe)
         images, labels = parts.train
+        if not isinstance(images, Tensor):
+            raise EngineError("engine bench end-to-end: the set must fit in memory")
         torch.manual_seed(recipe.seed)
         network = build.build_model(recipe, images, len(parts.classes), images.shape[1:])
         # The plain loop keeps the default memory layout.

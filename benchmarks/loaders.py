@@ -118,9 +118,15 @@ def _jpeg_rows(jpegs: Jpegs, rounds: int) -> list[dict[str, Any]]:
         photos = of_index(index, framing, "refuse", threads=2, order=True)
 
         def loader(name: loaders.LoaderName, workers: int) -> Loader:
-            options = {"scale": (0.08, 1.0), "flip": True}
             return loaders.build(
-                name, photos, photos.labels, jpegs.batch, device=device, workers=workers, **options
+                name,
+                photos,
+                photos.labels,
+                jpegs.batch,
+                device=device,
+                workers=workers,
+                scale=(0.08, 1.0),
+                flip=True,
             )
 
         made = {} if unavailable() else {"dali": loader("dali", 2)}

@@ -34,8 +34,9 @@ def attacked(run: Run, *, checkpoint: str = "best", examples: int = 300) -> dict
     """
     recipe = run.recipe
     model = evaluate.load_model(run, checkpoint)
-    x, y = images.as_floats(*images.split(recipe).validation, device())
-    x, y = x[:examples], y[:examples]
+    held, labels = images.split(recipe).validation
+    held, labels = held[:examples], labels[:examples]
+    x, y = next(iter(images.parts(held, labels, device(), len(labels))))
     found: dict[str, Any] = {"run": _name(run.path), "checkpoint": checkpoint, "examples": len(x)}
     with robust_accuracy.evaluation_mode(model):
         found["clean"] = robust_accuracy.share(robust_accuracy.predictions(model, x) == y)
