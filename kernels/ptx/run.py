@@ -1,6 +1,6 @@
 """Execute every kernel as compiled and hold its results against the reference.
 
-python -m engine.kernels.ptx.run [--arch sm_90] [--all]
+python -m engine.kernels.ptx.run [--arch sm_90] [--extent all]
 """
 
 from __future__ import annotations
