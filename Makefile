@@ -79,7 +79,7 @@ gpu-showcase: .venv/ready ## CIFAR-10 on a GPU, measured beside the plan: make g
 	@$(BIN)/python -m engine compare benchmarks/studies/showcase.toml --out runs/showcase $(if $(DATA),--data.name $(DATA))
 	@$(BIN)/python -m engine.benchmarks.showcase runs/showcase
 
-matrix: .venv/ready ## the fast tests with every supported PyTorch: make matrix WORDS="--torch 2.11.0 tests/training"
+matrix: .venv/ready ## the fast tests with every supported PyTorch: make matrix WORDS="--torch 2.11.0 --python python3.12"
 	@$(BIN)/python -m tests.matrix $(WORDS)
 
 docs: .venv/docs-ready ## the site, into build/site
