@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import EngineError
 
 # After this wait a rank takes another for dead.
-_PATIENCE = timedelta(minutes=10)
+PATIENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def join() -> World:
             f"process {local} on this machine has no GPU: there are {torch.cuda.device_count()}"
         )
     if size > 1 and not dist.is_initialized():
-        options: dict[str, Any] = {"timeout": _PATIENCE}
+        options: dict[str, Any] = {"timeout": PATIENCE}
         if cuda:
             torch.cuda.set_device(local)
             # NCCL then connects at once, and guesses no device in a barrier.
