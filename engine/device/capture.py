@@ -10,6 +10,7 @@ capture.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -106,7 +107,10 @@ class CudaGraphs:
         if not distributed.active():
             return graph.replay
         if self._watch is None:
-            self._watch = ReplayWatch(distributed.PATIENCE.total_seconds())
+            self._watch = ReplayWatch(
+                distributed.PATIENCE.total_seconds(),
+                begin=functools.partial(torch.cuda.set_device, torch.cuda.current_device()),
+            )
         return self._watch.watched(graph.replay)
 
     def close(self) -> None:

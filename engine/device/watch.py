@@ -39,6 +39,8 @@ class ReplayWatch:
     Args:
         patience: seconds from a replay's launch to its end, the work before it included.
         interval: seconds between two looks.
+        begin: runs first in the thread. A new thread has device 0 for its current device, and a
+            look from there could make a second context on that device.
         event: makes an event of the current device.
         give_up: receives the report.
     """
@@ -48,11 +50,12 @@ class ReplayWatch:
         patience: float,
         *,
         interval: float = 1.0,
+        begin: Callable[[], object] = lambda: None,
         event: Callable[[], Event] = torch.cuda.Event,
         give_up: Callable[[str], None] = end_process,
     ) -> None:
         self.patience, self.interval = patience, interval
-        self._event, self._give_up = event, give_up
+        self._begin, self._event, self._give_up = begin, event, give_up
         # One event is enough: a replay cannot finish before the one ahead of it.
         self._pending: tuple[Event, float] | None = None
         self._closed = threading.Event()
@@ -77,6 +80,7 @@ class ReplayWatch:
         self._thread.join()
 
     def _look_on(self) -> None:
+        self._begin()
         while not self._closed.wait(self.interval):
             if self._pending is None:
                 continue

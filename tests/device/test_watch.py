@@ -137,7 +137,18 @@ def test_captured_graphs_are_watched_with_several_processes(monkeypatch, events,
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(distributed, "active", lambda: processes > 1)
-    monkeypatch.setattr(capture, "ReplayWatch", lambda patience: ReplayWatch(patience, event=Event))
+    devices = []
+
+    def set_device(index):
+        devices.append((index, threading.current_thread().name))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(
+        capture,
+        "ReplayWatch",
+        lambda patience, begin: ReplayWatch(patience, begin=begin, event=Event),
+    )
     before = threading.active_count()
     with capture.CudaGraphs(torch.device("cuda")) as graphs:
         replay = graphs.record(lambda: None)
@@ -146,3 +157,5 @@ def test_captured_graphs_are_watched_with_several_processes(monkeypatch, events,
         assert [event.recorded for event in events] == [True] * (processes - 1)
         assert threading.active_count() == before + processes - 1
     assert threading.active_count() == before
+    # The thread looks from this process's own device.
+    assert devices == [(1, "replay watch")] * (processes - 1)
