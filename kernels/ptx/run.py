@@ -132,15 +132,13 @@ def _without_nan(t: Tensor) -> Tensor:
 
 
 def _widened(case: Case) -> Case:
-    """Return the case in float64, but for the network's input, which is float32 at most."""
+    """Return the case in float64."""
 
     def wide(value: Any) -> Any:
         floats = isinstance(value, Tensor) and value.is_floating_point()
         return value.double() if floats else value
 
     args, options = tree_map(wide, (case.args, case.options))
-    if "network_input" in options:
-        options["network_input"] = options["network_input"].float()
     return case._replace(args=args, options=options)
 
 

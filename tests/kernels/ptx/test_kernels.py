@@ -53,7 +53,7 @@ def test_every_case_computes_what_the_reference_does(arch):
     rows = run.rows((arch,), extent="all", seeds=3)
     check(rows, (arch,))
     for kernel, types in {
-        "l2_step": 3, "linf_step_bf16_grad": 2, "linf_step_bf16_input": 3, "cross_entropy_grad": 3,
+        "l2_step": 3, "linf_step_bf16_grad": 2, "linf_step_in_place": 3, "cross_entropy_grad": 3,
         "linf_input_grad_bf16_channels_last": 3, "loss": 3, "loss_partial": 3, "loss_backward": 3,
         "sgd_ema": 3,
     }.items():  # fmt: skip
