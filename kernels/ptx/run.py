@@ -172,7 +172,8 @@ def _rows_elsewhere(archs: tuple[str, ...], extent: Extent, seeds: int) -> list[
     return json.loads(done.stdout)
 
 
-def _main() -> None:
+def _main() -> int:
+    """Print the rows and how many of them are bad; return 1 where one is."""
     parser = argparse.ArgumentParser(description="Execute every Triton kernel as compiled.")
     parser.add_argument("--json", action="store_true", help="print rows as JSON")
     parser.add_argument("--arch", nargs="+", choices=audit.ARCHS, default=audit.ARCHS)
@@ -182,10 +183,13 @@ def _main() -> None:
     table = rows(tuple(options.arch), options.extent, options.seeds)
     if options.json:
         print(json.dumps(table))
-        return
+        return 0
     for row in table:
         print("  ".join(f"{key}={value}" for key, value in row.items()))
+    bad = sum(row["outcome"] != EXECUTED for row in table)
+    print(f"{len(table)} rows, {bad} bad")
+    return min(bad, 1)
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(_main())

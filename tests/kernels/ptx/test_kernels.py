@@ -24,6 +24,17 @@ def check(rows, archs):
     )
 
 
+@pytest.mark.parametrize(("outcome", "status"), [(run.EXECUTED, 0), ("fault: a race", 1)])
+def test_the_command_ends_with_a_count_and_a_status(monkeypatch, capsys, outcome, status):
+    rows = [{"kernel": "one", "outcome": run.EXECUTED}, {"kernel": "other", "outcome": outcome}]
+    monkeypatch.setattr(run, "rows", lambda *_: rows)
+    monkeypatch.setattr("sys.argv", ["run", "--extent", "all"])
+    assert run._main() == status
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"kernel=other  outcome={outcome}"
+    assert lines[2] == f"2 rows, {status} bad"
+
+
 # The newest architecture has instructions for 16 bits that the others lack.
 @pytest.mark.parametrize(
     ("archs", "extent"), [(("sm_80", "sm_90"), "kernels"), (("sm_100",), "types")]
