@@ -194,7 +194,7 @@ def _main() -> int:
         print(json.dumps(row) if options.json else text, flush=True)
     if options.json:
         return 0
-    print(f"{count} rows, {bad} of them bad")
+    print(f"{count} rows, {bad} bad")
     return min(bad, 1)
 
 

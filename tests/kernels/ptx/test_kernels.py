@@ -145,10 +145,10 @@ def test_each_row_is_printed_when_it_is_done(monkeypatch, capsys):
     monkeypatch.setattr(run, "each_row", each_row)
     monkeypatch.setattr("sys.argv", ["run"])
     assert run._main() == 1
-    assert capsys.readouterr().out == "3 rows, 1 of them bad\n"
+    assert capsys.readouterr().out == "3 rows, 1 bad\n"
     rows[1]["outcome"] = run.EXECUTED
     assert run._main() == 0
-    assert capsys.readouterr().out == "3 rows, 0 of them bad\n"
+    assert capsys.readouterr().out == "3 rows, 0 bad\n"
     # Another Python reads these lines: nothing else may stand among them.
     monkeypatch.setattr("sys.argv", ["run", "--json"])
     monkeypatch.setattr(run, "each_row", lambda *_: iter(rows))
