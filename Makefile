@@ -63,7 +63,12 @@ gpu-check: ## prove the CUDA path on a machine with a GPU: one call, no install,
 
 # What a machine with PyTorch, pytest, NumPy, SciPy and matplotlib still lacks.
 GPU_PYTHON ?= 3.12
-GPU_WHEELS ?= pydantic pydantic-core annotated-types typing-inspection typing-extensions tomli-w pyautoattack
+GPU_WHEELS ?= pyautoattack safetensors lazy-loader tomli-w \
+  pydantic pydantic-core annotated-types typing-inspection \
+  rich markdown-it-py mdurl \
+  requests certifi charset-normalizer idna urllib3 \
+  scikit-learn joblib threadpoolctl narwhals cloudpickle \
+  hypothesis sortedcontainers pytest-xdist execnet
 gpu-wheels: ## download what `make gpu-check` needs there into .whl: make gpu-wheels GPU_PYTHON=3.12
 	$(PYTHON) -m pip download -q --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
 	  --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
@@ -74,7 +79,7 @@ gpu-showcase: .venv/ready ## CIFAR-10 on a GPU, measured beside the plan: make g
 	@$(BIN)/python -m engine compare benchmarks/studies/showcase.toml --out runs/showcase $(if $(DATA),--data.name $(DATA))
 	@$(BIN)/python -m engine.benchmarks.showcase runs/showcase
 
-matrix: .venv/ready ## the fast tests with every supported PyTorch: make matrix WORDS="--torch 2.11.0 tests/training"
+matrix: .venv/ready ## the fast tests with every supported PyTorch: make matrix WORDS="--torch 2.11.0 --python python3.12"
 	@$(BIN)/python -m tests.matrix $(WORDS)
 
 docs: .venv/docs-ready ## the site, into build/site

@@ -79,21 +79,12 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
     index = torch.randperm(n)[:b]
     _, crops, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
     eps, alpha = torch.tensor(EPS), torch.tensor(ALPHA)
-    last = torch.channels_last
 
     def check_augment() -> None:
         out = kernels.augment(data, index, rng, pad=pad, flip=True)[:2]
         with backends.use("reference"):
             expected = kernels.augment(data, index, rng, pad=pad, flip=True)[:2]
         _close(out, expected)
-
-    moving, half = z.clone(), torch.empty(shape, dtype=torch.float16).contiguous(memory_format=last)
-
-    def check_in_place() -> None:
-        stepped, network_input = z.clone(), torch.empty_like(half)
-        kernels.attack_step_(x, stepped, grad, eps, alpha, network_input=network_input)
-        _close(stepped, kernels.attack_step(x, z, grad, eps, alpha))
-        assert torch.equal(network_input, stepped.half())
 
     def check_remember() -> None:
         stored, expected = memory.clone(), memory.clone()
@@ -120,15 +111,6 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             (x, z, grad, EPS, ALPHA),
             _against_reference(step, x, z, grad, eps, alpha),
             4 * size,
-        ),
-        Case(
-            "attack_step_ to fp16",
-            name,
-            lambda: kernels.attack_step_(x, moving, grad, eps, alpha, network_input=half),
-            op_eager.step_to_half,
-            (x, z, grad, EPS, ALPHA),
-            check_in_place,
-            4 * size + size // 2,
         ),
         Case(
             "attack_step L2",

@@ -19,13 +19,6 @@ def step(x: Tensor, z: Tensor, grad: Tensor, eps: float, alpha: float) -> Tensor
     return torch.minimum(torch.maximum(z, x - eps), x + eps).clamp(0.0, 1.0)
 
 
-def step_to_half(
-    x: Tensor, z: Tensor, grad: Tensor, eps: float, alpha: float
-) -> tuple[Tensor, Tensor]:
-    stepped = step(x, z, grad, eps, alpha)
-    return stepped, stepped.to(torch.float16, memory_format=torch.channels_last)
-
-
 def input_grad(x: Tensor, gy: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     return torch.ops.aten.convolution_backward(
         gy,

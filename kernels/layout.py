@@ -16,14 +16,3 @@ def same_order(a: Tensor, b: Tensor) -> bool:
         and a.is_contiguous(memory_format=torch.channels_last)
         and b.is_contiguous(memory_format=torch.channels_last)
     )
-
-
-def transposed_rows(a: Tensor, b: Tensor) -> int:
-    """Return the number of rows R that relates the memory orders of `a` and `b`.
-
-    Each sample of `b`, in memory order, is the transpose of the [R, D / R] sample of `a`; R = 1 for
-    the same order. Both are contiguous ([C, H * W]) or channels_last ([H * W, C]).
-    """
-    if same_order(a, b):
-        return 1
-    return a.shape[1] if a.is_contiguous() else a.shape[2] * a.shape[3]

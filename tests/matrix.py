@@ -1,6 +1,7 @@
 """Run the suite, or a part of it, with every supported PyTorch: `make matrix`.
 
-    python -m tests.matrix [--torch 2.11.0,2.14.1] [--triton 3.6.0] [PYTEST WORD ...]
+    python -m tests.matrix [--torch 2.11.0,2.14.1] [--triton 3.6.0] [--python python3.12,python3.13]
+                           [PYTEST WORD ...]
 
 Each version gets a virtual environment of its own under build/matrix, made once. A wheel of PyTorch
 for CUDA takes some 5 GB there; with PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu pip
@@ -14,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -35,19 +35,33 @@ def constraints(torch: str, triton: str) -> str:
     return "\n".join([*kept, f"torch=={torch}", f"triton=={triton}", ""])
 
 
-def environment(torch: str, triton: str) -> Path:
-    """Make the virtual environment of one pair, or bring it up to date; return its Python.
+def version(python: str) -> str:
+    """Return the version of a Python program, as 3.12.
+
+    Raises:
+        OSError: where there is no such program.
+    """
+    code = "import sys; print('%d.%d' % sys.version_info[:2])"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def environment(base: str, torch: str, triton: str) -> Path:
+    """Make the virtual environment of one set, or bring it up to date; return its Python.
 
     An editable install knows the packages that were there when it was made, so it is made each
     time.
 
+    Args:
+        base: the Python program that makes it.
     Raises:
         subprocess.CalledProcessError: where pip finds no such release.
     """
-    folder = ROOT / "build" / "matrix" / f"torch-{torch}-triton-{triton}"
+    name = f"python-{version(base)}-torch-{torch}-triton-{triton}"
+    folder = ROOT / "build" / "matrix" / name
     python = folder / "bin" / "python"
     if not python.exists():
-        venv.create(folder, with_pip=True)
+        subprocess.run([base, "-m", "venv", folder], check=True)
     pinned = folder / "constraints.txt"
     pinned.write_text(constraints(torch, triton))
     words = [python, "-m", "pip", "install", "-q", "-c", pinned, "-e", f"{ROOT}[gpu,test,models]"]
@@ -56,13 +70,15 @@ def environment(torch: str, triton: str) -> Path:
     return python
 
 
-def run(torch: str, triton: str, words: list[str]) -> int:
-    """Run pytest with one pair, print a line, and return pytest's exit status."""
+def run(base: str, torch: str, triton: str, words: list[str]) -> int:
+    """Run pytest with one set, print a line, and return pytest's exit status."""
+    name = f"{Path(base).name}, torch {torch}, triton {triton}"
     try:
-        python = environment(torch, triton)
-    except subprocess.CalledProcessError as error:
-        print(f"torch {torch}, triton {triton}: not installed", flush=True)
-        return error.returncode
+        name = f"python {version(base)}, torch {torch}, triton {triton}"
+        python = environment(base, torch, triton)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"{name}: not installed ({error})", flush=True)
+        return 1
     log = python.parents[1] / "pytest.log"
     with log.open("w") as out:
         done = subprocess.run(
@@ -73,15 +89,16 @@ def run(torch: str, triton: str, words: list[str]) -> int:
             env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         )
     last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
-    print(f"torch {torch}, triton {triton}: {last} ({log.relative_to(ROOT)})", flush=True)
+    print(f"{name}: {last} ({log.relative_to(ROOT)})", flush=True)
     return done.returncode
 
 
 def main() -> int:
-    """Run every version that was asked for; 1 where one failed."""
+    """Run every set that was asked for; 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--torch", default=",".join(PAIRS), metavar="VERSION,...")
     parser.add_argument("--triton", metavar="VERSION", help="in place of the pair's own")
+    parser.add_argument("--python", default=sys.executable, metavar="PROGRAM,...")
     options, words = parser.parse_known_args()
     words = words or ["-m", "not slow", "-n", "2", "--dist", "loadfile"]
     failed = 0
@@ -89,7 +106,8 @@ def main() -> int:
         triton = options.triton or PAIRS.get(torch)
         if triton is None:
             parser.error(f"which Triton goes with torch {torch}? Say --triton VERSION")
-        failed += run(torch, triton, words) != 0
+        for python in options.python.split(","):
+            failed += run(python, torch, triton, words) != 0
     return min(failed, 1)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from .matrix import PAIRS, ROOT, constraints
+from .matrix import PAIRS, ROOT, constraints, main, version
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -48,3 +50,15 @@ def test_a_pair_replaces_what_goes_with_pytorch_and_nothing_else():
     assert any(line.startswith("numpy==") for line in lines)
     older = constraints("2.11.0", "3.6.0").splitlines()
     assert [line for line in older if line.startswith("numpy")] == ["numpy<2.4"]
+
+
+def test_the_version_of_a_python_is_its_own():
+    assert version(sys.executable) == "{}.{}".format(*sys.version_info)
+
+
+@pytest.mark.parametrize("python", ["no-such-python", "false"])
+def test_a_python_that_does_not_run_is_one_line_and_bad(monkeypatch, capsys, python):
+    monkeypatch.setattr(sys, "argv", ["matrix", "--torch", "2.13.0", "--python", python])
+    assert main() == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{python}, torch 2.13.0, triton 3.7.1: not installed")

@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # The tool itself, the project, and what PyTorch's wheel for CUDA pins by itself, version by
@@ -52,6 +53,27 @@ def test_a_package_without_a_pin_is_seen():
 def test_what_builds_the_engine_is_pinned(package):
     assert package in CONSTRAINTS
     assert package in (ROOT / "Makefile").read_text()
+
+
+def needed(*names):
+    """Return these packages and all that they need in turn, without extras."""
+    found, left = set(), list(names)
+    while left:
+        name = plain(left.pop())
+        if name not in found:
+            found.add(name)
+            asked = map(Requirement, metadata.requires(name) or ())
+            left += [r.name for r in asked if not r.marker or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_the_carried_wheels_are_what_a_bare_machine_lacks():
+    # The machine for which the Makefile says that it downloads them.
+    bare = needed("torch", "triton", "pytest", "numpy", "scipy", "matplotlib")
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    carried = re.search(r"^GPU_WHEELS \?= (.*)$", text, re.MULTILINE)[1].split()
+    ours = needed("robust-engine", "hypothesis", "pytest-xdist")
+    assert sorted(carried) == sorted(ours - bare - {"robust-engine"})
 
 
 def test_the_lock_has_the_versions_of_the_constraints_and_a_hash_for_each():

@@ -10,6 +10,7 @@ capture.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from . import distributed
+from .watch import ReplayWatch
 
 # A step without arguments: it reads and writes tensors that stay in place.
 Work = Callable[[], None]
@@ -47,7 +50,7 @@ class CudaGraphs:
     """Record on one side stream into one memory pool. A context manager; `close` frees both.
 
     A replay runs on the current stream, after all earlier work there, and so after copies into the
-    buffers that the graph reads.
+    buffers that the graph reads. With several processes a thread watches that replays finish.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -56,6 +59,7 @@ class CudaGraphs:
         self.pool = torch.cuda.graph_pool_handle()
         # Each graph with the tensors that it reads and that nothing else keeps.
         self.graphs: list[tuple[torch.cuda.CUDAGraph, list[Tensor]]] = []
+        self._watch: ReplayWatch | None = None
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -100,10 +104,20 @@ class CudaGraphs:
                 # If a broken capture cannot be ended either, torch stays on the capturing stream.
                 torch.cuda.set_stream(current)
         self.graphs.append((graph, kept))
-        return graph.replay
+        if not distributed.active():
+            return graph.replay
+        if self._watch is None:
+            self._watch = ReplayWatch(
+                distributed.PATIENCE.total_seconds(),
+                begin=functools.partial(torch.cuda.set_device, torch.cuda.current_device()),
+            )
+        return self._watch.watched(graph.replay)
 
     def close(self) -> None:
         """Free the graphs and their memory. Their replays must not run afterwards."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
         if self.graphs:
             torch.cuda.synchronize(self.device)
         for graph, _ in self.graphs:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import EngineError
 
 # After this wait a rank takes another for dead.
-_PATIENCE = timedelta(minutes=10)
+PATIENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class World:
         return batch // self.size
 
 
-def join(patience: timedelta = _PATIENCE) -> World:
+def join(patience: timedelta = PATIENCE) -> World:
     """Return the world in torchrun's environment; the first call connects the processes.
 
     Args:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..layout import transposed_rows
 from .binding import DTYPES, address, native, rows, served
 
 
@@ -24,51 +23,28 @@ def uniform_start(x: Tensor, eps: Tensor, rng: Tensor, norm: str, stream: int) -
 def attack_step(
     x: Tensor, z: Tensor, grad: Tensor, eps: Tensor, alpha: Tensor, norm: str
 ) -> Tensor:
-    if not served(x, z, grad) or z.dtype is not x.dtype or grad.dtype not in DTYPES:
+    if not _step_served(x, z, grad):
         return reference.attack_step(x, z, grad, eps, alpha, norm)
     out = torch.empty_like(x)
-    native.attack_step(
-        x.data_ptr(),
-        z.data_ptr(),
-        *address(grad),
-        out.data_ptr(),
-        *rows(x),
-        eps.item(),
-        alpha.item(),
-        norm == "L2",
-        0,
-        0,
-        1,
-    )
+    _step(x, z, grad, out, eps, alpha, norm)
     return out
 
 
-def attack_step_(
-    x: Tensor,
-    z: Tensor,
-    grad: Tensor,
-    eps: Tensor,
-    alpha: Tensor,
-    norm: str,
-    network_input: Tensor | None,
+def attack_step_(x: Tensor, z: Tensor, grad: Tensor, eps: Tensor, alpha: Tensor, norm: str) -> None:
+    if _step_served(x, z, grad):
+        _step(x, z, grad, z, eps, alpha, norm)
+    else:
+        reference.attack_step_(x, z, grad, eps, alpha, norm)
+
+
+def _step_served(x: Tensor, z: Tensor, grad: Tensor) -> bool:
+    return served(x, z, grad) and z.dtype is x.dtype and grad.dtype in DTYPES
+
+
+def _step(
+    x: Tensor, z: Tensor, grad: Tensor, out: Tensor, eps: Tensor, alpha: Tensor, norm: str
 ) -> None:
-    if (
-        not served(x, z, grad)
-        or z.dtype is not x.dtype
-        or grad.dtype not in DTYPES
-        or (network_input is not None and network_input.dtype not in DTYPES)
-    ):
-        return reference.attack_step_(x, z, grad, eps, alpha, norm, network_input)
     native.attack_step(
-        x.data_ptr(),
-        z.data_ptr(),
-        *address(grad),
-        z.data_ptr(),
-        *rows(x),
-        eps.item(),
-        alpha.item(),
-        norm == "L2",
-        *address(network_input),
-        1 if network_input is None else transposed_rows(z, network_input),
-    )
-    return None
+        x.data_ptr(), z.data_ptr(), *address(grad), out.data_ptr(), *rows(x),
+        eps.item(), alpha.item(), norm == "L2",
+    )  # fmt: skip

@@ -90,50 +90,26 @@ def attack_step(
 
 _attack_step_ = define(
     "attack_step_",
-    "(Tensor x, Tensor(a!) z, Tensor grad, Tensor eps, Tensor alpha, str norm, "
-    "Tensor(b!)? network_input) -> ()",
+    "(Tensor x, Tensor(a!) z, Tensor grad, Tensor eps, Tensor alpha, str norm) -> ()",
 )
 
 
 @torch.library.register_fake("engine::attack_step_")
-def _(x, z, grad, eps, alpha, norm, network_input):
+def _(x, z, grad, eps, alpha, norm):
     return None
 
 
-def _check_network_input(t: Tensor, x: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"network_input must be a tensor, got {type(t).__name__}")
-    if t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise TypeError(f"network_input must be float16, bfloat16 or float32, got {t.dtype}")
-    if t.shape != x.shape:
-        raise ValueError(f"network_input has shape {tuple(t.shape)}, x has {tuple(x.shape)}")
-    if t.device != x.device:
-        raise ValueError(f"network_input is on {t.device}, x on {x.device}")
-    if not same_order(t, t):
-        raise ValueError(f"network_input must be contiguous or channels_last, strides {t.stride()}")
-
-
 def attack_step_(
-    x: Tensor,
-    z: Tensor,
-    grad: Tensor,
-    eps: Scalar,
-    alpha: Scalar,
-    *,
-    norm: str = "Linf",
-    network_input: Tensor | None = None,
+    x: Tensor, z: Tensor, grad: Tensor, eps: Scalar, alpha: Scalar, *, norm: str = "Linf"
 ) -> None:
-    """Take `attack_step` in place, and write the network's next input in the same pass over memory.
-
-    `z` stays float32 over all steps, also for a network in 16 bits: rounding would lose the steps.
+    """Take `attack_step` in place.
 
     Args:
         x, grad, eps, alpha, norm: as for `attack_step`.
         z: the current point, replaced by the next; dtype and memory order of `x`. It must share no
             memory with `x`.
-        network_input: receives the same values, rounded to its dtype: shape of `x`, float16,
-            bfloat16 or float32, contiguous or channels_last, independent of `x`. It must share no
-            memory with the other tensors.
+    Raises:
+        TypeError, ValueError: for a wrong argument, which the message names.
     """
     x = check_images("x", x)
     if isinstance(z, Tensor) and z.shape == x.shape and not same_order(x, z):
@@ -146,10 +122,8 @@ def attack_step_(
     if not grad.is_floating_point():
         raise TypeError(f"grad must be a float tensor, got {grad.dtype}")
     check_norm(norm)
-    if network_input is not None:
-        _check_network_input(network_input, x)
     eps, alpha = check_scalar("eps", eps, x), check_scalar("alpha", alpha, x)
-    _attack_step_(x, z, grad, eps, alpha, norm, network_input)
-    written = [t for t in (z, network_input) if t is not None and not t.is_inference()]
-    # A backward pass that still needs the old values then fails; it would silently be wrong.
-    torch.autograd.graph.increment_version(written)
+    _attack_step_(x, z, grad, eps, alpha, norm)
+    if not z.is_inference():
+        # A backward pass that still needs the old values then fails; it would silently be wrong.
+        torch.autograd.graph.increment_version([z])

@@ -122,20 +122,13 @@ def _steps() -> Iterator[Case]:
 
 
 def _steps_in_place() -> Iterator[Case]:
-    for shape in _SHAPES:
-        x, name = _images(shape), _name(shape)
-        args: tuple[Any, ...] = (x, _near(x), _normal(*shape, seed=3), EPS, ALPHA)
-        yield Case("linf_step_in_place", "fp32", name, ops.attack_step_, args, {}, None)
-    types = ("bf16", "fp16", "fp32")
-    for shape, dtype, (layout, lay_out) in itertools.product(_SHAPES, types, _LAYOUTS.items()):
-        x, name = _images(shape), _name(shape)
-        args = (x, _near(x), _normal(*shape, seed=3, dtype=dtype))
-        given = {"network_input": lay_out(torch.zeros(shape, dtype=TYPES[dtype]))}
-        kernel = "linf_step_channels_last_input" if layout else "linf_step_bf16_input"
-        yield Case(kernel, dtype, name, ops.attack_step_, (*args, EPS, ALPHA), given, None)
-        options = {"norm": "L2", **given}
-        kernel = "l2_step_bf16_input"
-        yield Case(kernel, dtype, name + layout, ops.attack_step_, (*args, 0.5, 0.2), options, 4)
+    for shape, dtype, (layout, lay_out) in itertools.product(_SHAPES, TYPES, _LAYOUTS.items()):
+        x, name = lay_out(_images(shape)), _name(shape) + layout
+        args = (x, lay_out(_near(x)), lay_out(_normal(*shape, seed=3, dtype=dtype)))
+        kernel = "linf_step_in_place"
+        yield Case(kernel, dtype, name, ops.attack_step_, (*args, EPS, ALPHA), {}, None)
+        l2 = f"{name}, in place"
+        yield Case("l2_step", dtype, l2, ops.attack_step_, (*args, 0.5, 0.2), {"norm": "L2"}, 4)
 
 
 def _logits(rows: int, classes: int, dtype: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

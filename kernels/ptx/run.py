@@ -1,6 +1,6 @@
 """Execute every kernel as compiled and hold its results against the reference.
 
-python -m engine.kernels.ptx.run [--arch sm_90] [--all]
+python -m engine.kernels.ptx.run [--arch sm_90] [--extent all]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 import torch
@@ -30,14 +30,21 @@ EXECUTED = "executed"
 def rows(
     archs: tuple[str, ...] = audit.ARCHS, extent: Extent = "types", seeds: int = 2
 ) -> list[dict]:
-    """Execute each kernel of the audit's table; return a row a case and architecture.
+    """Execute each kernel of the audit's table; return what `each_row` yields."""
+    return list(each_row(archs, extent, seeds))
+
+
+def each_row(
+    archs: tuple[str, ...] = audit.ARCHS, extent: Extent = "types", seeds: int = 2
+) -> Iterator[dict]:
+    """Execute each kernel of the audit's table; yield a row a case and architecture, when done.
 
     Where TRITON_INTERPRET is set a second Python without it does the work, as for `audit.rows`.
 
     Args:
         extent: as for `cases.cases`.
         seeds: orders of blocks and warps that each case is executed in.
-    Returns:
+    Yields:
         kernel, dtype, sizes: see `cases.Case`; arch;
         launched: the names of the kernels that the op launched;
         difference: the largest error against the reference in float64;
@@ -58,8 +65,10 @@ def rows(
     from ..triton import launch
 
     if launch.INTERPRETING:
-        return _rows_elsewhere(archs, extent, seeds)
-    return [row for case in cases(extent) for row in rows_of(case, archs, seeds)]
+        yield from _rows_elsewhere(archs, extent, seeds)
+        return
+    for case in cases(extent):
+        yield from rows_of(case, archs, seeds)
 
 
 def rows_of(case: Case, archs: Iterable[str], seeds: int) -> list[dict]:
@@ -123,15 +132,13 @@ def _without_nan(t: Tensor) -> Tensor:
 
 
 def _widened(case: Case) -> Case:
-    """Return the case in float64, but for the network's input, which is float32 at most."""
+    """Return the case in float64."""
 
     def wide(value: Any) -> Any:
         floats = isinstance(value, Tensor) and value.is_floating_point()
         return value.double() if floats else value
 
     args, options = tree_map(wide, (case.args, case.options))
-    if "network_input" in options:
-        options["network_input"] = options["network_input"].float()
     return case._replace(args=args, options=options)
 
 
@@ -169,23 +176,27 @@ def _rows_elsewhere(archs: tuple[str, ...], extent: Extent, seeds: int) -> list[
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"the kernels were not executed: {done.stderr.strip()[-2000:]}")
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def _main() -> None:
+def _main() -> int:
+    """Print each row when it is done, for all cases take long; return 1 if one is bad."""
     parser = argparse.ArgumentParser(description="Execute every Triton kernel as compiled.")
-    parser.add_argument("--json", action="store_true", help="print rows as JSON")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON a row; status 0")
     parser.add_argument("--arch", nargs="+", choices=audit.ARCHS, default=audit.ARCHS)
     parser.add_argument("--extent", choices=get_args(Extent), default="types")
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
-    table = rows(tuple(options.arch), options.extent, options.seeds)
+    count = bad = 0
+    for row in each_row(tuple(options.arch), options.extent, options.seeds):
+        count, bad = count + 1, bad + (row["outcome"] != EXECUTED)
+        text = "  ".join(f"{key}={value}" for key, value in row.items())
+        print(json.dumps(row) if options.json else text, flush=True)
     if options.json:
-        print(json.dumps(table))
-        return
-    for row in table:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
+        return 0
+    print(f"{count} rows, {bad} bad")
+    return min(bad, 1)
 
 
 if __name__ == "__main__":
-    _main()
+    sys.exit(_main())

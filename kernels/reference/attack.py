@@ -44,15 +44,5 @@ def attack_step(
     return as_batch(moved.clamp(0.0, 1.0), x)
 
 
-def attack_step_(
-    x: Tensor,
-    z: Tensor,
-    grad: Tensor,
-    eps: Tensor,
-    alpha: Tensor,
-    norm: str,
-    network_input: Tensor | None,
-) -> None:
+def attack_step_(x: Tensor, z: Tensor, grad: Tensor, eps: Tensor, alpha: Tensor, norm: str) -> None:
     z.copy_(attack_step(x, z, grad, eps, alpha, norm))
-    if network_input is not None:
-        network_input.copy_(z)

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import transposed_rows
 from . import philox
 from .launch import flat_tile, on_device, row_tile
 from .maths import box_muller, clip, into_ball, linf_step
@@ -20,77 +19,47 @@ def attack_step(
     x: Tensor, z: Tensor, grad: Tensor, eps: Tensor, alpha: Tensor, norm: str
 ) -> Tensor:
     out = torch.empty_like(x)
-    _launch(x, z, grad, out, None, eps, alpha, norm)
+    _launch(x, z, grad, out, eps, alpha, norm)
     return out
 
 
-def attack_step_(
-    x: Tensor,
-    z: Tensor,
-    grad: Tensor,
-    eps: Tensor,
-    alpha: Tensor,
-    norm: str,
-    network_input: Tensor | None,
-) -> None:
-    _launch(x, z, grad, z, network_input, eps, alpha, norm)
+def attack_step_(x: Tensor, z: Tensor, grad: Tensor, eps: Tensor, alpha: Tensor, norm: str) -> None:
+    _launch(x, z, grad, z, eps, alpha, norm)
 
 
 def _launch(
-    x: Tensor, z: Tensor, grad: Tensor, out: Tensor, network_input: Tensor | None,
-    eps: Tensor, alpha: Tensor, norm: str,
-) -> None:  # fmt: skip
+    x: Tensor, z: Tensor, grad: Tensor, out: Tensor, eps: Tensor, alpha: Tensor, norm: str
+) -> None:
     with on_device(x):
         if norm == "L2":
-            launch_l2_step(x, z, grad, out, eps, alpha, network_input)
+            launch_l2_step(x, z, grad, out, eps, alpha)
             return
         n, tile = x.numel(), flat_tile(x.numel())
         linf_step_kernel[(triton.cdiv(n, tile["BLOCK"]),)](
-            x, z, grad, out, network_input, eps, alpha, n,
-            **_order(out, network_input), **tile, enable_fp_fusion=False,
-        )  # fmt: skip
+            x, z, grad, out, eps, alpha, n, **tile, enable_fp_fusion=False
+        )
 
 
 def launch_l2_step(
-    x: Tensor, z: Tensor, grad: Tensor, out: Tensor, eps: Tensor, alpha: Tensor,
-    network_input: Tensor | None = None,
-) -> None:  # fmt: skip
+    x: Tensor, z: Tensor, grad: Tensor, out: Tensor, eps: Tensor, alpha: Tensor
+) -> None:
     rows, columns = x.shape[0], x.numel() // max(x.shape[0], 1)
     tile = row_tile(rows, columns, elements=1024, widest=4096, a_thread=16)
     l2_step_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
-        x, z, grad, out, network_input, eps, alpha, rows, columns,
-        **_order(out, network_input), **tile,
-    )  # fmt: skip
-
-
-def _order(out: Tensor, network_input: Tensor | None) -> dict[str, int]:
-    """Return FROM_ROWS and FROM_COLUMNS, the matrix in `out` whose transpose the network takes."""
-    rows = 1 if network_input is None else transposed_rows(out, network_input)
-    columns = 1 if rows == 1 else out[0].numel() // rows
-    return {"FROM_ROWS": rows, "FROM_COLUMNS": columns}
+        x, z, grad, out, eps, alpha, rows, columns, **tile
+    )
 
 
 @triton.jit
-def _transposed(i, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr):
-    """Return the index, in the transpose, of element `i` of a sample [FROM_ROWS, FROM_COLUMNS]."""
-    return i if FROM_ROWS == 1 else i % FROM_COLUMNS * FROM_ROWS + i // FROM_COLUMNS
-
-
-@triton.jit
-def linf_step_kernel(
-    x_ptr, z_ptr, grad_ptr, out_ptr, input_ptr, eps_ptr, alpha_ptr, n,
-    FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def linf_step_kernel(x_ptr, z_ptr, grad_ptr, out_ptr, eps_ptr, alpha_ptr, n, BLOCK: tl.constexpr):
     """Take the Linf step: one element a lane. Grid: (ceil(n / BLOCK),).
 
-    All operands but the network's input have one memory order.
+    All operands have one memory order.
 
     Args:
         x_ptr, z_ptr, out_ptr: float32 or float64 [n], dense. x: centre; z: point; out: next point,
             may be z.
         grad_ptr: any float type [n].
-        input_ptr: any float type [n], a copy of out, every sample [FROM_ROWS, FROM_COLUMNS]
-            transposed; or None.
         eps_ptr, alpha_ptr: one float each.
         n: elements. Triton specialises on n % 16 == 0, which 128-bit accesses need.
     """
@@ -102,17 +71,12 @@ def linf_step_kernel(
     eps, alpha = tl.load(eps_ptr).to(x.dtype), tl.load(alpha_ptr).to(x.dtype)
     moved = linf_step(x, z, grad, eps, alpha)
     tl.store(out_ptr + offsets, moved, mask=inside)
-    if input_ptr is not None:
-        if FROM_ROWS > 1:
-            i = (offsets % (FROM_ROWS * FROM_COLUMNS)).to(tl.int32)
-            offsets += _transposed(i, FROM_ROWS, FROM_COLUMNS) - i
-        tl.store(input_ptr + offsets, moved.to(input_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def l2_step_kernel(
-    x_ptr, z_ptr, grad_ptr, out_ptr, input_ptr, eps_ptr, alpha_ptr, rows, columns,
-    FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, z_ptr, grad_ptr, out_ptr, eps_ptr, alpha_ptr, rows, columns,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Take the L2 step. Grid: (ceil(rows / ROWS),).
 
@@ -123,7 +87,6 @@ def l2_step_kernel(
     Args:
         x_ptr, z_ptr, out_ptr: float32 or float64 [rows, columns], row stride `columns`.
         grad_ptr: any float type, the same shape and strides. out may be grad, or z.
-        input_ptr: as for `linf_step_kernel`.
         eps_ptr, alpha_ptr: one float each.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -162,9 +125,6 @@ def l2_step_kernel(
         delta = z + tl.where(usable, grad, 0.0) * scale - x
         moved = clip(x + delta * factor, 0.0, 1.0)
         tl.store(out_ptr + at, moved, mask=inside)
-        if input_ptr is not None:
-            at = base + _transposed(start + lane, FROM_ROWS, FROM_COLUMNS)
-            tl.store(input_ptr + at, moved.to(input_ptr.dtype.element_ty), mask=inside)
 
 
 def uniform_start(x: Tensor, eps: Tensor, rng: Tensor, norm: str, stream: int) -> Tensor:

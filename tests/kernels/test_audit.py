@@ -16,7 +16,6 @@ FLAT = {
     "linf_step",
     "linf_step_bf16_grad",
     "linf_step_in_place",
-    "linf_step_bf16_input",
     "sgd_ema",
     "adamw_ema",
 }
@@ -172,10 +171,7 @@ def images(dtype, grad, shape, norm):
     x = torch.zeros(shape, dtype=dtype)
     ops.uniform_start(x, e, rng, norm=norm, stream=1)
     ops.attack_step(x, x, x.to(grad), e, e.to(dtype), norm=norm)
-    z, last = x.clone(), x.to(grad)
-    last = last.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else last
-    ops.attack_step_(x, z, x.to(grad), e, e, norm=norm)
-    ops.attack_step_(x, z, x, e, e, norm=norm, network_input=last)
+    ops.attack_step_(x, x.clone(), x.to(grad), e, e, norm=norm)
 
 def logits(dtype, rows, classes, has_ball, has_clean):
     p, target = torch.zeros(rows, classes, dtype=dtype), torch.zeros(rows, dtype=torch.int64)

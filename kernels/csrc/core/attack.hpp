@@ -47,35 +47,20 @@ inline void step_l2(const float* x, const float* z, const G* grad, float* out, i
   for (int64_t i = 0; i < n; ++i) out[i] = clamp01(x[i] + out[i] * shrink);
 }
 
-// Write the transpose of `from` [rows, n / rows] to `to`.
-template <typename N>
-inline void write_input(const float* from, N* to, int64_t rows, int64_t n) {
-  const int64_t columns = n / rows;
-  if (rows == 1) return narrow(from, to, n);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) narrow(from[r * columns + c], to[c * rows + r]);
-}
-
-// `out` may be `z`. The values for `input` are still in cache.
+// `out` may be `z`.
 inline void attack_step(const float* x, const float* z, const void* grad, int dtype, float* out,
-                        int64_t b, int64_t d, float eps, float alpha, bool l2,
-                        const NetworkInput& input) {
-  const bool whole = l2 || input.rows > 1;
-  const int64_t n = b * d, chunk = whole ? max(d, 1) : 4096;
+                        int64_t b, int64_t d, float eps, float alpha, bool l2) {
+  const int64_t n = b * d, chunk = l2 ? max(d, 1) : 4096;
   with_type(dtype, [&](auto* type) {
-    with_type(input.dtype, [&](auto* input_type) {
-      const auto* g = static_cast<const std::remove_pointer_t<decltype(type)>*>(grad);
-      auto* next = static_cast<decltype(input_type)>(input.data);
+    const auto* g = static_cast<const std::remove_pointer_t<decltype(type)>*>(grad);
 #pragma omp parallel for schedule(static) if (n > GRAIN)
-      for (int64_t i = 0; i < n; i += chunk) {
-        const int64_t count = min(chunk, n - i);
-        if (l2)
-          step_l2(x + i, z + i, g + i, out + i, count, eps, alpha);
-        else
-          step_linf(x + i, z + i, g + i, out + i, count, eps, alpha);
-        if (next) write_input(out + i, next + i, input.rows, count);
-      }
-    });
+    for (int64_t i = 0; i < n; i += chunk) {
+      const int64_t count = min(chunk, n - i);
+      if (l2)
+        step_l2(x + i, z + i, g + i, out + i, count, eps, alpha);
+      else
+        step_linf(x + i, z + i, g + i, out + i, count, eps, alpha);
+    }
   });
 }
 

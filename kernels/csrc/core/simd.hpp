@@ -181,23 +181,6 @@ inline void narrow(float v, half& out) {
   std::memcpy(&out, &h, 2);
 }
 
-template <typename T>
-inline void narrow(const float* from, T* to, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
-}
-#ifdef __F16C__
-// Compilers convert only one number at a time to half.
-inline void narrow(const float* from, half* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const __m128i eight = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-    std::memcpy(to + i, &eight, sizeof eight);
-  }
-  for (; i < n; ++i) narrow(from[i], to[i]);
-}
-#endif
-
 inline vf load_wide(const float* p) { return load(p); }
 template <typename T>
 inline vf load_wide(const T* p) {

@@ -17,14 +17,6 @@ struct Gradient {
   int dtype;
 };
 
-// The target of a second copy of the next point, or null. Every sample [rows, d / rows] is written
-// transposed; one row is a plain copy.
-struct NetworkInput {
-  void* data;
-  int dtype;
-  int64_t rows;
-};
-
 struct Stem {
   int64_t channels, h, w;              // of the image
   int64_t out_channels, out_h, out_w;  // of the convolution
@@ -63,7 +55,7 @@ struct Kernels {
   void (*uniform_start)(const float* x, float* out, int64_t b, int64_t d, uint64_t seed, uint64_t step,
                         uint32_t stream, float eps, bool l2);
   void (*attack_step)(const float* x, const float* z, const void* grad, int dtype, float* out,
-                      int64_t b, int64_t d, float eps, float alpha, bool l2, const NetworkInput& input);
+                      int64_t b, int64_t d, float eps, float alpha, bool l2);
   void (*cross_entropy_grad)(Logits logits, const int64_t* target, Gradient out, int64_t b,
                              int64_t classes, float scale);
   void (*kl_grad)(Logits p, Logits q, Gradient out, int64_t b, int64_t classes, float scale);

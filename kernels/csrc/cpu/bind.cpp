@@ -104,9 +104,9 @@ void uniform_start(Address x, Address out, int64_t b, int64_t d, int64_t seed, i
 }
 
 void attack_step(Address x, Address z, Address grad, int dtype, Address out, int64_t b, int64_t d,
-                 float eps, float alpha, bool l2, Address input, int input_dtype, int64_t rows) {
+                 float eps, float alpha, bool l2) {
   run.kernels->attack_step(at<float>(x), at<float>(z), at<void>(grad), dtype, at<float>(out), b, d, eps, alpha,
-                  l2, {at<void>(input), input_dtype, rows});
+                  l2);
 }
 
 void cross_entropy_grad(Address logits, int dtype, Address target, Address out, int64_t b,

@@ -12,7 +12,6 @@ are skipped by name. The last line is ALL PASS or the number of bad stages.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -46,10 +45,15 @@ class Stage:
     forbidden: str | None = None
 
 
-def stages(out: Path, recipes: Sequence[str], gpu: bool) -> list[Stage]:
-    """Return all stages, in the order in which they find the most."""
+def stages(
+    out: Path, recipes: Sequence[str], gpu: bool, parallel: Sequence[str] = ()
+) -> list[Stage]:
+    """Return all stages, in the order in which they find the most.
+
+    Args:
+        parallel: words that make pytest use several processes.
+    """
     engine, pytest = ["-m", "engine"], ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"]
-    parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
     steps = ["-m", "tests.device.gpu_check.steps"]
     others = ["-k", "not capture_that_fails"]  # a stage of its own
     train = ["train", "quickstart", "--optim.epochs", "5", "--run-dir", str(out / "run"), "--json"]
@@ -143,7 +147,7 @@ def environment_with(paths: Sequence[Path]) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1))),
     }
 
 
@@ -157,9 +161,10 @@ def missing_wheels() -> list[Path]:
     ]
 
 
-def has_gpu(environment: dict[str, str]) -> bool:
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+def runs(code: str, environment: dict[str, str]) -> bool:
+    """Return whether another Python runs `code` to its end."""
+    words = [sys.executable, "-c", code]
+    return subprocess.run(words, env=environment, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def main() -> int:
@@ -177,10 +182,12 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     tree, paths = tree_and_paths(out)
     environment = environment_with(paths)
-    gpu = has_gpu(environment)
+    gpu = runs("import torch; assert torch.cuda.is_available()", environment)
+    # Only the stages see what the carried wheels hold.
+    parallel = ["-n", "12"] if runs("import xdist", environment) else []
     slower = 1 if gpu else CPU_SLOWER
     bad = 0
-    for stage in stages(out, options.recipes, gpu):
+    for stage in stages(out, options.recipes, gpu, parallel):
         left = slower * TOTAL_S - (time.monotonic() - began)
         if options.stages and stage.name not in options.stages:
             continue

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import recipes
+from engine.performance.capture_audit import Tape
+
+from . import steps
 from .__main__ import ROOT, Stage, run, stages
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for the CPU")
@@ -77,6 +81,25 @@ def test_a_stage_is_bad_where_it_fails(tmp_path, capsys, code, remark):
     assert run(stage, tmp_path, tmp_path, dict(os.environ), limit=2) == (remark == "ok")
     assert remark in capsys.readouterr().out
     assert (tmp_path / "it.log").exists()
+
+
+def test_a_step_that_repeats_itself_when_replayed_is_bad(monkeypatch):
+    recipe = recipes.load("quickstart", {"step.precision": "bf16"})
+    assert steps.check(recipe, batch=2)["ok"]
+    replay = Tape.replay
+
+    def frozen(tape):
+        # A graph with a counter's value in it: every replay begins at the same state.
+        state = [t for call in tape.calls for t in call.inputs if t.dtype == torch.int64]
+        before = [t.clone() for t in state]
+        replay(tape)
+        for t, value in zip(state, before, strict=True):
+            t.copy_(value)
+
+    monkeypatch.setattr(Tape, "replay", frozen)
+    row = steps.check(recipe, batch=2)
+    assert not row["ok"]
+    assert row["different"]
 
 
 def test_every_recipe_is_among_the_steps():

@@ -1,18 +1,33 @@
 """Every kernel as compiled, executed: against the reference, and with faults planted in it."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from engine import kernels
 from engine.kernels import audit
 from engine.kernels.ptx import run
 
 from ..test_audit import run_compiling
 
+# Every function that is launched; the other functions are called by these.
+WRITTEN = {
+    name
+    for source in (Path(kernels.__file__).parent / "triton").glob("*.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", source.read_text(), re.MULTILINE)
+}
+
 
 def check(rows, archs):
     named = {example.kernel for example in audit.examples()}
     assert {(row["kernel"], row["arch"]) for row in rows} == {(k, a) for k in named for a in archs}
+    for arch in archs:
+        launched = {name for row in rows if row["arch"] == arch for name in row["launched"]}
+        assert launched == WRITTEN, "a kernel that no case executes"
     wrong = [row for row in rows if row["outcome"] != run.EXECUTED]
     assert wrong == []
     # The kernels that an op launches for large inputs only.
@@ -38,7 +53,7 @@ def test_every_case_computes_what_the_reference_does(arch):
     rows = run.rows((arch,), extent="all", seeds=3)
     check(rows, (arch,))
     for kernel, types in {
-        "l2_step": 3, "linf_step_bf16_grad": 2, "linf_step_bf16_input": 3, "cross_entropy_grad": 3,
+        "l2_step": 3, "linf_step_bf16_grad": 2, "linf_step_in_place": 3, "cross_entropy_grad": 3,
         "linf_input_grad_bf16_channels_last": 3, "loss": 3, "loss_partial": 3, "loss_backward": 3,
         "sgd_ema": 3,
     }.items():  # fmt: skip
@@ -116,3 +131,26 @@ def test_planted_faults_show():
 def test_an_unknown_architecture_is_refused():
     with pytest.raises(ValueError, match="arch must be one of sm_80, sm_90, sm_100, got 'sm_10'"):
         run.rows(("sm_10",))
+
+
+def test_each_row_is_printed_when_it_is_done(monkeypatch, capsys):
+    outcomes = [run.EXECUTED, "fault: race", run.EXECUTED]
+    rows = [{"kernel": f"k{i}", "outcome": outcome} for i, outcome in enumerate(outcomes)]
+
+    def each_row(*_):
+        for row in rows:
+            yield row
+            assert row["outcome"] in capsys.readouterr().out
+
+    monkeypatch.setattr(run, "each_row", each_row)
+    monkeypatch.setattr("sys.argv", ["run"])
+    assert run._main() == 1
+    assert capsys.readouterr().out == "3 rows, 1 bad\n"
+    rows[1]["outcome"] = run.EXECUTED
+    assert run._main() == 0
+    assert capsys.readouterr().out == "3 rows, 0 bad\n"
+    # Another Python reads these lines: nothing else may stand among them.
+    monkeypatch.setattr("sys.argv", ["run", "--json"])
+    monkeypatch.setattr(run, "each_row", lambda *_: iter(rows))
+    assert run._main() == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
