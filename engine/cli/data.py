@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from typing import Any
 
 from ..errors import EngineError
 from ..text import printable
@@ -28,14 +30,14 @@ def _data(arguments: argparse.Namespace) -> int:
         table = Table("dataset", "images", "training", "test", "classes", box=None, pad_edge=False)
         table.add_column("lies in", overflow="fold")
         for name in data.names():
-            about = data.info(name)
+            about = data.info(name, read=False)
             table.add_row(
                 name,
-                "x".join(map(str, about.shape)),
+                "x".join(map(str, about.shape)) if about.shape else "any size",
                 str(about.train),
                 str(about.test),
                 str(len(about.classes)),
-                str(about.folder or ("scikit-learn" if not about.files else "not fetched")),
+                _place(about),
             )
         stdout.print(table)
         return 0
@@ -48,8 +50,20 @@ def _data(arguments: argparse.Namespace) -> int:
     if arguments.action == "info":
         about = data.info(arguments.name)
         print(json.dumps(asdict(about), indent=2, default=str))
+        if about.shape is None:
+            print(
+                "engine: the pictures have several sizes: --data.size 224 streams them",
+                file=sys.stderr,
+            )
         return 0
     checks = data.verify(arguments.name)
     for check in checks:
         print(printable(f"{'ok ' if check.ok else 'BAD'} {check.file}: {check.detail}"))
     return 0 if all(check.ok for check in checks) else 2
+
+
+def _place(about: Any) -> str:
+    """Return where a data set lies, in a few words."""
+    if about.folder is not None:
+        return str(about.folder)
+    return "scikit-learn" if about.name == "digits" else "not fetched"

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -291,65 +291,179 @@ def evaluate(
     """
     check_precision(precision, judge, autoattack_version)
     x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
-    check_images(x, y)
-    began, work = time.perf_counter(), work or Work(progress)
-    with evaluation_mode(model):
-        with torch.no_grad():
-            logits = model(x[:1])
-        if logits.dim() != 2:
-            raise EngineError(f"the model must return logits [N, K], got {tuple(logits.shape)}")
-        attacks = attack_names(autoattack_version, logits.shape[1])
-        clean = predictions(model, x, batch_size=batch_size) == y
-        by_pgd = pgd(
-            model,
-            x,
-            y,
-            threat,
-            steps=pgd_steps,
-            restarts=pgd_restarts,
-            seed=seed,
-            batch_size=batch_size,
-            work=work,
-            precision=precision,
-        )
-        worst, by_aa = by_pgd, None
-        after: dict[str, float] = {}
-        notes: list[str] = []
-        if autoattack_version != "none":
-            if logits.shape[1] < package.FEWEST_CLASSES:
-                judge = "engine"
-            # The authors' package has one precision: `check_precision`.
-            options: dict[str, Any] = {"precision": precision} if judge == "engine" else {}
-            verdict = JUDGES[judge](
-                model,
-                x,
-                y,
-                threat,
-                version=autoattack_version,
-                seed=seed,
-                batch_size=batch_size,
-                work=work,
-                **options,
-            )
-            by_aa, after, notes = verdict.robust, verdict.after, verdict.notes
-            worst = by_pgd & by_aa
-    return Report(
-        threat=threat,
-        examples=len(x),
-        clean=share(clean),
-        pgd=share(by_pgd),
-        autoattack=None if by_aa is None else share(by_aa),
-        worst_case=share(worst),
+    return evaluate_parts(
+        model,
+        [(x, y)],
+        threat,
         pgd_steps=pgd_steps,
         pgd_restarts=pgd_restarts,
         autoattack_version=autoattack_version,
         judge=judge,
+        batch_size=batch_size,
+        seed=seed,
+        precision=precision,
+        work=work or Work(progress),
+    )
+
+
+class Parts(Protocol):
+    """Give a set of images in parts."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass
+class _Part:
+    """Hold the results of one part: bool [N] on the host, and AutoAttack's answer."""
+
+    clean: Tensor
+    pgd: Tensor
+    autoattack: Tensor | None
+    attacks: tuple[str, ...]
+    judge: Judge
+    after: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def evaluate_parts(
+    model: nn.Module,
+    parts: Parts,
+    threat: ThreatModel,
+    *,
+    pgd_steps: int = 50,
+    pgd_restarts: int = 10,
+    autoattack_version: str = "standard",
+    judge: Judge = "pyautoattack",
+    batch_size: int = 500,
+    seed: int = 0,
+    precision: EvaluationPrecision = "fp32",
+    work: Work | None = None,
+) -> Report:
+    """Evaluate a set that is too large to lie in memory: all attacks on one part after the other.
+
+    Args:
+        parts: each (x, y) as `evaluate` takes them; only one is held at a time.
+        batch_size: images in one pass; a part may be larger.
+    The other arguments, the result and the errors are those of `evaluate`.
+    """
+    check_precision(precision, judge, autoattack_version)
+    began, work = time.perf_counter(), work or Work()
+    found: list[_Part] = []
+    with evaluation_mode(model):
+        for number, (x, y) in enumerate(parts):
+            check_images(x, y)
+            # The attacks run again on every part.
+            work.part = f", part {number + 1} of {len(parts)}" if len(parts) > 1 else ""
+            found.append(
+                _evaluate_part(
+                    model,
+                    x,
+                    y,
+                    threat,
+                    pgd_steps=pgd_steps,
+                    pgd_restarts=pgd_restarts,
+                    version=autoattack_version,
+                    judge=judge,
+                    batch_size=batch_size,
+                    seed=seed + number,
+                    precision=precision,
+                    work=work,
+                )
+            )
+    if not found:
+        raise EngineError("cannot evaluate 0 images")
+    clean = torch.cat([part.clean for part in found])
+    by_pgd = torch.cat([part.pgd for part in found])
+    masks = [part.autoattack for part in found if part.autoattack is not None]
+    by_aa = torch.cat(masks) if masks else None
+    return Report(
+        threat=threat,
+        examples=len(clean),
+        clean=share(clean),
+        pgd=share(by_pgd),
+        autoattack=None if by_aa is None else share(by_aa),
+        worst_case=share(by_pgd if by_aa is None else by_pgd & by_aa),
+        pgd_steps=pgd_steps,
+        pgd_restarts=pgd_restarts,
+        autoattack_version=autoattack_version,
+        judge=found[0].judge,
         precision=precision,
         seconds=work.seconds + time.perf_counter() - began,
-        after=after,
-        notes=notes,
-        attacks=attacks,
+        after=_after(found),
+        notes=list(dict.fromkeys(note for part in found for note in part.notes)),
+        attacks=found[0].attacks,
     )
+
+
+def _evaluate_part(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    pgd_steps: int,
+    pgd_restarts: int,
+    version: str,
+    judge: Judge,
+    batch_size: int,
+    seed: int,
+    precision: EvaluationPrecision,
+    work: Work,
+) -> _Part:
+    with torch.no_grad():
+        logits = model(x[:1])
+    if logits.dim() != 2:
+        raise EngineError(f"the model must return logits [N, K], got {tuple(logits.shape)}")
+    attacks = attack_names(version, logits.shape[1])
+    clean = predictions(model, x, batch_size=batch_size) == y
+    by_pgd = pgd(
+        model,
+        x,
+        y,
+        threat,
+        steps=pgd_steps,
+        restarts=pgd_restarts,
+        seed=seed,
+        batch_size=batch_size,
+        work=work,
+        precision=precision,
+    )
+    if logits.shape[1] < package.FEWEST_CLASSES:
+        judge = "engine" if attacks else judge
+    part = _Part(clean.cpu(), by_pgd.cpu(), None, attacks, judge)
+    if attacks:
+        # The authors' package has one precision: `check_precision`.
+        options: dict[str, Any] = {"precision": precision} if judge == "engine" else {}
+        verdict = JUDGES[judge](
+            model,
+            x,
+            y,
+            threat,
+            version=version,
+            seed=seed,
+            batch_size=batch_size,
+            work=work,
+            **options,
+        )
+        part.autoattack = verdict.robust.cpu()
+        part.after, part.notes = verdict.after, verdict.notes
+    return part
+
+
+def _after(parts: list[_Part]) -> dict[str, float]:
+    """Return the robust accuracy of all parts after each attack, in the attacks' order.
+
+    A judge skips the attacks that come after the last image of a part has fallen.
+    """
+    if len(parts) == 1:
+        return parts[0].after
+    total = sum(len(part.clean) for part in parts)
+    return {
+        name: sum(part.after.get(name, 0.0) * len(part.clean) for part in parts) / total
+        for name in max((part.after for part in parts), key=len)
+    }
 
 
 def _device_of(model: nn.Module) -> torch.device:

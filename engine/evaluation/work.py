@@ -39,6 +39,7 @@ class Work:
         about: plain JSON values that decide the answers; a journal of other values is dropped.
     Attributes:
         notes: warnings of the attacks.
+        part: ends the name of each attack, where the same attacks run on several parts of a set.
         seconds: the time that stopped evaluations took before this one [s].
     """
 
@@ -51,6 +52,7 @@ class Work:
     ) -> None:
         self.progress, self.world = progress, world or World()
         self.notes: list[str] = []
+        self.part = ""
         self.seconds = 0.0
         self._journal = journal
         self._known: dict[str, list[int]] = {}
@@ -74,10 +76,11 @@ class Work:
         """Return the images that fall to one attack, int64 [F], the same in every process.
 
         Args:
-            attack: its name, unique in an evaluation.
+            attack: its name, unique in a part of an evaluation.
             batches: positions of images, int64 [B] each.
             judge: from a batch's number and its positions to those that fall, int64 [F].
         """
+        attack += self.part
         keys = [f"{attack} {number}" for number in range(len(batches))]
         found = [row for key in keys for row in self._known.get(key, ())]
         left = [number for number, key in enumerate(keys) if key not in self._known]

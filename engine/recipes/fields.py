@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -19,7 +20,9 @@ from pydantic.dataclasses import dataclass
 from ..adversary.attack import Attack
 from ..data.loaders import LoaderName
 from ..data.own import absolute
+from ..data.photos import Damaged
 from ..device.precision import Precision
+from ..errors import EngineError
 from ..evaluation.robust_accuracy import EvaluationPrecision, PgdLoss, PgdStep
 from ..objectives import OBJECTIVES, LocalBall, Objective
 from ..threat import Number, ThreatModel
@@ -56,6 +59,24 @@ AnyObjective = Annotated[
 ]
 
 
+def _sides(value: Any) -> Any:
+    """Return (height, width) of one side, of two, or of the words "224" and "224x160"."""
+    if isinstance(value, str):
+        value = value.replace("x", ",").split(",")
+    if isinstance(value, int):
+        value = [value]
+    return [*value, *value] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+
+
+def _pair(value: Any) -> Any:
+    """Return the parts of the words "0.25,1"."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+_Side = Annotated[int, Field(ge=1, le=1 << 14)]
+_Share = Annotated[float, Field(gt=0, le=1)]
+
+
 @dataclass(frozen=True)
 class Data:
     name: Annotated[
@@ -81,6 +102,42 @@ class Data:
     cutout: Annotated[
         int, Field(ge=0, description="side of a random square set to 0; 0: none [pixels]")
     ] = 0
+    size: Annotated[
+        tuple[_Side, _Side] | None,
+        BeforeValidator(_sides),
+        Field(
+            description="stream a folder of pictures of any size, and show the network this size: "
+            "224 or 224x160 (height x width); left out: images of one size, held in memory [pixels]"
+        ),
+    ] = None
+    resize: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="with size: shorter side of a whole picture before its centre is cropped; "
+            "left out: size / 0.875 [pixels]",
+        ),
+    ] = None
+    scale: Annotated[
+        tuple[_Share, _Share] | None,
+        BeforeValidator(_pair),
+        Field(
+            description="with size: train on random resized crops of such a share of the picture, "
+            "0.25,1; left out: on the centre, shifted by pad [share 0..1]"
+        ),
+    ] = None
+    jitter: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="with size: brightness, contrast and saturation change by up to this share",
+        ),
+    ] = 0.0
+    damaged: Annotated[
+        Damaged,
+        Field(description="with size: refuse to train beside damaged files, or name and skip them"),
+    ] = "refuse"
     loader: Annotated[
         LoaderName,
         Field(
@@ -92,6 +149,46 @@ class Data:
         int,
         Field(ge=0, le=256, description="threads of DALI, processes of torch's DataLoader [count]"),
     ] = 2
+
+    @property
+    def resized(self) -> int:
+        """Return `resize`, or its default for `size`: 256 for 224, as is usual."""
+        assert self.size is not None
+        return self.resize or round(min(self.size) / 0.875)
+
+    def check(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            EngineError: names the option and the remedy.
+        """
+        if self.size is None:
+            options = ("resize", "scale", "jitter")
+            if given := [name for name in options if getattr(self, name)]:
+                raise EngineError(
+                    f"data.{given[0]} is for a folder of pictures that is streamed: set data.size"
+                )
+            return
+        if self.resized < min(self.size):
+            raise EngineError(
+                f"data.resize = {self.resize} is less than data.size = {min(self.size)}: the crop "
+                "would be larger than the picture"
+            )
+        if self.scale is not None and self.scale[0] > self.scale[1]:
+            raise EngineError(
+                f"data.scale = {self.scale[0]:g},{self.scale[1]:g}: the smaller share comes first"
+            )
+        if self.scale is not None and self.pad:
+            raise EngineError(
+                "data.pad shifts the centre crop, and data.scale draws another: drop one"
+            )
+        if self.cutout:
+            raise EngineError("data.cutout is for images in memory: drop it, or data.size")
+        if self.loader == "resident":
+            raise EngineError(
+                "data.loader = resident is for images in memory: pictures are streamed by dali or "
+                "torch"
+            )
 
     def held_out(self, total: int) -> int:
         """Return how many of `total` training images are held out for validation.

@@ -93,6 +93,12 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         recipe = _ADAPTER.validate_python(tree)
         _check_sizes(_ADAPTER.dump_python(recipe))
         recipe.objective.check(recipe.attack)
+        recipe.data.check()
+        if recipe.data.scale is not None and recipe.attack.start == "memory":
+            raise EngineError(
+                "attack.start = memory: the adversary memory does not follow a random resized "
+                "crop: set attack.start = random, or drop data.scale"
+            )
         if recipe.threat.norm == "Linf" and recipe.threat.eps > 1:
             raise EngineError(
                 f"threat.eps = {recipe.threat.eps:g} is more than a pixel's whole range [0, 1]: "

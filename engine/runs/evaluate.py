@@ -22,7 +22,7 @@ from ..training.trainer import Result
 from . import hub
 from .build import ALONE, build_model
 from .folder import Run
-from .images import classes, shape_of, test_set
+from .images import classes, first_test_images, part_size, parts, shape_of, test_images
 
 # Enough for differences of five points, and affordable.
 _MASKING_EXAMPLES = 500
@@ -95,22 +95,23 @@ def evaluate_run(
     recipe = run.recipe
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    x, y = test_set(recipe)
+    size = recipe.evaluation.batch_size
+    images, labels = test_images(recipe)
+    held = parts(images, labels, device(), part_size(images, size))
     model = load_model(run, checkpoint)
     with bar() as progress:
         work = Work(
-            EvaluationBar(progress), world, run.place("evaluation"), _about(run, checkpoint, y)
+            EvaluationBar(progress), world, run.place("evaluation"), _about(run, checkpoint, labels)
         )
-        report = robust_accuracy.evaluate(
+        report = robust_accuracy.evaluate_parts(
             model,
-            x,
-            y,
+            held,
             recipe.threat,
             pgd_steps=recipe.evaluation.pgd_steps,
             pgd_restarts=recipe.evaluation.pgd_restarts,
             autoattack_version=recipe.evaluation.autoattack,
             judge=recipe.evaluation.judge,
-            batch_size=recipe.evaluation.batch_size,
+            batch_size=size,
             seed=recipe.seed,
             precision=recipe.evaluation.precision,
             work=work,
@@ -121,7 +122,7 @@ def evaluate_run(
     return report
 
 
-def _about(run: Run, checkpoint: str, y: Tensor) -> dict[str, Any]:
+def _about(run: Run, checkpoint: str, labels: Tensor) -> dict[str, Any]:
     """Return the plain values that decide the answers of an evaluation."""
     recipe = run.recipe
     weights = run.path / f"{checkpoint}.safetensors"
@@ -129,10 +130,10 @@ def _about(run: Run, checkpoint: str, y: Tensor) -> dict[str, Any]:
         "weights": files.digest(weights, weights.stat().st_size),
         "threat": [recipe.threat.norm, recipe.threat.eps],
         "evaluation": dataclasses.asdict(recipe.evaluation),
-        "data": [recipe.data.name, len(y)],
+        "data": [recipe.data.name, len(labels)],
         "seed": recipe.seed,
         "engine": environment()["engine"],
-        "device": y.device.type,
+        "device": device().type,
     }
 
 
@@ -165,7 +166,7 @@ def check_masking(
         raise EngineError(
             f"{surrogate.path} is of {surrogate.recipe.data.name}: transfer needs one dataset"
         )
-    x, y = (t[:_MASKING_EXAMPLES] for t in test_set(recipe))
+    x, y = first_test_images(recipe, _MASKING_EXAMPLES)
     other = None if surrogate is None else load_model(surrogate)
     model = load_model(run, checkpoint)
     with bar() as progress, robust_accuracy.evaluation_mode(model):

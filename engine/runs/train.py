@@ -25,7 +25,7 @@ from ..training.step import Step
 from ..training.trainer import Hooks, Result, Trainer
 from .build import ALONE, prepare, step_of
 from .folder import Run
-from .images import as_floats, split
+from .images import Images, parts, split
 from .loggers import Loggers
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,9 @@ def build_trainer(
         step,
         loader,
         epochs=recipe.optim.epochs,
-        validation=as_floats(*_part(split(recipe).validation, world), step.device),
+        validation=parts(
+            *_part(split(recipe).validation, world), step.device, recipe.evaluation.batch_size
+        ),
         validation_steps=recipe.validation.steps,
         validation_loss=recipe.validation.loss,
         validation_step=recipe.validation.step,
@@ -238,7 +240,7 @@ class _Session:
             self.save(self.checkpoints.try_save)
 
 
-def _part(pair: tuple[Tensor, Tensor], world: World) -> tuple[Tensor, Tensor]:
+def _part(pair: tuple[Images, Tensor], world: World) -> tuple[Images, Tensor]:
     x, y = pair
     return x[world.rank :: world.size], y[world.rank :: world.size]
 

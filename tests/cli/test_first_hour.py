@@ -300,8 +300,10 @@ def test_data_info_says_that_images_are_not_of_one_size(tmp_path, capsys):
     shown = capsys.readouterr()
     assert json.loads(shown.out)["shape"] == [1, 8, 12]
     assert not shown.err
-    assert cli.run(["data", "info", str(tmp_path / "mixed")]) == 2
-    assert "bring all images to one size" in capsys.readouterr().err
+    assert cli.run(["data", "info", str(tmp_path / "mixed")]) == 0
+    assert "several sizes: --data.size 224 streams them" in capsys.readouterr().err
+    assert cli.run(["train", "quickstart", "--data.name", str(tmp_path / "mixed")]) == 2
+    assert "bring all images to one size, or stream them" in capsys.readouterr().err
 
 
 # ---- the Python face
