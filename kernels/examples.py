@@ -66,8 +66,8 @@ def _attack() -> list[Example]:
     def step(grad: Tensor, norm: str = "Linf") -> Callable[[], object]:
         return lambda: ops.attack_step(x, x, grad, one, one, norm=norm)
 
-    def in_place() -> object:
-        return ops.attack_step_(x, z, x, one, one)
+    def in_place() -> None:
+        ops.attack_step_(x, z, x, one, one)
 
     return [
         Example("linf_start", "uniform_start", start("Linf"), _PIXELS, 8, flat=True),
