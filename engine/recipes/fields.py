@@ -14,9 +14,10 @@ from ..data.loaders import LoaderName
 from ..data.own import absolute
 from ..device.precision import Precision
 from ..evaluation.robust_accuracy import PgdLoss, PgdStep
-from ..objectives import AnyObjective, LocalBall
+from ..objectives import AnyObjective, LocalBall, Passes
 from ..threat import Number, ThreatModel
 from ..training.optimiser import OptimiserName
+from ..training.perturbation import Weights
 from ..training.schedule import Schedule
 
 
@@ -50,6 +51,18 @@ class Data:
     cutout: Annotated[
         int, Field(ge=0, description="side of a random square set to 0; 0: none [pixels]")
     ] = 0
+    extra: Annotated[
+        str | None,
+        AfterValidator(lambda name: name if name is None else absolute(name)),
+        Field(
+            description="extra training images, generated ones for instance: an .npz with `image` "
+            "and `label`, or a dataset; left out: none"
+        ),
+    ] = None
+    extra_share: Annotated[
+        float,
+        Field(gt=0, lt=1, description="share of every batch that is extra images (0..1)"),
+    ] = 0.7
     loader: Annotated[
         LoaderName,
         Field(
@@ -224,9 +237,15 @@ class Recipe:
     threat: ThreatModel = field(default_factory=ThreatModel)
     attack: Attack = field(default_factory=Attack)
     objective: AnyObjective = field(default_factory=LocalBall)
+    weights: Weights = field(default_factory=Weights)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     step: StepOptions = field(default_factory=StepOptions)
     validation: Validation = field(default_factory=Validation)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def passes(self) -> Passes:
+        """Return the passes of one step; with perturbed weights the loss is computed twice."""
+        passes = self.objective.passes(self.attack)
+        return passes + self.objective.loss_passes() if self.weights.perturb else passes

@@ -107,7 +107,7 @@ def architecture_of(network: str, classes: int, width: int | None = None) -> tup
 
 def _card(run: Run, found: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
     recipe = run.recipe
-    passes = recipe.objective.passes(recipe.attack)
+    passes = recipe.passes()
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )

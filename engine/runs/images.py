@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +16,7 @@ from ..recipes import Recipe
 
 # One dataset serves the check, the training, the evaluation and the report of a process.
 _load = lru_cache(maxsize=4)(datasets.load)
+_load_extra = lru_cache(maxsize=2)(datasets.load_extra)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,34 @@ def split(recipe: Recipe) -> Split:
         data.classes,
         len(order),
     )
+
+
+def unused(recipe: Recipe) -> Tensor:
+    """Return the training images that a run neither trains on nor validates on."""
+    images = _load(recipe.data.name, "train").images
+    parts = split(recipe)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order[len(parts.validation[0]) + len(parts.train[0]) :]]
+
+
+def extra_set(recipe: Recipe) -> tuple[Tensor, Tensor] | None:
+    """Return the recipe's extra training images, uint8 [N, C, H, W], and their labels, if any."""
+    if recipe.data.extra is None:
+        return None
+    found = _load_extra(recipe.data.extra, _load(recipe.data.name, "train"))
+    return found.images, found.labels
+
+
+@lru_cache(maxsize=2)
+def extra_sum(recipe: Recipe) -> str | None:
+    """Return the SHA-256 of the recipe's extra images and labels; None without any."""
+    extra = extra_set(recipe)
+    if extra is None:
+        return None
+    found = hashlib.sha256(repr(tuple(extra[0].shape)).encode())
+    for t in extra:
+        found.update(t.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def test_size(recipe: Recipe) -> int:

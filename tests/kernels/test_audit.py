@@ -19,6 +19,7 @@ FLAT = {
     "linf_step_bf16_input",
     "sgd_ema",
     "adamw_ema",
+    "perturb",
 }
 
 

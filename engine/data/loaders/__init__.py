@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...adversary.memory import AdversaryMemory
+from ...errors import EngineError
 from .base import Batch, Loader, Sampling
 from .dali import DaliLoader
 from .resident import ResidentLoader
@@ -76,6 +77,8 @@ def build(
     device: torch.device | str = "cpu",
     memory: AdversaryMemory | None = None,
     workers: int = 2,
+    extra: tuple[Tensor, Tensor] | None = None,
+    share: float = 0.0,
     **sampling: Any,
 ) -> Loader:
     """Return the loader called `name`.
@@ -83,6 +86,7 @@ def build(
     Args:
         images: uint8 [N, C, H, W]; labels: int64 [N].
         memory: the adversary memory; only the resident loader forms the attack's start itself.
+        extra, share: extra images for the resident loader, see `ResidentLoader`.
         workers: threads of DALI, processes of torch's loader.
         sampling: options as `Sampling` has them.
     Raises:
@@ -91,9 +95,20 @@ def build(
     """
     if name == "auto":
         name = choose(images, device)
+    if extra is not None and name in ("dali", "torch"):
+        raise EngineError(f"data.extra with the {name} loader: it needs data.loader = resident")
     if name == "dali":
         return DaliLoader(images, labels, batch_size, device=device, workers=workers, **sampling)
     if name == "torch":
         return WorkerLoader(images, labels, batch_size, device=device, workers=workers, **sampling)
-    resident = ResidentLoader(images, labels, batch_size, device=device, memory=memory, **sampling)
+    resident = ResidentLoader(
+        images,
+        labels,
+        batch_size,
+        device=device,
+        memory=memory,
+        extra=extra,
+        share=share,
+        **sampling,
+    )
     return NullLoader(resident) if name == "null" else resident
