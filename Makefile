@@ -25,7 +25,7 @@ all: .venv/ready ## set up .venv with the engine and everything it needs
 	  { echo 'engine: Python 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt $(BUILD)
-	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[gpu,$(DALI),tensorboard,test,check]'
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[gpu,$(DALI),export,tensorboard,test,check]'
 	@touch .venv/ready
 
 # pip holds every download against its SHA-256, or refuses to hold any: an editable install has none,

@@ -18,6 +18,7 @@ import torch
 from engine import recipes
 from engine.evaluation import robust_accuracy
 from engine.evaluation.autoattack.verdict import Verdict
+from engine.evaluation.work import Work
 from engine.progress import stderr
 from engine.recipes import Recipe
 from engine.runs import evaluate, images, train
@@ -89,7 +90,7 @@ def _rows(setting: Setting) -> list[dict[str, Any]]:
         for judge, attack in robust_accuracy.JUDGES.items():
             clocks[judge] = _Clock()
             verdicts[judge] = attack(
-                network, x, y, recipe.threat, seed=recipe.seed, progress=clocks[judge]
+                network, x, y, recipe.threat, seed=recipe.seed, work=Work(clocks[judge])
             )
     about = _about(recipe, len(x))
     rows = [

@@ -3,24 +3,32 @@
 The rows hold images a second, and the loader's share of a training step. A sample is a stretch of
 batches in a row, after the batches that a loader read ahead while others had their turn: the sample
 then includes the work of reading ahead.
+
+The last rows are of JPEGs, 500x375 pixels, random resized crops to 224x224, half of them mirrored.
+The files are generated; they lie in the page cache, so no disk is measured.
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from engine import recipes
 from engine.adversary.memory import AdversaryMemory
 from engine.data import loaders
 from engine.data.loaders import Batch, Loader
 from engine.data.loaders.dali import unavailable
+from engine.data.photos import Framing, index_of, of_index
 from engine.device import machine
-from engine.performance.timing import quantiles
+from engine.performance.timing import Timing, quantiles
 from engine.runs import build
 from engine.threat import Linf
 
@@ -41,12 +49,37 @@ SETTINGS = (Setting((1, 28, 28), "fashion-mnist"), Setting((3, 32, 32), "cifar10
 _SAMPLES = 12_000
 
 
+@dataclass(frozen=True)
+class Jpegs:
+    """Hold what the rows of JPEGs measure.
+
+    Attributes:
+        count: files; size: (height, width) of each [pixels]; side: of the network's images.
+        batch: images; stretch: batches of one sample.
+    """
+
+    count: int
+    size: tuple[int, int]
+    side: int
+    batch: int
+    stretch: int
+
+
+JPEGS = Jpegs(count=512, size=(375, 500), side=224, batch=64, stretch=8)
+# Files of 75 kB on average.
+_QUALITY = 92
+
+
 def run(quick: bool = False) -> list[dict[str, Any]]:
     """Return a row for each loader and image shape, crop and mirror on.
 
     All loaders of a shape are timed in turn.
     """
-    return [row for setting in SETTINGS for row in _rows(setting, 5 if quick else 15)]
+    rounds = 5 if quick else 15
+    return [
+        *(row for setting in SETTINGS for row in _rows(setting, rounds)),
+        *_jpeg_rows(JPEGS, rounds),
+    ]
 
 
 def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
@@ -70,18 +103,78 @@ def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
         made["dali"] = loader("dali", workers=2)
     made |= {f"torch, {n} workers": loader("torch", workers=n) for n in (0, 2)}
 
-    streams = {name: _endless(made[name]) for name in made}
+    timings = _timings(made, rounds, _STRETCH, device)
+    shape = "x".join(map(str, (*setting.shape[1:], setting.shape[0])))
+    return _compared(timings, shape, batch, _step_ms(recipe, images, labels), setting.recipe)
+
+
+def _jpeg_rows(jpegs: Jpegs, rounds: int) -> list[dict[str, Any]]:
+    device = machine.device()
+    with tempfile.TemporaryDirectory() as place:
+        folder = _written(Path(place), jpegs)
+        index = index_of(folder, "train", folder / "cache")
+        side = jpegs.side
+        framing = Framing((side, side), round(side / 0.875))
+        photos = of_index(index, framing, "refuse", threads=2, order=True)
+
+        def loader(name: loaders.LoaderName, workers: int) -> Loader:
+            options = {"scale": (0.08, 1.0), "flip": True}
+            return loaders.build(
+                name, photos, photos.labels, jpegs.batch, device=device, workers=workers, **options
+            )
+
+        made = {} if unavailable() else {"dali": loader("dali", 2)}
+        made |= {f"torch and Pillow, {n} workers": loader("torch", n) for n in (0, 2)}
+        timings = _timings(made, rounds, jpegs.stretch, device)
+    height, width = jpegs.size
+    shape = f"JPEG {width}x{height} to {side}x{side}x3"
+    return _compared(timings, shape, jpegs.batch, None, "")
+
+
+def _written(folder: Path, jpegs: Jpegs) -> Path:
+    """Write the JPEGs, smooth noise at four scales, and return `folder`."""
+    height, width = jpegs.size
+    for number in range(jpegs.count):
+        draw = np.random.default_rng(number)
+        pixels = np.full((height, width, 3), 128.0)
+        for side, strength in ((4, 60), (16, 50), (64, 40), (256, 12)):
+            noise = draw.normal(0, 1, (side * height // width + 2, side + 2, 3))
+            levels = Image.fromarray(np.clip(128 + 40 * noise, 0, 255).astype(np.uint8))
+            grown = np.asarray(levels.resize((width, height), Image.Resampling.BICUBIC), np.float64)
+            pixels += strength * (grown - 128) / 40
+        # Two classes; the test folder must have them too.
+        for split in ("train", "val") if number < 2 else ("train",):
+            place = folder / split / str(number % 2)
+            place.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+            image.save(place / f"{number}.jpg", quality=_QUALITY)
+    return folder
+
+
+def _timings(
+    made: Mapping[str, Loader], rounds: int, stretch: int, device: torch.device
+) -> dict[str, Timing]:
+    """Time the loaders in turn [ms a batch], and close them."""
+    streams = {name: _endless(loader) for name, loader in made.items()}
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(rounds):
         for name, stream in streams.items():
-            times[name].append(_stretch(stream, device))
-    timings = {name: quantiles(values) for name, values in times.items()}
+            times[name].append(_stretch(stream, stretch, device))
     for each in made.values():
         each.close()
+    return {name: quantiles(values) for name, values in times.items()}
 
-    step_ms = _step_ms(recipe, images, labels)
+
+def _compared(
+    timings: Mapping[str, Timing], shape: str, batch: int, step_ms: float | None, step: str
+) -> list[dict[str, Any]]:
+    """Return a row for each loader.
+
+    Args:
+        step_ms: a training step of the recipe `step`; None: it was not timed.
+    """
+    # Compare with torch's loader at its best number of workers on this machine.
     fastest = min((t for n, t in timings.items() if n.startswith("torch")), key=lambda t: t.p50)
-    shape = "x".join(map(str, (*setting.shape[1:], setting.shape[0])))
     return [
         {
             "loader": name,
@@ -91,10 +184,9 @@ def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
             "p20_ms": timing.p20,
             "p50_ms": timing.p50,
             "p80_ms": timing.p80,
-            # Compare with torch's loader at its best number of workers on this machine.
             "speedup_vs_torch": fastest.over(timing),
-            "share_of_step": timing.p50 / step_ms,
-            "step": setting.recipe,
+            "share_of_step": step_ms and timing.p50 / step_ms,
+            "step": step,
         }
         for name, timing in timings.items()
     ]
@@ -107,17 +199,17 @@ def _endless(loader: Loader) -> Iterator[Batch]:
         epoch += 1
 
 
-def _stretch(stream: Iterator[Batch], device: torch.device) -> float:
+def _stretch(stream: Iterator[Batch], count: int, device: torch.device) -> float:
     """Return the seconds a batch."""
     for _ in range(_AHEAD):
         next(stream)
     wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     began = time.perf_counter()
-    for _ in range(_STRETCH):
+    for _ in range(count):
         next(stream)
     wait()
-    return (time.perf_counter() - began) / _STRETCH
+    return (time.perf_counter() - began) / count
 
 
 def _step_ms(recipe: recipes.Recipe, images: torch.Tensor, labels: torch.Tensor) -> float:

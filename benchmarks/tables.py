@@ -88,9 +88,10 @@ def loaders(rows: list[dict[str, Any]]) -> str:
         if row["loader"] == "null":
             continue
         times = " / ".join(f"{row[f'{q}_ms']:.2f}" for q in ("p20", "p50", "p80"))
+        share = "" if row["share_of_step"] is None else f"{row['share_of_step']:.2%}"
         lines.append(
             f"| {row['shape']}, batch {row['batch']} | {row['loader']} | {row['images_per_s']:,} "
-            f"| {times} | {row['speedup_vs_torch']:.1f}x | {row['share_of_step']:.2%} |"
+            f"| {times} | {row['speedup_vs_torch']:.1f}x | {share} |"
         )
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -66,6 +67,44 @@ def atomic(path: Path) -> Iterator[Path]:
         raise EngineError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Give an empty temporary folder; move its files into `folder` if the block ends well.
+
+    A new folder appears with all its files at once. In a folder that exists, each file is replaced
+    whole, old sums go first, and other files stay. A block that raises leaves `folder` as it was.
+
+    Raises:
+        EngineError: where the folder cannot be written.
+    """
+    folder = folder.absolute()
+    existed = folder.is_dir()
+    try:
+        make_folder(folder.parent)
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder if existed else folder.parent)
+        )
+    except OSError as error:
+        raise EngineError(f"cannot write {folder}: {error.strerror}") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if existed:
+            paths = sorted(temporary.iterdir())
+            for path in paths:
+                remove(sum_path(folder / path.name))
+            for path in paths:
+                os.replace(path, folder / path.name)
+            _sync(folder)
+        else:
+            os.replace(temporary, folder)
+            _sync(folder.parent)
+    except OSError as error:
+        raise EngineError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_folder(path: Path) -> None:

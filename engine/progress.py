@@ -136,9 +136,19 @@ class EvaluationBar:
         self.progress = progress
         self.task = progress.add_task("evaluating", total=None, note="")
         self._line = _Lines(progress)
+        self._attack, self._began, self._before = "", time.monotonic(), 0
 
     def __call__(self, attack: str, done: int, total: int) -> None:
         self.progress.update(
             self.task, description=f"evaluating: {attack}", completed=done, total=total
         )
-        self._line(f"evaluating: {attack} {done} of {total}")
+        if attack != self._attack:
+            self._attack, self._began, self._before = attack, time.monotonic(), done
+        self._line(f"evaluating: {attack} {done} of {total}{self._time_left(done, total)}")
+
+    def _time_left(self, done: int, total: int) -> str:
+        """Return how long the attack takes from here at its speed so far; "" before its first."""
+        if done <= self._before or done == total:
+            return ""
+        each = (time.monotonic() - self._began) / (done - self._before)
+        return f", about {duration(each * (total - done))} left in this attack"

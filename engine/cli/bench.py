@@ -67,7 +67,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         from ..benchmarks import clones
 
         options["cloned"] = clones.parse(arguments.clone)
-    if arguments.what in ("step", "scaling", "end-to-end", "accuracy"):
+    if arguments.what in ("step", "loaders", "scaling", "end-to-end", "accuracy"):
         # `engine train` does so as well.
         keep_freed_memory()
     module = import_module(f"engine.benchmarks.{BENCHMARKS[arguments.what]}")

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ..errors import EngineError
 from ..text import printable
@@ -32,14 +33,14 @@ def _data(arguments: argparse.Namespace) -> int:
         table = Table("dataset", "images", "training", "test", "classes", box=None, pad_edge=False)
         table.add_column("lies in", overflow="fold")
         for name in data.names():
-            about = data.info(name)
+            about = data.info(name, read=False)
             table.add_row(
                 name,
-                "x".join(map(str, about.shape)),
+                "x".join(map(str, about.shape)) if about.shape else "any size",
                 str(about.train),
                 str(about.test),
                 str(len(about.classes)),
-                str(about.folder or ("scikit-learn" if not about.files else "not fetched")),
+                _place(about),
             )
         stdout.print(table)
         return 0
@@ -54,8 +55,13 @@ def _data(arguments: argparse.Namespace) -> int:
     if arguments.action == "info":
         about = data.info(arguments.name)
         print(json.dumps(asdict(about), indent=2, default=str))
-        _, height, width = about.shape
-        if height != width:
+        if about.shape is None:
+            print(
+                "engine: the pictures have several sizes: --data.size 224 streams them",
+                file=sys.stderr,
+            )
+        elif about.shape[1] != about.shape[2]:
+            _, height, width = about.shape
             print(
                 f"engine: the images have {height}x{width} pixels, and the networks take square "
                 "ones: crop or resize the images before training",
@@ -77,3 +83,10 @@ def _label(arguments: argparse.Namespace) -> int:
     count, classes = label(Run.open(arguments.run_dir), arguments.name, arguments.out)
     print(printable(f"{arguments.out}: {count} images; by class: {', '.join(map(str, classes))}"))
     return 0
+
+
+def _place(about: Any) -> str:
+    """Return where a data set lies, in a few words."""
+    if about.folder is not None:
+        return str(about.folder)
+    return "scikit-learn" if about.name == "digits" else "not fetched"

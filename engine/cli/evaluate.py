@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import EngineError
 from . import result
-from .shared import Commands, add_command, parse_overrides, print_rows
+from .shared import Commands, add_command, exit_status, parse_overrides, print_rows
+
+if TYPE_CHECKING:
+    from ..device.distributed import World
+    from ..runs.folder import Run
+
+# One process may attack a large batch while another has none left.
+_PATIENCE = timedelta(days=2)
 
 
 def add(commands: Commands) -> None:
@@ -38,15 +48,18 @@ def add(commands: Commands) -> None:
         metavar="RUN",
         help="with --masking: also try adversaries of that run's network",
     )
+    parser.add_argument(
+        "--nproc", type=int, default=1, metavar="N", help="N processes share the evaluation"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     from .. import recipes
+    from ..device import distributed
     from ..device.machine import keep_freed_memory
     from ..progress import stderr
-    from ..report import page
-    from ..runs import build, evaluate
+    from ..runs import build
     from ..runs.folder import Run
 
     overrides = parse_overrides(rest)
@@ -57,20 +70,63 @@ def _eval(arguments: argparse.Namespace, rest: list[str]) -> int:
     Run.open(arguments.run_dir)
     recipe = recipes.load(str(arguments.run_dir / "recipe.toml"), overrides)
     run = Run(arguments.run_dir, recipe)
+    if arguments.nproc < 1:
+        raise EngineError(f"--nproc must be at least 1, got {arguments.nproc}")
+    if arguments.nproc > 1:
+        return _launch(arguments, rest)
+    world = distributed.join(_PATIENCE)
+    stderr.quiet = not world.first
     for note in build.evaluation_notes(recipe):
         stderr.print(f"engine: {note}", highlight=False, soft_wrap=True)
     if arguments.transfer and not arguments.masking:
         raise EngineError("--transfer belongs to --masking")
     if arguments.masking:
-        surrogate = Run.open(arguments.transfer) if arguments.transfer else None
-        masking = evaluate.check_masking(run, arguments.checkpoint, surrogate)
-        page.build(run)
-        if arguments.json:
-            print(json.dumps(masking))
-        else:
-            print_rows(masking["checks"], as_json=False)
-        return 0 if masking["passed"] else 1
-    report = evaluate.evaluate_run(run, arguments.checkpoint)
+        return _check_masking(run, arguments)
+    return _measure(run, arguments, world)
+
+
+def _launch(arguments: argparse.Namespace, rest: list[str]) -> int:
+    """Run the same command in `--nproc` processes."""
+    from ..device import distributed
+
+    if arguments.masking:
+        raise EngineError("--masking runs in one process: leave out --nproc")
+    words = ["eval", str(arguments.run_dir), "--checkpoint", arguments.checkpoint, *rest]
+    return distributed.launch(arguments.nproc, words + ["--json"] * arguments.json)
+
+
+def _check_masking(run: Run, arguments: argparse.Namespace) -> int:
+    from ..report import page
+    from ..runs import evaluate
+
+    surrogate = Run.open(arguments.transfer) if arguments.transfer else None
+    masking = evaluate.check_masking(run, arguments.checkpoint, surrogate)
+    page.build(run)
+    if arguments.json:
+        print(json.dumps(masking))
+    else:
+        print_rows(masking["checks"], as_json=False)
+    return 0 if masking["passed"] else 1
+
+
+def _measure(run: Run, arguments: argparse.Namespace, world: World) -> int:
+    from ..device import distributed
+    from ..report import page
+    from ..runs import evaluate
+
+    recipe = run.recipe
+    try:
+        report = evaluate.evaluate_run(run, arguments.checkpoint, world)
+    except KeyboardInterrupt as stopped:
+        if world.first:
+            print(
+                "engine: stopped; the same command goes on with the images that are left",
+                file=sys.stderr,
+            )
+        return exit_status(stopped)
+    distributed.leave()
+    if not world.first:
+        return 0
     page.build(run)
     row = {
         "recipe": recipe.name,

@@ -1,4 +1,4 @@
-"""`engine export`: write a run's weights and model card for others."""
+"""`engine export`: write a run's network for other tools and other people."""
 
 from __future__ import annotations
 
@@ -8,19 +8,29 @@ from pathlib import Path
 from ..text import printable
 from .shared import Commands, add_command
 
+# Those of `runs.export`, which imports torch; a test compares them.
+FORMATS = ("robustbench", "hub", "onnx", "torchscript", "pt2")
+
 
 def add(commands: Commands) -> None:
     parser = add_command(
-        commands, "export", _export, "write a run's weights, RobustBench's claim and a model card"
+        commands, "export", _export, "write a run's network for other tools: weights, ONNX, a card"
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, help="folder; default RUN/export")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="robustbench",
+        help="robustbench (the default): weights, RobustBench's claim and a model card; hub: a "
+        "folder for a hub of models; onnx, torchscript, pt2: one file with the graph",
+    )
+    parser.add_argument("--out", type=Path, help="folder; default RUN/export, hub: RUN/export/hub")
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from ..runs.export import export
     from ..runs.folder import Run
 
-    for path in export(Run.open(arguments.run_dir), arguments.out):
+    for path in export(Run.open(arguments.run_dir), arguments.out, arguments.format):
         print(printable(str(path)))
     return 0

@@ -71,6 +71,11 @@ def _accuracies(row: Mapping[str, Any], recipe: Recipe) -> list[str]:
         f"{n:,} test images, pixels in [0, 1]. An attack may move {moves} by "
         f"{as_written(recipe.threat.eps)} ({recipe.threat.norm}).",
         *([f"AutoAttack: {', '.join(attacks)}."] if attacks else []),
+        *(
+            [f"Attacks in {evaluation.precision}; adversaries verified in fp32."]
+            if evaluation.precision != "fp32"
+            else []
+        ),
         "",
     ]
 

@@ -24,6 +24,7 @@ _SECTIONS = {
     "evaluation": "attacks on the test images after training",
     "validation": "PGD on held-out training images after each epoch",
     "checkpoint": "checkpoints to resume from",
+    "log": "loggers of the epochs' rows",
     "step": "precision and capture of the step",
     "run": "seed, threads and name of the run",
 }

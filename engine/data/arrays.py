@@ -1,4 +1,4 @@
-"""Take NumPy arrays where the Python interface takes tensors."""
+"""Bring arrays and tensors from the host to a device."""
 
 from __future__ import annotations
 
@@ -23,6 +23,16 @@ def pair(data: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
         return None
     images, labels = (_tensor(part, device) for part in data)
     return images, labels.long() if isinstance(data[1], np.ndarray) else labels
+
+
+def to_device(t: Tensor, device: torch.device | str) -> Tensor:
+    """Return `t` on `device`. The host does not wait for a copy to a GPU.
+
+    The host waits for every copy from memory that is not pinned, so `t` is pinned first.
+    """
+    if torch.device(device).type == "cuda" and t.device.type == "cpu":
+        t = t.pin_memory()
+    return t.to(device, non_blocking=True)
 
 
 def _tensor(array: Tensor | np.ndarray, device: torch.device) -> Tensor:

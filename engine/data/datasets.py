@@ -18,15 +18,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
 from ..errors import EngineError
-from . import own, pickles, readers
+from . import folders, own, pickles, readers
 from .cache import Parsed, cached
 from .catalogue import DIGITS, SPECS, Part, Spec, find_spec
+from .photos import Damaged, Photos
 
 Split = Literal["train", "test"]
 SUMS = "SHA256SUMS"
@@ -34,11 +35,11 @@ SUMS = "SHA256SUMS"
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Hold one split of a data set in memory."""
+    """Hold one split of a data set, in memory or as a folder of pictures."""
 
     name: str
     split: str
-    images: torch.Tensor = field(repr=False)  # uint8 [N, C, H, W], contiguous
+    images: torch.Tensor | Photos = field(repr=False)  # uint8 [N, C, H, W], contiguous
     labels: torch.Tensor = field(repr=False)  # int64 [N], 0 .. len(classes) - 1
     classes: tuple[str, ...] = field(repr=False)
 
@@ -48,7 +49,7 @@ class Info:
     """Hold the facts that `engine data info` shows of a data set."""
 
     name: str
-    shape: tuple[int, int, int]  # C, H, W
+    shape: tuple[int, int, int] | None  # C, H, W; None: pictures of several sizes
     train: int  # samples
     test: int
     classes: tuple[str, ...]
@@ -56,6 +57,7 @@ class Info:
     homepage: str
     folder: Path | None  # the folder that `load` reads; None: the files are absent
     own_sums: bool  # the folder has its own SHA256SUMS: not the published data
+    pictures: dict[str, Any] | None = None  # of a folder of pictures: sizes by split
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,60 @@ class FileCheck:
 
 def names() -> tuple[str, ...]:
     """Return the names of the known data sets."""
-    return tuple(SPECS)
+    return (*SPECS, *folders.KNOWN)
 
 
-def info(name: str, root: Path | str | None = None) -> Info:
-    """Return the facts of a data set and its folder on this machine. EngineError: unknown name."""
+def folder_of(name: str, root: Path | str | None = None) -> Path | None:
+    """Return the folder of a set of pictures, which may be absent; None for any other data set."""
+    if name in folders.KNOWN:
+        return data_root(root) / name
+    path = Path(own.absolute(name)) if own.is_path(name) else None
+    return path if path is not None and path.is_dir() else None
+
+
+def photos(
+    name: str, split: Split, *, size: tuple[int, int], resize: int, damaged: Damaged, threads: int
+) -> ImageSet:
+    """Return one split of a folder of pictures, which are streamed (see `folders.load`).
+
+    EngineError: a data set that is no folder of pictures, or is absent, or as `folders.load`.
+    """
+    folder = folder_of(name)
+    if folder is None:
+        if own.is_path(name) and not Path(own.absolute(name)).exists():
+            raise EngineError(f"{own.absolute(name)}: no such file or folder")
+        raise EngineError(
+            f"data.size streams folders of pictures, and {name} is none: drop data.size"
+        )
+    if not folder.is_dir():
+        raise EngineError(
+            f"{name}: not found: put it into {folder} as train/CLASS and val/CLASS (docs/data.md)"
+        )
+    held = folders.load(
+        folder,
+        split,
+        data_root() / "cache",
+        size=size,
+        resize=resize,
+        damaged=damaged,
+        threads=threads,
+    )
+    return ImageSet(name, split, held, held.labels, held.index.classes)
+
+
+def info(name: str, root: Path | str | None = None, *, read: bool = True) -> Info:
+    """Return the facts of a data set and its folder on this machine. EngineError: unknown name.
+
+    Args:
+        read: of a known folder of pictures, read the pictures' sizes where it is present; False:
+            give its published facts.
+    """
+    folder = folder_of(name, root)
+    if folder is not None:
+        return _folder_info(name, folder, data_root(root) / "cache", read)
     if own.is_path(name):
         train, test = (load(name, split, root) for split in get_args(Split))
+        assert isinstance(train.images, torch.Tensor)
         return Info(
             name=name,
             shape=(train.images.shape[1], train.images.shape[2], train.images.shape[3]),
@@ -104,6 +153,21 @@ def info(name: str, root: Path | str | None = None) -> Info:
     )
 
 
+def _folder_info(name: str, folder: Path, cache: Path, read: bool) -> Info:
+    known, present = folders.KNOWN.get(name), folder.is_dir()
+    if known is not None and not (read and present):
+        found: dict[str, Any] = {
+            "shape": None,
+            "classes": tuple(map(str, range(known.classes))),
+            **known.counts,
+        }
+    else:
+        found = folders.facts(folder, cache)
+    homepage = known.homepage if known else ""
+    place = folder if present else None
+    return Info(name, files=(), homepage=homepage, folder=place, own_sums=False, **found)
+
+
 def load(name: str, split: Split, root: Path | str | None = None) -> ImageSet:
     """Return one split of a data set: a known one by name, a user's own by path (see `own`).
 
@@ -114,6 +178,8 @@ def load(name: str, split: Split, root: Path | str | None = None) -> ImageSet:
     if split not in get_args(Split):
         raise EngineError(f"split {split!r} is not known: it is train or test")
     folder = data_root(root) / "cache"
+    if name in folders.KNOWN:
+        raise EngineError(f"{name}: a folder of pictures, which is streamed: set data.size = 224")
     if own.is_path(name):
         path = Path(own.absolute(name))
         key = f"own-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}-{split}"
@@ -197,6 +263,8 @@ def verify(name: str, root: Path | str | None = None) -> list[FileCheck]:
 
     EngineError: unknown name only.
     """
+    if (pictures := folder_of(name, root)) is not None:
+        return [FileCheck(*found) for found in folders.faults(pictures)]
     if own.is_path(name):
         path = Path(own.absolute(name))
         return [

@@ -40,10 +40,20 @@ from .datasets import (
     system_folders,
 )
 from .download import ConnectionCut, Sink, append, await_answer, locked
+from .folders import KNOWN
 
 _APT_SECONDS = 60
 # The cost of a network that swallows packets: apt counts its time twice.
 _APT_CONNECT_SECONDS = 2
+
+
+def _refuse_pictures(name: str, root: Path | str | None) -> None:
+    """Raise an EngineError for a known folder of pictures: the line says what to place where."""
+    if name in KNOWN:
+        raise EngineError(
+            f"{name}: not fetched by the engine: get it from {KNOWN[name].homepage} and put it "
+            f"into {data_root(root) / name} as train/CLASS and val/CLASS (docs/data.md)"
+        )
 
 
 def fetch(name: str, root: Path | str | None = None, progress: bool = True) -> Path:
@@ -54,6 +64,7 @@ def fetch(name: str, root: Path | str | None = None, progress: bool = True) -> P
     site. `progress` shows bars on stderr. EngineError: unknown name; no source works, and the line
     then says which files to place in which folder.
     """
+    _refuse_pictures(name, root)
     spec = find_spec(name)
     if not spec.files:
         folder = home_of(spec)

@@ -1,10 +1,10 @@
 """A user's own data set: a folder of images, or one .npz or .safetensors file of arrays.
 
 A folder has train/CLASS/*.png and test/CLASS/*.png, or val in place of test (or .jpg, .bmp, .ppm,
-.webp), all of one size; classes are numbered in the order of their names. A file has the arrays
-`train_images`, `train_labels`, `test_images` and `test_labels` (or `x_train`, `y_train`, `x_test`,
-`y_test`, as Keras names them): images uint8 [N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1]
-as labels.
+.webp), all of one size. Classes are numbered in the order of their names, and test images come in
+one fixed shuffled order. A file has the arrays `train_images`, `train_labels`, `test_images` and
+`test_labels` (or `x_train`, `y_train`, `x_test`, `y_test`, as Keras names them): images uint8
+[N, H, W] or [N, H, W, C], whole numbers [N] or [N, 1] as labels.
 
 The files may be anything: nothing is unpickled, no name leaves its folder, and no more than `LIMIT`
 bytes are ever decompressed. Every fault is an `EngineError` that begins with the file's name.
@@ -26,14 +26,14 @@ import numpy as np
 
 from ..errors import EngineError
 from . import readers
+from .photos.decode import FORMATS
+from .photos.listing import SUFFIXES, fixed_order
 
 log = logging.getLogger(__name__)
 
 LIMIT = 16 << 30
 SPLITS = ("train", "test")
 FILES = (".npz", ".safetensors")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp")
-_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP")
 # One image, in pixels: more is a mistake, or a picture made to fill memory when it is unpacked.
 _IMAGE_LIMIT = 1 << 24
 _CLASSES_LIMIT = 100_000
@@ -130,7 +130,10 @@ def read_extra(path: Path, classes: int) -> Arrays:
 
 
 def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Return every image of a split with its label, and the training split's class names."""
+    """Return every image of a split with its label, and the training split's class names.
+
+    Test images come in `fixed_order`, so that the first N are of all classes.
+    """
     try:
         names = _folders(path / "train")
         folder = path / "train" if split == "train" else _test_folder(path)
@@ -141,12 +144,14 @@ def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, 
             for label, name in enumerate(names)
             if (folder / name).is_dir()
             for file in sorted((folder / name).iterdir())
-            if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
         ]
     except OSError as e:
         raise EngineError(f"{e.filename or path}: cannot read it: {e.strerror or e}") from None
     if not found:
-        raise EngineError(f"{folder}: no images in class folders ({', '.join(_SUFFIXES)})")
+        raise EngineError(f"{folder}: no images in class folders ({', '.join(SUFFIXES)})")
+    if split != "train":
+        found = [found[row] for row in fixed_order(len(found)).tolist()]
     return found, tuple(names)
 
 
@@ -182,7 +187,8 @@ def _read_folder(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
         if _head(file)[0] != size:
             raise EngineError(
                 f"{file}: {'x'.join(map(str, _head(file)[0]))} pixels, where {first} has "
-                f"{'x'.join(map(str, size))}: bring all images to one size"
+                f"{'x'.join(map(str, size))}: bring all images to one size, or stream them "
+                "(data.size = 224)"
             )
         images[i] = _pixels(file, "L" if grey else "RGB")
     return (images, np.array([label for _, label in found], np.int64)), names
@@ -192,7 +198,10 @@ def _head(file: Path) -> tuple[tuple[int, int], str]:
     """Return an image's (width, height) and mode, without its pixels."""
     with _opened(file) as image:
         if prod(image.size) > _IMAGE_LIMIT:
-            raise EngineError(f"{file}: {image.size[0]}x{image.size[1]} pixels: too large")
+            raise EngineError(
+                f"{file}: {image.size[0]}x{image.size[1]} pixels: too large to hold in memory: "
+                "stream the folder (data.size = 224)"
+            )
         return image.size, image.mode
 
 
@@ -218,7 +227,7 @@ def _opened(file: Path) -> Any:
         with warnings.catch_warnings():
             # Sizes are checked here, and a fault is reported once.
             warnings.simplefilter("ignore")
-            return Image.open(file, formats=_FORMATS)
+            return Image.open(file, formats=FORMATS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         reason = e.strerror if isinstance(e, OSError) and e.strerror else "no image in it"
         raise EngineError(f"{file}: cannot read it: {reason}") from None

@@ -61,9 +61,11 @@ class World:
         return batch // self.size
 
 
-def join() -> World:
+def join(patience: timedelta = _PATIENCE) -> World:
     """Return the world in torchrun's environment; the first call connects the processes.
 
+    Args:
+        patience: the wait after which a rank takes another for dead.
     Raises:
         EngineError: for more processes than GPUs on this machine, where there are GPUs.
     """
@@ -75,7 +77,7 @@ def join() -> World:
             f"process {local} on this machine has no GPU: there are {torch.cuda.device_count()}"
         )
     if size > 1 and not dist.is_initialized():
-        options: dict[str, Any] = {"timeout": _PATIENCE}
+        options: dict[str, Any] = {"timeout": patience}
         if cuda:
             torch.cuda.set_device(local)
             # NCCL then connects at once, and guesses no device in a barrier.
@@ -130,6 +132,15 @@ def gather(t: Tensor) -> Tensor:
     # PyTorch 2.13 has renamed it, and warns of the older name.
     together = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     together(found, t.contiguous())
+    return found
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return the plain values of all processes, in rank order."""
+    if not active():
+        return [value]
+    found: list[Any] = [None] * size()
+    dist.all_gather_object(found, value)
     return found
 
 

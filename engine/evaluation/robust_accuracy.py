@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,15 @@ from ..adversary.ascent import (
     towards_runner_up,
 )
 from ..data import arrays
+from ..device.precision import passes
 from ..errors import EngineError
 from ..models import stem_of
 from ..threat import ThreatModel
 from .autoattack import ensemble, package
-from .autoattack.verdict import Progress, silent
+from .work import Progress, Work, silent
 
 Judge = Literal["pyautoattack", "engine"]
+EvaluationPrecision = Literal["fp32", "bf16"]
 PgdLoss = Literal["cross-entropy", "margin"]
 PgdStep = Literal["constant", "decaying"]
 _GRADIENTS: dict[PgdLoss, Callable[[Tensor], LogitsGrad]] = {
@@ -47,9 +49,10 @@ class Report:
         worst_case: share of images that withstood every attack that was run.
         after: AutoAttack's robust accuracy after each of its attacks.
         judge: who ran AutoAttack: "pyautoattack" or "engine".
-        seconds: wall-clock seconds in all.
+        seconds: wall-clock seconds in all, with those before a kill.
         notes: warnings of AutoAttack's own checks.
         attacks: the attacks of AutoAttack, see `attack_names`.
+        precision: of the attacks' passes.
     """
 
     threat: ThreatModel
@@ -66,6 +69,7 @@ class Report:
     after: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     attacks: tuple[str, ...] = ()
+    precision: EvaluationPrecision = "fp32"
 
     def standard_error(self, accuracy: float) -> float:
         """Return the binomial standard error of an accuracy on `examples` images."""
@@ -92,7 +96,8 @@ def pgd(
     step: PgdStep = "constant",
     seed: int = 0,
     batch_size: int = 500,
-    progress: Progress = silent,
+    work: Work | None = None,
+    precision: EvaluationPrecision = "fp32",
 ) -> Tensor:
     """Run PGD with restarts (Madry et al., arXiv 1706.06083).
 
@@ -106,22 +111,39 @@ def pgd(
             minus the label's.
         step: the step size. constant: eps / 4 (2.5 eps / steps below ten steps); decaying: from eps
             linearly to eps / steps. Constant steps overstate robust accuracy at a large radius.
+        work: runs the batches; left out: here and silently.
+        precision: of the attack's passes, "fp32" or "bf16". In bf16 an image falls only where the
+            float32 network is wrong at the same point; an image that falls in bf16 alone is
+            attacked again in float32.
     Returns:
         bool [N], True for images that every point leaves correctly classified.
     """
-    gradient = _GRADIENTS[loss]
+    gradient, work = _GRADIENTS[loss], work or Work()
     if step == "decaying":
         sizes = [threat.eps * (1 - k / steps) for k in range(steps)]
     else:
         sizes = [threat.eps * max(0.25, 2.5 / steps)] * steps
     robust = predictions(model, x, batch_size=batch_size) == y
+
+    def attack(indices: Tensor, state: Tensor, precision: str = precision) -> Tensor:
+        fallen, points = _break(model, x, y, indices, threat, gradient, sizes, state, precision)
+        if precision == "fp32" or len(fallen) == 0:
+            return fallen.unique()
+        wrong = predictions(model, points, batch_size=batch_size) != y[fallen]
+        confirmed = fallen[wrong].unique()
+        rest = fallen[~wrong].unique()
+        rest = rest[~torch.isin(rest, confirmed)]
+        return torch.cat([confirmed, attack(rest, state, "fp32")]) if len(rest) else confirmed
+
     for restart in range(restarts):
-        alive = robust.nonzero().flatten()
-        progress("pgd", restart, restarts)
-        for number, indices in enumerate(alive.split(batch_size)):
+
+        def judge(number: int, indices: Tensor, restart: int = restart) -> Tensor:
             state = rng.state(seed, x.device, step=restart * 1_000_003 + number)
-            robust[_break(model, x, y, indices, threat, gradient, sizes, state)] = False
-    progress("pgd", restarts, restarts)
+            return attack(indices, state)
+
+        batches = robust.nonzero().flatten().split(batch_size)
+        name = f"PGD restart {restart + 1} of {restarts}"
+        robust[work.fallen(name, batches, judge)] = False
     return robust
 
 
@@ -134,25 +156,33 @@ def _break(
     gradient: Callable[[Tensor], LogitsGrad],
     sizes: list[float],
     state: Tensor,
-) -> Tensor:
-    """Return the members of `indices` that one restart of PGD breaks.
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Run one restart of PGD.
 
     Args:
         sizes: of the steps, one after the other [pixel units].
+        precision: of the passes, "fp32" or "bf16".
+    Returns:
+        The members of `indices` that break, int64 [F], some more than once, and the points at which
+        they break, [F, C, H, W].
     """
     ball, labels, stem = threat.around(x[indices]), y[indices], stem_of(model)
     z = random_point(ball, state, stream=rng.RESTART)
     broken: list[Tensor] = []
+    points: list[Tensor] = []
     for step in range(len(sizes) + 1):
-        if step < len(sizes):
-            following, logits = ascend(
-                model, ball, z, gradient(labels), alpha=sizes[step], stem=stem
-            )
-        else:
-            with torch.no_grad():
-                following, logits = z, model(z)
+        with passes(precision, x.device):
+            if step < len(sizes):
+                following, logits = ascend(
+                    model, ball, z, gradient(labels), alpha=sizes[step], stem=stem
+                )
+            else:
+                with torch.no_grad():
+                    following, logits = z, model(z)
         alive = logits.argmax(dim=1) == labels
         broken.append(indices[~alive])
+        points.append(z[~alive])
         if not alive.any():
             break
         # A copy of the batch costs time; it pays after a tenth of the batch is broken.
@@ -160,11 +190,24 @@ def _break(
             indices, labels, following = indices[alive], labels[alive], following[alive]
             ball = threat.around(ball.centre[alive])
         z = following
-    return torch.cat(broken).unique()
+    return torch.cat(broken), torch.cat(points)
 
 
 # Who runs AutoAttack, by the name that recipes use.
 JUDGES = {"pyautoattack": package.run, "engine": ensemble.run}
+
+
+def check_precision(precision: str, judge: str, version: str) -> None:
+    """Raise an EngineError where the authors' package is to judge in another precision than fp32.
+
+    Args:
+        version: of AutoAttack, as for `attack_names`.
+    """
+    if precision != "fp32" and judge != "engine" and version != "none":
+        raise EngineError(
+            f"evaluation.precision = {precision}: the authors' AutoAttack judges in fp32 only: set "
+            "evaluation.judge = engine"
+        )
 
 
 def attack_names(version: str, classes: int) -> tuple[str, ...]:
@@ -217,7 +260,9 @@ def evaluate(
     judge: Judge = "pyautoattack",
     batch_size: int = 500,
     seed: int = 0,
+    precision: EvaluationPrecision = "fp32",
     progress: Progress = silent,
+    work: Work | None = None,
 ) -> Report:
     """Measure clean accuracy, and run PGD with restarts and AutoAttack on the same images.
 
@@ -233,68 +278,192 @@ def evaluate(
             package's targeted losses do not take.
         batch_size: images in memory at once.
         seed: of both attacks.
-        progress: called with (attack, done, total).
+        precision: of the attacks' passes, see `pgd`. Clean accuracy and every verdict are the
+            float32 network's. The authors' package judges in "fp32" only.
+        progress: called with (attack, batches done, batches).
+        work: runs the batches in place of `progress`: in several processes, or from where a stopped
+            evaluation ended.
     Returns:
         The accuracies, and the robust accuracy after each of AutoAttack's attacks.
     Raises:
-        EngineError: if the images leave [0, 1], there are none, or the model returns no logits
-            [N, K] of at least two classes.
+        EngineError: if the images leave [0, 1], there are none, the model returns no logits [N, K]
+            of at least two classes, or the authors' package is to judge in bf16.
     """
+    check_precision(precision, judge, autoattack_version)
     x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
-    check_images(x, y)
-    began = time.perf_counter()
-    with evaluation_mode(model):
-        with torch.no_grad():
-            logits = model(x[:1])
-        if logits.dim() != 2:
-            raise EngineError(f"the model must return logits [N, K], got {tuple(logits.shape)}")
-        attacks = attack_names(autoattack_version, logits.shape[1])
-        clean = predictions(model, x, batch_size=batch_size) == y
-        by_pgd = pgd(
-            model,
-            x,
-            y,
-            threat,
-            steps=pgd_steps,
-            restarts=pgd_restarts,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        worst, by_aa = by_pgd, None
-        after: dict[str, float] = {}
-        notes: list[str] = []
-        if autoattack_version != "none":
-            if logits.shape[1] < package.FEWEST_CLASSES:
-                judge = "engine"
-            verdict = JUDGES[judge](
-                model,
-                x,
-                y,
-                threat,
-                version=autoattack_version,
-                seed=seed,
-                batch_size=batch_size,
-                progress=progress,
-            )
-            by_aa, after, notes = verdict.robust, verdict.after, verdict.notes
-            worst = by_pgd & by_aa
-    return Report(
-        threat=threat,
-        examples=len(x),
-        clean=share(clean),
-        pgd=share(by_pgd),
-        autoattack=None if by_aa is None else share(by_aa),
-        worst_case=share(worst),
+    return evaluate_parts(
+        model,
+        [(x, y)],
+        threat,
         pgd_steps=pgd_steps,
         pgd_restarts=pgd_restarts,
         autoattack_version=autoattack_version,
         judge=judge,
-        seconds=time.perf_counter() - began,
-        after=after,
-        notes=notes,
-        attacks=attacks,
+        batch_size=batch_size,
+        seed=seed,
+        precision=precision,
+        work=work or Work(progress),
     )
+
+
+class Parts(Protocol):
+    """Give a set of images in parts."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+@dataclass
+class _Part:
+    """Hold the results of one part: bool [N] on the host, and AutoAttack's answer."""
+
+    clean: Tensor
+    pgd: Tensor
+    autoattack: Tensor | None
+    attacks: tuple[str, ...]
+    judge: Judge
+    after: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def evaluate_parts(
+    model: nn.Module,
+    parts: Parts,
+    threat: ThreatModel,
+    *,
+    pgd_steps: int = 50,
+    pgd_restarts: int = 10,
+    autoattack_version: str = "standard",
+    judge: Judge = "pyautoattack",
+    batch_size: int = 500,
+    seed: int = 0,
+    precision: EvaluationPrecision = "fp32",
+    work: Work | None = None,
+) -> Report:
+    """Evaluate a set that is too large to lie in memory: all attacks on one part after the other.
+
+    Args:
+        parts: each (x, y) as `evaluate` takes them; only one is held at a time.
+        batch_size: images in one pass; a part may be larger.
+    The other arguments, the result and the errors are those of `evaluate`.
+    """
+    check_precision(precision, judge, autoattack_version)
+    began, work = time.perf_counter(), work or Work()
+    found: list[_Part] = []
+    with evaluation_mode(model):
+        for number, (x, y) in enumerate(parts):
+            check_images(x, y)
+            # The attacks run again on every part.
+            work.part = f", part {number + 1} of {len(parts)}" if len(parts) > 1 else ""
+            found.append(
+                _evaluate_part(
+                    model,
+                    x,
+                    y,
+                    threat,
+                    pgd_steps=pgd_steps,
+                    pgd_restarts=pgd_restarts,
+                    version=autoattack_version,
+                    judge=judge,
+                    batch_size=batch_size,
+                    seed=seed + number,
+                    precision=precision,
+                    work=work,
+                )
+            )
+    if not found:
+        raise EngineError("cannot evaluate 0 images")
+    clean = torch.cat([part.clean for part in found])
+    by_pgd = torch.cat([part.pgd for part in found])
+    masks = [part.autoattack for part in found if part.autoattack is not None]
+    by_aa = torch.cat(masks) if masks else None
+    return Report(
+        threat=threat,
+        examples=len(clean),
+        clean=share(clean),
+        pgd=share(by_pgd),
+        autoattack=None if by_aa is None else share(by_aa),
+        worst_case=share(by_pgd if by_aa is None else by_pgd & by_aa),
+        pgd_steps=pgd_steps,
+        pgd_restarts=pgd_restarts,
+        autoattack_version=autoattack_version,
+        judge=found[0].judge,
+        precision=precision,
+        seconds=work.seconds + time.perf_counter() - began,
+        after=_after(found),
+        notes=list(dict.fromkeys(note for part in found for note in part.notes)),
+        attacks=found[0].attacks,
+    )
+
+
+def _evaluate_part(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    *,
+    pgd_steps: int,
+    pgd_restarts: int,
+    version: str,
+    judge: Judge,
+    batch_size: int,
+    seed: int,
+    precision: EvaluationPrecision,
+    work: Work,
+) -> _Part:
+    with torch.no_grad():
+        logits = model(x[:1])
+    if logits.dim() != 2:
+        raise EngineError(f"the model must return logits [N, K], got {tuple(logits.shape)}")
+    attacks = attack_names(version, logits.shape[1])
+    clean = predictions(model, x, batch_size=batch_size) == y
+    by_pgd = pgd(
+        model,
+        x,
+        y,
+        threat,
+        steps=pgd_steps,
+        restarts=pgd_restarts,
+        seed=seed,
+        batch_size=batch_size,
+        work=work,
+        precision=precision,
+    )
+    if logits.shape[1] < package.FEWEST_CLASSES:
+        judge = "engine" if attacks else judge
+    part = _Part(clean.cpu(), by_pgd.cpu(), None, attacks, judge)
+    if attacks:
+        # The authors' package has one precision: `check_precision`.
+        options: dict[str, Any] = {"precision": precision} if judge == "engine" else {}
+        verdict = JUDGES[judge](
+            model,
+            x,
+            y,
+            threat,
+            version=version,
+            seed=seed,
+            batch_size=batch_size,
+            work=work,
+            **options,
+        )
+        part.autoattack = verdict.robust.cpu()
+        part.after, part.notes = verdict.after, verdict.notes
+    return part
+
+
+def _after(parts: list[_Part]) -> dict[str, float]:
+    """Return the robust accuracy of all parts after each attack, in the attacks' order.
+
+    A judge skips the attacks that come after the last image of a part has fallen.
+    """
+    if len(parts) == 1:
+        return parts[0].after
+    total = sum(len(part.clean) for part in parts)
+    return {
+        name: sum(part.after.get(name, 0.0) * len(part.clean) for part in parts) / total
+        for name in max((part.after for part in parts), key=len)
+    }
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -30,6 +30,7 @@ def fields(report: Report, *, name: str, architecture: str, dataset: str) -> dic
         "autoattack_version": report.autoattack_version,
         "autoattack_attacks": list(report.attacks),
         "autoattack_judge": None if report.autoattack is None else report.judge,
+        "precision": report.precision,
         "after_each_attack": {k: percent(v) for k, v in report.after.items()},
         "worst_case_acc": percent(report.worst_case),
         "standard_error": percent(report.standard_error(report.worst_case)),

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..data import datasets
 from ..data.loaders import ResidentLoader
 from ..device import phases
 from ..device.capture import Work
 from ..recipes import Recipe
 from ..runs import build
+from ..runs.images import facts, in_memory
 from ..training.step import Step
 from .dispatch import Call, Spy, storage_of
 
@@ -173,12 +173,13 @@ def audit(recipe: Recipe) -> Audit:
 
 def _train(recipe: Recipe, tape: Tape | None) -> tuple[Step, list[str]]:
     """Run some steps of a recipe on random images; return the step and the tensors that moved."""
-    about = datasets.info(recipe.data.name)
+    about = facts(recipe)
+    recipe = in_memory(recipe)
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (8 * _BATCH, *about.shape), dtype=torch.uint8, generator=draw)
-    labels = torch.randint(0, len(about.classes), (len(images),), generator=draw)
+    labels = torch.randint(0, about.classes, (len(images),), generator=draw)
     torch.manual_seed(0)
-    model = build.build_model(recipe, images, len(about.classes), images.shape[1:])
+    model = build.build_model(recipe, images, about.classes, images.shape[1:])
     memory = build.memory_for(recipe, images)
     loader = ResidentLoader(images, labels, _BATCH, memory=memory, **build.sampling_of(recipe))
     step = build.build_step(

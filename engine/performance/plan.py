@@ -15,13 +15,13 @@ from math import prod
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from ..data import datasets
 from ..data.loaders import Batch
 from ..device import phases
 from ..errors import EngineError
 from ..objectives import PGD
 from ..recipes import Recipe
 from ..runs import build
+from ..runs.images import facts
 from ..training.step import Step
 from .dispatch import GATHERS, Call, Spy
 
@@ -221,7 +221,7 @@ def _pgd10_of(recipe: Recipe) -> Recipe:
 
 
 def _training_images(recipe: Recipe) -> int:
-    about = datasets.info(recipe.data.name)
+    about = facts(recipe)
     left = about.train - recipe.data.held_out(about.train)
     return min(left, recipe.data.train_examples or about.train)
 
@@ -230,7 +230,7 @@ def _memory_gb(
     recipe: Recipe, step: Step, ops: list[_Op], images: int, *, half: bool
 ) -> dict[str, float]:
     """Return the step's memory by part [GB]; `half`: the network's passes take 16 bits a number."""
-    pixels = images * prod(datasets.info(recipe.data.name).shape)
+    pixels = images * prod(facts(recipe).shape)
     activations = sum(op.saved for op in ops if op.phase == phases.TRAIN_FORWARD)
     moments = 2 if recipe.optim.name.endswith(("adamw", "adam", "lamb")) else 1
     copies = 2 + moments + (recipe.optim.ema > 0)
@@ -238,7 +238,8 @@ def _memory_gb(
     return {
         "weights and optimiser": weights * (4 * copies + 2 * half) / 1e9,
         "activations of the loss": activations * (0.5 if half else 1.0) / 1e9,
-        "dataset": pixels / 1e9,
+        # Pictures are streamed.
+        "dataset": 0.0 if recipe.data.size else pixels / 1e9,
         "adversary memory": pixels / 1e9 if recipe.attack.start == "memory" else 0.0,
     }
 
@@ -326,10 +327,10 @@ def _on_meta(recipe: Recipe) -> tuple[Step, Batch]:
 
 
 def _step(recipe: Recipe, device: torch.device, steps: int) -> Step:
-    about = datasets.info(recipe.data.name)
+    about = facts(recipe)
     images = torch.empty((recipe.optim.batch_size, *about.shape), dtype=torch.uint8)
     with device:
-        model = build.build_model(recipe, None, len(about.classes), images.shape[1:])
+        model = build.build_model(recipe, None, about.classes, images.shape[1:])
     memory = build.memory_for(recipe, images, device)
     if device.type == "meta":
         # The meta step runs in float32; `_price` applies the precision.
@@ -340,11 +341,11 @@ def _step(recipe: Recipe, device: torch.device, steps: int) -> Step:
 
 
 def _batch(recipe: Recipe, device: torch.device) -> Batch:
-    about, n = datasets.info(recipe.data.name), recipe.optim.batch_size
+    about, n = facts(recipe), recipe.optim.batch_size
     index = torch.arange(n, device=device)
     return Batch(
         torch.zeros((n, *about.shape), device=device),
-        index % len(about.classes),
+        index % about.classes,
         index,
         torch.zeros((n, 3), dtype=torch.int32, device=device),
         torch.zeros((n, *about.shape), device=device) if recipe.attack.start == "memory" else None,

@@ -1,6 +1,6 @@
 """Recipes: TOML files, validated into typed values; the command line can change any field."""
 
-from .fields import Recipe
+from .fields import LoggerName, Recipe
 from .reading import (
     dump,
     load,
@@ -16,6 +16,7 @@ from .reading import (
 )
 
 __all__ = [
+    "LoggerName",
     "Recipe",
     "dump",
     "load",

@@ -4,26 +4,48 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from ..adversary.attack import Attack
 from ..data.loaders import LoaderName
 from ..data.own import absolute
+from ..data.photos import Damaged
 from ..device.precision import Precision
-from ..evaluation.robust_accuracy import PgdLoss, PgdStep
+from ..errors import EngineError
+from ..evaluation.robust_accuracy import EvaluationPrecision, PgdLoss, PgdStep
 from ..objectives import AnyObjective, LocalBall, Passes
 from ..threat import Number, ThreatModel
 from ..training.optimiser import OptimiserName
 from ..training.perturbation import Weights
 from ..training.schedule import Schedule
 
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+
 
 def _absolute_path(path: str | None) -> str | None:
     """Make a path absolute: a run can then be resumed from any folder."""
     return path if path is None else str(Path(path).expanduser().absolute())
+
+
+def _sides(value: Any) -> Any:
+    """Return (height, width) of one side, of two, or of the words "224" and "224x160"."""
+    if isinstance(value, str):
+        value = value.replace("x", ",").split(",")
+    if isinstance(value, int):
+        value = [value]
+    return [*value, *value] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+
+
+def _pair(value: Any) -> Any:
+    """Return the parts of the words "0.25,1"."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+_Side = Annotated[int, Field(ge=1, le=1 << 14)]
+_Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,42 @@ class Data:
         float,
         Field(gt=0, lt=1, description="share of every batch that is extra images (0..1)"),
     ] = 0.7
+    size: Annotated[
+        tuple[_Side, _Side] | None,
+        BeforeValidator(_sides),
+        Field(
+            description="stream a folder of pictures of any size, and show the network this size: "
+            "224 or 224x160 (height x width); left out: images of one size, held in memory [pixels]"
+        ),
+    ] = None
+    resize: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="with size: shorter side of a whole picture before its centre is cropped; "
+            "left out: size / 0.875 [pixels]",
+        ),
+    ] = None
+    scale: Annotated[
+        tuple[_Share, _Share] | None,
+        BeforeValidator(_pair),
+        Field(
+            description="with size: train on random resized crops of such a share of the picture, "
+            "0.25,1; left out: on the centre, shifted by pad [share 0..1]"
+        ),
+    ] = None
+    jitter: Annotated[
+        float,
+        Field(
+            ge=0,
+            lt=1,
+            description="with size: brightness, contrast and saturation change by up to this share",
+        ),
+    ] = 0.0
+    damaged: Annotated[
+        Damaged,
+        Field(description="with size: refuse to train beside damaged files, or name and skip them"),
+    ] = "refuse"
     loader: Annotated[
         LoaderName,
         Field(
@@ -74,6 +132,46 @@ class Data:
         int,
         Field(ge=0, le=256, description="threads of DALI, processes of torch's DataLoader [count]"),
     ] = 2
+
+    @property
+    def resized(self) -> int:
+        """Return `resize`, or its default for `size`: 256 for 224, as is usual."""
+        assert self.size is not None
+        return self.resize or round(min(self.size) / 0.875)
+
+    def check(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            EngineError: names the option and the remedy.
+        """
+        if self.size is None:
+            options = ("resize", "scale", "jitter")
+            if given := [name for name in options if getattr(self, name)]:
+                raise EngineError(
+                    f"data.{given[0]} is for a folder of pictures that is streamed: set data.size"
+                )
+            return
+        if self.resized < min(self.size):
+            raise EngineError(
+                f"data.resize = {self.resize} is less than data.size = {min(self.size)}: the crop "
+                "would be larger than the picture"
+            )
+        if self.scale is not None and self.scale[0] > self.scale[1]:
+            raise EngineError(
+                f"data.scale = {self.scale[0]:g},{self.scale[1]:g}: the smaller share comes first"
+            )
+        if self.scale is not None and self.pad:
+            raise EngineError(
+                "data.pad shifts the centre crop, and data.scale draws another: drop one"
+            )
+        if self.cutout:
+            raise EngineError("data.cutout is for images in memory: drop it, or data.size")
+        if self.loader == "resident":
+            raise EngineError(
+                "data.loader = resident is for images in memory: pictures are streamed by dali or "
+                "torch"
+            )
 
     def held_out(self, total: int) -> int:
         """Return how many of `total` training images are held out for validation.
@@ -219,7 +317,25 @@ class Evaluation:
             "engine's"
         ),
     ] = "pyautoattack"
+    precision: Annotated[
+        EvaluationPrecision,
+        Field(
+            description="arithmetic of the attacks' passes; in bf16 an adversary counts only if "
+            "the float32 network falls for it, and judge must be engine"
+        ),
+    ] = "fp32"
     batch_size: Annotated[int, Field(ge=1, description="evaluation batch [images]")] = 500
+
+
+@dataclass(frozen=True)
+class Log:
+    to: Annotated[
+        tuple[LoggerName, ...],
+        Field(
+            description="loggers of the epochs' rows beside metrics.jsonl: tensorboard, wandb, "
+            "mlflow; on the command line with commas between, or none"
+        ),
+    ] = ("tensorboard",)
 
 
 @dataclass(frozen=True)
@@ -244,6 +360,7 @@ class Recipe:
     validation: Validation = field(default_factory=Validation)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    log: Log = field(default_factory=Log)
 
     def passes(self) -> Passes:
         """Return the passes of one step; with perturbed weights the loss is computed twice."""

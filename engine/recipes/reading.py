@@ -22,6 +22,7 @@ from .. import files
 from ..data import own
 from ..device import apex
 from ..errors import EngineError
+from ..evaluation.robust_accuracy import check_precision
 from ..objectives import AnyObjective, LocalBall
 from ..text import shown
 from .fields import Recipe
@@ -90,6 +91,12 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         recipe = _ADAPTER.validate_python(tree)
         _check_sizes(_ADAPTER.dump_python(recipe))
         recipe.objective.check(recipe.attack)
+        recipe.data.check()
+        if recipe.data.scale is not None and recipe.attack.start == "memory":
+            raise EngineError(
+                "attack.start = memory: the adversary memory does not follow a random resized "
+                "crop: set attack.start = random, or drop data.scale"
+            )
         if recipe.threat.norm == "Linf" and recipe.threat.eps > 1:
             raise EngineError(
                 f"threat.eps = {recipe.threat.eps:g} is more than a pixel's whole range [0, 1]: "
@@ -97,6 +104,8 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
             )
         _check_weights(recipe)
         apex.check_precision(recipe.optim.name, recipe.step.precision)
+        evaluation = recipe.evaluation
+        check_precision(evaluation.precision, evaluation.judge, evaluation.autoattack)
     except ValidationError as error:
         raise EngineError(f"{source}: {_one_line(error)}") from None
     except EngineError as error:
@@ -190,7 +199,7 @@ def _set(tree: dict[str, Any], key: str, text: str) -> None:
     value: Any = text
     kind = _bare(known[dotted])
     if get_origin(kind) is tuple:
-        value = tuple(part for part in text.split(",") if part)
+        value = tuple(part for part in text.split(",") if part and part.lower() != "none")
     elif text.lower() == "none" and type(None) in get_args(kind):
         value = None
     for part in parts[:-1]:

@@ -126,7 +126,7 @@ def _numbers(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the three main numbers; a value of None was not measured."""
     shown = (
         ("clean", "Clean accuracy", "clean_acc", "test images as they are"),
-        ("pgd", "PGD accuracy", "pgd_acc", _pgd_words(evaluation.get("pgd"))),
+        ("pgd", "PGD accuracy", "pgd_acc", _pgd_words(evaluation)),
         (
             "autoattack",
             "AutoAttack accuracy",
@@ -148,19 +148,28 @@ def _autoattack_words(evaluation: Mapping[str, Any]) -> str:
     """Name AutoAttack's attacks, and their program where it is not the authors' package."""
     attacks = evaluation.get("autoattack_attacks") or ()
     if "apgd-difference" in attacks:
-        return "for few classes: " + ", ".join(attacks)
+        return "for few classes: " + ", ".join(attacks) + _precision_words(evaluation)
     apgd = evaluation.get("autoattack_version") == "apgd"
     words = "its two APGD attacks only" if apgd else "standard: four attacks"
     by_engine = evaluation.get("autoattack_judge") == "engine"
-    return f"{words}, the engine's own" if by_engine else words
+    words = f"{words}, the engine's own" if by_engine else words
+    return words + _precision_words(evaluation)
 
 
-def _pgd_words(name: str | None) -> str:
+def _precision_words(evaluation: Mapping[str, Any]) -> str:
+    """Return the note for attacks in another precision than float32."""
+    precision = evaluation.get("precision", "fp32")
+    return "" if precision == "fp32" else f"; attacks in {precision}, verified in fp32"
+
+
+def _pgd_words(evaluation: Mapping[str, Any]) -> str:
     """Write `PGD-50-10` in words."""
+    name = evaluation.get("pgd")
     if name is None:
         return "with restarts"
     _, steps, restarts = name.split("-")
-    return f"{steps} steps, {restarts} restart{'s' * (restarts != '1')}"
+    words = f"{steps} steps, {restarts} restart{'s' * (restarts != '1')}"
+    return words + _precision_words(evaluation)
 
 
 def _worst_case(evaluation: Mapping[str, Any]) -> float | None:

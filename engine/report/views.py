@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from .. import pictures, rng
 from ..adversary.ascent import away_from, climb, random_point
 from ..adversary.attack import Attack
-from ..data import datasets
 from ..errors import EngineError
 from ..evaluation import robust_accuracy
 from ..recipes import Recipe
@@ -88,8 +87,10 @@ def views_of_model(run: Run, evaluation: Mapping[str, Any]) -> list[View]:
         return [View(name, missing=reason) for name in names]
     try:
         model = evaluate.load_model(run, checkpoint)
-        x, y = images.test_set(run.recipe)
-        classes = datasets.info(run.recipe.data.name).classes
+        # A folder of pictures is not held in memory.
+        most = None if run.recipe.data.size is None else _SWEEP_EXAMPLES
+        x, y = images.first_test_images(run.recipe, most)
+        classes = images.classes(run.recipe)
     except EngineError as error:
         reason = f"This picture is missing: {error}.".replace("`", "")
         return [View(name, missing=reason) for name in names]

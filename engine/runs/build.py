@@ -16,6 +16,7 @@ from ..adversary.memory import AdversaryMemory
 from ..data import loaders
 from ..data.loaders import Batch, Loader
 from ..data.loaders.resident import extras_of
+from ..data.photos import Photos
 from ..device import apex, capture, precision
 from ..device.capture import Recorder
 from ..device.distributed import World
@@ -26,10 +27,10 @@ from ..recipes import Recipe
 from ..training.optimiser import Optimiser, OptimiserName
 from ..training.perturbation import Perturbation
 from ..training.step import Step
-from .images import classes, extra_set, split, test_set, test_size
+from .images import Images, classes, extra_set, split, test_images, test_size
 from .pretrained import start_from
 
-ALONE = World()
+ALONE: World = World()
 # The schedule is a list of every step's learning rate.
 _MOST_STEPS = 10_000_000
 # For each external optimiser, ours with the same number of moments.
@@ -44,7 +45,7 @@ _OURS: dict[OptimiserName, OptimiserName] = {
 
 def build_model(
     recipe: Recipe,
-    images: Tensor | None,
+    images: Images | None,
     classes: int,
     shape: torch.Size,
     *,
@@ -53,8 +54,8 @@ def build_model(
     """Build the recipe's network.
 
     Args:
-        images: uint8 [N, C, H, W], which give the statistics to normalise by; None: a checkpoint
-            will.
+        images: uint8 [N, C, H, W] or pictures, which give the statistics to normalise by; None: a
+            checkpoint will.
         classes: number of logits.
         shape: of an image, [C, H, W].
         init: load the weights of `model.init`, where the recipe has one.
@@ -70,6 +71,8 @@ def build_model(
         if images is None:
             # The checkpoint overwrites these.
             mean, std = (0.0,) * shape[0], (1.0,) * shape[0]
+        elif isinstance(images, Photos):
+            mean, std = images.statistics()
         else:
             scaled = images[:10_000].float() / 255.0
             mean = tuple(scaled.mean(dim=(0, 2, 3)).tolist())
@@ -127,7 +130,7 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
     if recipe.step.sync_batch_norm and not torch.cuda.is_available():
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
-        test_set(recipe)
+        test_images(recipe)
 
 
 def notes(recipe: Recipe, *, evaluated: bool = True) -> list[str]:
@@ -248,7 +251,7 @@ def without_gpu(recipe: Recipe, target: torch.device) -> Recipe:
 
 
 def memory_for(
-    recipe: Recipe, images: Tensor, target: torch.device | str = "cpu"
+    recipe: Recipe, images: Images, target: torch.device | str = "cpu"
 ) -> AdversaryMemory | None:
     """Return the adversary memory of images [N, C, H, W], if the attack starts from one."""
     if recipe.attack.start != "memory":
@@ -304,12 +307,15 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
 def sampling_of(recipe: Recipe) -> dict[str, Any]:
     """Return a loader's options for the recipe's draws."""
     data = recipe.data
+    drawn: dict[str, Any] = {"cutout": data.cutout}
+    if data.size is not None:
+        drawn = {"scale": data.scale, "jitter": data.jitter}
     return {
         "seed": recipe.seed,
         "pad": data.pad,
         "flip": data.flip,
-        "cutout": data.cutout,
         "replays": recipe.optim.replays,
+        **drawn,
     }
 
 

@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from ..device.machine import device, peak_memory_mb
+from .. import files
+from ..device.distributed import World
+from ..device.machine import device, environment, peak_memory_mb
 from ..errors import EngineError
 from ..evaluation import masking, robust_accuracy, robustbench
+from ..evaluation.work import Work
 from ..progress import EvaluationBar, bar
 from ..training.trainer import Result
-from .build import build_model
+from . import hub
+from .build import ALONE, build_model
 from .folder import Run
-from .images import classes, shape_of, test_set
+from .images import classes, first_test_images, part_size, parts, shape_of, test_images
 
 # Enough for differences of five points, and affordable.
 _MASKING_EXAMPLES = 500
 
 
 def load(run: str | Path, checkpoint: str = "best") -> Any:
-    """Return the network of a run folder, in evaluation mode, on the CPU.
+    """Return the network of a run folder or an exported one, in evaluation mode, on the CPU.
 
     Args:
-        run: the folder that `engine train` wrote.
-        checkpoint: "best", the epoch with the best validation accuracy, or "last".
+        run: the folder that `engine train` wrote, or `engine export --format hub`.
+        checkpoint: "best", the epoch with the best validation accuracy, or "last"; an exported
+            folder has one checkpoint, and `checkpoint` changes nothing there.
     Returns:
         A module from images float32 [B, C, H, W] in [0, 1] to logits [B, K].
     Raises:
-        EngineError: if the folder is no run, or its weights are missing or damaged.
+        EngineError: if the folder is neither, or its weights are missing or damaged.
     """
-    opened = Run.open(Path(run))
-    return _network(opened, checkpoint)
+    folder = Path(run)
+    return hub.load(folder) if hub.is_exported(folder) else _network(Run.open(folder), checkpoint)
 
 
 def load_model(run: Run, checkpoint: str = "best") -> Any:
@@ -43,10 +50,18 @@ def load_model(run: Run, checkpoint: str = "best") -> Any:
 
 
 def _network(run: Run, checkpoint: str) -> Any:
-    shape, count = _of_weights(run, checkpoint) or (shape_of(run.recipe), len(classes(run.recipe)))
+    shape, count = dimensions(run, checkpoint)
     model = build_model(run.recipe, None, count, shape)
     run.load_into(model, checkpoint)
     return model.eval()
+
+
+def dimensions(run: Run, checkpoint: str = "best") -> tuple[torch.Size, int]:
+    """Return the shape [C, H, W] of a checkpoint's images and the number of its classes.
+
+    Files of weights have held them since `engine.load` exists; for older ones the data set is read.
+    """
+    return _of_weights(run, checkpoint) or (shape_of(run.recipe), len(classes(run.recipe)))
 
 
 def _of_weights(run: Run, checkpoint: str) -> tuple[torch.Size, int] | None:
@@ -66,26 +81,64 @@ def _of_weights(run: Run, checkpoint: str) -> tuple[torch.Size, int] | None:
     return torch.Size(shape), count
 
 
-def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
-    """Evaluate a checkpoint on the test images and write evaluation.json."""
+def evaluate_run(
+    run: Run, checkpoint: str = "best", world: World = ALONE
+) -> robust_accuracy.Report:
+    """Evaluate a checkpoint on the test images and write evaluation.json.
+
+    The answers so far lie in RUN/evaluation: an evaluation that was stopped goes on with the
+    batches that are left.
+
+    Args:
+        world: the processes that share the batches; the first alone writes evaluation.json.
+    """
     recipe = run.recipe
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
-    x, y = test_set(recipe)
+    size = recipe.evaluation.batch_size
+    images, labels = test_images(recipe)
+    held = parts(images, labels, device(), part_size(images, size))
+    model = load_model(run, checkpoint)
     with bar() as progress:
-        report = robust_accuracy.evaluate(
-            load_model(run, checkpoint),
-            x,
-            y,
+        work = Work(
+            EvaluationBar(progress), world, run.place("evaluation"), _about(run, checkpoint, labels)
+        )
+        report = robust_accuracy.evaluate_parts(
+            model,
+            held,
             recipe.threat,
             pgd_steps=recipe.evaluation.pgd_steps,
             pgd_restarts=recipe.evaluation.pgd_restarts,
             autoattack_version=recipe.evaluation.autoattack,
             judge=recipe.evaluation.judge,
-            batch_size=recipe.evaluation.batch_size,
+            batch_size=size,
             seed=recipe.seed,
-            progress=EvaluationBar(progress),
+            precision=recipe.evaluation.precision,
+            work=work,
         )
+    if world.first:
+        _write(run, checkpoint, report)
+    work.finish()
+    return report
+
+
+def _about(run: Run, checkpoint: str, labels: Tensor) -> dict[str, Any]:
+    """Return the plain values that decide the answers of an evaluation."""
+    recipe = run.recipe
+    weights = run.path / f"{checkpoint}.safetensors"
+    return {
+        "weights": files.digest(weights, weights.stat().st_size),
+        "threat": [recipe.threat.norm, recipe.threat.eps],
+        "evaluation": dataclasses.asdict(recipe.evaluation),
+        "data": [recipe.data.name, len(labels)],
+        "seed": recipe.seed,
+        "engine": environment()["engine"],
+        "device": device().type,
+    }
+
+
+def _write(run: Run, checkpoint: str, report: robust_accuracy.Report) -> None:
+    recipe = run.recipe
     width = "" if recipe.model.width is None else f", width {recipe.model.width}"
     fields = robustbench.fields(
         report,
@@ -94,7 +147,6 @@ def evaluate_run(run: Run, checkpoint: str = "best") -> robust_accuracy.Report:
         dataset=recipe.data.name,
     )
     run.write_json("evaluation.json", {**fields, "checkpoint": checkpoint})
-    return report
 
 
 def check_masking(
@@ -114,7 +166,7 @@ def check_masking(
         raise EngineError(
             f"{surrogate.path} is of {surrogate.recipe.data.name}: transfer needs one dataset"
         )
-    x, y = (t[:_MASKING_EXAMPLES] for t in test_set(recipe))
+    x, y = first_test_images(recipe, _MASKING_EXAMPLES)
     other = None if surrogate is None else load_model(surrogate)
     model = load_model(run, checkpoint)
     with bar() as progress, robust_accuracy.evaluation_mode(model):
@@ -141,6 +193,7 @@ def accuracies(report: robust_accuracy.Report) -> dict[str, Any]:
         "pgd": report.pgd,
         "autoattack": report.autoattack,
         "autoattack_attacks": list(report.attacks),
+        "precision": report.precision,
         "examples": report.examples,
         "eval_seconds": round(report.seconds, 2),
     }

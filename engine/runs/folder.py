@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _NAMES = (
     *("recipe.toml", "environment.json", "metrics.jsonl", "checkpoints", "lock", "summary.json"),
     *("best.safetensors", "last.safetensors", "evaluation.json", "masking.json", "report.html"),
-    *("pictures", "export"),
+    *("pictures", "export", "loggers.json", "wandb", "mlflow.db", "evaluation"),
 )
 # Characters of a recipe's name in the name of a folder, which may have 255 bytes.
 _LONGEST_NAME = 60
@@ -39,7 +39,8 @@ class Run:
 
     Files: `recipe.toml` (every field), `environment.json`, `metrics.jsonl` (a row an epoch),
     `best.safetensors` and `last.safetensors` (plain state dicts, each with its SHA-256 beside it),
-    `checkpoints/` to go on from, `evaluation.json`, `summary.json` (present: the run is finished),
+    `checkpoints/` to go on from, `evaluation/` (the answers of an evaluation that was stopped),
+    `evaluation.json`, `summary.json` (present: the run is finished),
     `report.html` with its pictures in `pictures/`, `lock` (held while a process trains).
     """
 

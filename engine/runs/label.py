@@ -58,7 +58,9 @@ def _images(run: Run, name: str) -> Tensor:
     if own.is_path(name) and path.suffix in own.FILES and not own.has_splits(path):
         images = torch.from_numpy(own.read_images(path))
     else:
-        images = datasets.load(name, "train").images
+        held = datasets.load(name, "train").images
+        assert isinstance(held, Tensor)
+        images = held
     shape = datasets.load(run.recipe.data.name, "train").images.shape[1:]
     if images.shape[1:] != shape:
         raise EngineError(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,8 @@ from ..training.step import Step
 from ..training.trainer import Hooks, Result, Trainer
 from .build import ALONE, prepare, step_of
 from .folder import Run
-from .images import as_floats, extra_sum, split
+from .images import Images, extra_sum, parts, split
+from .loggers import Loggers
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,9 @@ def build_trainer(
         step,
         loader,
         epochs=recipe.optim.epochs,
-        validation=as_floats(*_part(split(recipe).validation, world), step.device),
+        validation=parts(
+            *_part(split(recipe).validation, world), step.device, recipe.evaluation.batch_size
+        ),
         validation_steps=recipe.validation.steps,
         validation_loss=recipe.validation.loss,
         validation_step=recipe.validation.step,
@@ -90,8 +91,6 @@ def _train(run: Run, world: World) -> Result:
         # Validation too: it chooses the best epoch, to which training may go back.
         repeatable(recipe.step.deterministic),
         phases.nvtx(),
-        # Validation too: it chooses the best epoch, and what to go back to.
-        repeatable(recipe.step.deterministic),
         Watch() as watch,
         bar() as progress,
     ):
@@ -124,8 +123,7 @@ class _Session:
         self.checkpoints = Checkpoints(
             run.place("checkpoints"), keep=options.keep, seconds=options.seconds
         )
-        self._closing = contextlib.ExitStack()
-        self._board: Any = None
+        self._loggers: Loggers | None = None
         # The step of the newest checkpoint; None: there is none.
         self._saved: int | None = None
 
@@ -161,8 +159,7 @@ class _Session:
             if found is not None:
                 self._note_processes(found[1].get("processes"))
             self.trainer.result.rows = self.run.metrics()
-            board = _tensorboard(self.run.path, self.trainer.step.done)
-            self._board = self._closing.enter_context(board)
+            self._loggers = Loggers(self.run, self.trainer.step.done)
 
     def _check_extra(self, before: object) -> None:
         """Refuse extra images that are not those that the run began with."""
@@ -211,17 +208,16 @@ class _Session:
             self.save(self.checkpoints.save)
 
     def close(self) -> None:
-        """Close TensorBoard's file."""
-        self._closing.close()
+        """Close the loggers."""
+        if self._loggers is not None:
+            self._loggers.close()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Log an epoch's row: to metrics.jsonl, to the screen, to TensorBoard."""
+        """Log an epoch's row: to metrics.jsonl, to the screen, to the recipe's loggers."""
         self.run.log(row)
         self.shown.epoch(row)
-        if self._board is not None:
-            for name, value in row.items():
-                if name not in ("epoch", "step"):
-                    self._board.add_scalar(name, value, row["step"])
+        if self._loggers is not None:
+            self._loggers.log(row)
 
     def keep(self, name: str, model: torch.nn.Module, row: dict[str, Any]) -> None:
         """Write the weights called `name`: "best" or "last"."""
@@ -257,7 +253,7 @@ class _Session:
             self.save(self.checkpoints.try_save)
 
 
-def _part(pair: tuple[Tensor, Tensor], world: World) -> tuple[Tensor, Tensor]:
+def _part(pair: tuple[Images, Tensor], world: World) -> tuple[Images, Tensor]:
     x, y = pair
     return x[world.rank :: world.size], y[world.rank :: world.size]
 
@@ -292,22 +288,3 @@ def _what_fits(recipe: Recipe) -> str:
             continue
         return f"{said}: a step with --optim.batch_size {smaller} fits"
     return f"{said}, and not even one image fits: take a smaller network"
-
-
-@contextlib.contextmanager
-def _tensorboard(path: Path, step: int) -> Iterator[Any]:
-    """Give TensorBoard's writer into the folder, or None where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        if not str(path).isascii():
-            # The writer encodes its path as UTF-8, which a path need not be: give it another name.
-            link = Path(folder) / "run"
-            link.symlink_to(path.absolute(), target_is_directory=True)
-            path = link
-        # After a resume TensorBoard hides what an earlier process wrote from this step on.
-        with SummaryWriter(str(path), purge_step=step + 1 if step else None) as board:
-            yield board

@@ -79,8 +79,9 @@ class Trainer:
             `len(loader)` steps.
         loader: yields `Batch`es with `samples` and `crops` if the step has an adversary memory.
             Where the step takes its batches itself, they are this loader's.
-        validation: held-out (x float32 [V, C, H, W] in [0, 1], y int64 [V]), never the test set;
-            each of several processes has a part of it.
+        validation: held-out images, never the test set, in parts (x float32 [V, C, H, W] in [0, 1],
+            y int64 [V]) that are iterated over in every validation; each of several processes has
+            its share of them. A pair of tensors is one part.
         seed: of the validation attack.
     """
 
@@ -90,7 +91,7 @@ class Trainer:
         loader: Loader,
         *,
         epochs: int,
-        validation: tuple[Tensor, Tensor] | None = None,
+        validation: tuple[Tensor, Tensor] | robust_accuracy.Parts | None = None,
         validation_steps: int = 10,
         validation_loss: robust_accuracy.PgdLoss = "cross-entropy",
         validation_step: robust_accuracy.PgdStep = "constant",
@@ -99,6 +100,8 @@ class Trainer:
         hooks: Hooks | None = None,
     ) -> None:
         self.step, self.loader, self.epochs = step, loader, epochs
+        if isinstance(validation, tuple):
+            validation = [validation]
         self.validation, self.validation_steps = validation, validation_steps
         self.validation_loss, self.validation_step = validation_loss, validation_step
         self.validate_every, self.seed = validate_every, seed
@@ -286,21 +289,13 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         assert self.validation is not None
-        x, y = self.validation
         with robust_accuracy.evaluation_mode(self.step.optimiser.average) as model:
-            predicted = robust_accuracy.predictions(model, x)
-            clean = predicted == y
-            robust = robust_accuracy.pgd(
-                model,
-                x,
-                y,
-                self.step.threat,
-                steps=self.validation_steps,
-                restarts=1,
-                loss=self.validation_loss,
-                step=self.validation_step,
-                seed=self.seed,
-            )
+            found = [
+                self._validated(model, x, y, seed)
+                for seed, (x, y) in enumerate(self.validation, start=self.seed)
+            ]
+        predicted, robust, y = (torch.cat(column) for column in zip(*found, strict=True))
+        clean = predicted == y
         several = bool((y != y[:1]).any())
         constant = several and bool((predicted == predicted[:1]).all())
         self._constant = self._constant + 1 if constant else 0
@@ -314,3 +309,20 @@ class Trainer:
         right = torch.stack([clean.double().sum(), robust.double().sum(), y.new_tensor(len(y))])
         right_clean, right_robust, count = distributed.mean_(right).tolist()
         return {"val_clean": right_clean / count, "val_pgd": right_robust / count}
+
+    def _validated(
+        self, model: nn.Module, x: Tensor, y: Tensor, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the predictions int64 [V] of a part, where PGD failed bool [V], and labels."""
+        robust = robust_accuracy.pgd(
+            model,
+            x,
+            y,
+            self.step.threat,
+            steps=self.validation_steps,
+            restarts=1,
+            loss=self.validation_loss,
+            step=self.validation_step,
+            seed=seed,
+        )
+        return robust_accuracy.predictions(model, x), robust, y

@@ -10,8 +10,11 @@ from engine.data.loaders.dali import unavailable
 def test_rows_compare_every_loader_with_torchs(monkeypatch, capsys):
     monkeypatch.setattr(loaders, "SETTINGS", (loaders.Setting((1, 8, 8), "quickstart"),))
     monkeypatch.setattr(loaders, "_SAMPLES", 400)
+    jpegs = loaders.Jpegs(count=16, size=(60, 80), side=32, batch=8, stretch=2)
+    monkeypatch.setattr(loaders, "JPEGS", jpegs)
     assert cli.run(["bench", "loaders", "--quick", "--json"]) == 0
-    rows = {row["loader"]: row for row in json.loads(capsys.readouterr().out)}
+    found = json.loads(capsys.readouterr().out)
+    rows = {row["loader"]: row for row in found if not row["shape"].startswith("JPEG")}
     names = {"null", "resident", "resident, with the attack's start"}
     names |= {"torch, 0 workers", "torch, 2 workers"}
     if unavailable() is None:
@@ -26,3 +29,11 @@ def test_rows_compare_every_loader_with_torchs(monkeypatch, capsys):
     # One of torch's own two is what all are measured against.
     assert 1 in [rows[f"torch, {n} workers"]["speedup_vs_torch"] for n in (0, 2)]
     assert "| 8x8x1, batch" in tables.loaders(list(rows.values()))
+    jpeg = {row["loader"]: row for row in found[len(rows) :]}
+    assert {row["shape"] for row in jpeg.values()} == {"JPEG 80x60 to 32x32x3"}
+    assert jpeg.keys() == {
+        *([] if unavailable() else ["dali"]),
+        *(f"torch and Pillow, {n} workers" for n in (0, 2)),
+    }
+    assert all(row["images_per_s"] > 0 and row["share_of_step"] is None for row in jpeg.values())
+    assert "| JPEG 80x60 to 32x32x3, batch 8" in tables.loaders(found)

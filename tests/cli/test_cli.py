@@ -281,7 +281,7 @@ def test_full_scale_recipes_train_on_files_in_the_official_format(
 
     official.install(tmp_path / "data", name, train=24, test=8)
     monkeypatch.setenv("ENGINE_DATA", str(tmp_path / "data"))
-    images._load.cache_clear()
+    images._images.cache_clear()
     words = ["train", name, "--json", "--no-eval", "--run-dir", str(tmp_path / "run")]
     words += ["--model.name", network, "--optim.epochs", "1", "--optim.batch_size", "8"]
     words += ["--data.validation", "8", "--validation.steps", "1", "--threads", "1"]
@@ -289,7 +289,7 @@ def test_full_scale_recipes_train_on_files_in_the_official_format(
     assert cli.run(words) == 0, capsys.readouterr().err
     assert json.loads(capsys.readouterr().out)["steps"] == 2
     assert Run.open(tmp_path / "run").metrics()[0]["loss"] > 0
-    images._load.cache_clear()
+    images._images.cache_clear()
 
 
 @pytest.mark.parametrize("program", ["/home/me/.venv/bin/engine", "/home/me/engine/__main__.py"])

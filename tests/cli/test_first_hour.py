@@ -274,8 +274,10 @@ def test_data_info_says_that_images_are_not_square_or_not_of_one_size(tmp_path, 
         folder_of(tmp_path / "mixed", split, sizes={(0, 2): (9, 9)})
     assert cli.run(["data", "info", str(tmp_path / "wide")]) == 0
     assert "8x12 pixels, and the networks take square ones" in capsys.readouterr().err
-    assert cli.run(["data", "info", str(tmp_path / "mixed")]) == 2
-    assert "bring all images to one size" in capsys.readouterr().err
+    assert cli.run(["data", "info", str(tmp_path / "mixed")]) == 0
+    assert "several sizes: --data.size 224 streams them" in capsys.readouterr().err
+    assert cli.run(["train", "quickstart", "--data.name", str(tmp_path / "mixed")]) == 2
+    assert "bring all images to one size, or stream them" in capsys.readouterr().err
 
 
 # ---- the Python face

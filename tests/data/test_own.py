@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from engine import cli, data
 from engine.data import own
+from engine.data.photos.listing import fixed_order
 from engine.errors import EngineError
 
 
@@ -65,9 +66,18 @@ def test_a_folder_of_images(tmp_path, channels):
     assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     expected = pixels(3, channels, seed=1)[2]
     expected = expected[None] if channels == 1 else expected.transpose(2, 0, 1)
-    assert np.array_equal(test.images[5].numpy(), expected)
+    last = fixed_order(6).tolist().index(5)
+    assert np.array_equal(test.images[last].numpy(), expected)
     about = data.info(str(path))
     assert (about.shape, about.train, about.test) == ((channels, 8, 10), 6, 6)
+
+
+def test_the_first_test_images_of_a_folder_are_of_all_classes(tmp_path):
+    """A share of the test images would be of one class, if they came as the folder lists them."""
+    path = folder(tmp_path / "pets", 1, per_class=30)
+    labels = data.load(str(path), "test").labels
+    assert labels.bincount().tolist() == [30, 30]
+    assert set(labels[:10].tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])

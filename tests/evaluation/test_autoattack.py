@@ -8,6 +8,7 @@ import pytest
 import torch
 from pyautoattack import AutoAttack
 from pyautoattack.fab_projections import projection_l2, projection_linf
+from torch import nn
 from torch.nn import functional as F
 
 from engine import L2, Linf, ThreatModel
@@ -18,7 +19,7 @@ from engine.evaluation.autoattack.losses import CrossEntropy, LogitDifference, T
 from engine.evaluation.autoattack.oracle import Oracle, lengths
 from engine.evaluation.autoattack.square import square, window_side
 from engine.evaluation.autoattack.square_l2 import square_l2
-from engine.evaluation.robust_accuracy import evaluation_mode
+from engine.evaluation.robust_accuracy import evaluation_mode, pgd
 
 from ..conftest import Foreign, Tiny, blobs
 
@@ -94,9 +95,9 @@ def test_apgd_walks_as_the_package_does(trained, threat):
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_targeted_attacks_break_what_the_package_breaks(trained, threat):
     net, x, y = trained
-    attacks = ensemble._attacks(Oracle(net), threat, 6, "standard", 500)
+    attacks = ensemble._attacks(Oracle(net), x, y, net(x), threat, "standard", SEED, 500)
     for name in ("apgd-t", "fab-t"):
-        rows, found = attacks[name](x, y, draw())
+        rows, found = attacks[name](torch.arange(len(x)))
         broken, _ = theirs(net, x, y, threat, name)
         assert torch.equal(as_mask(rows, x), broken), name
         assert (net(found).argmax(1) != y[rows]).all()
@@ -235,6 +236,56 @@ def test_two_or_three_classes_are_attacked(classes, monkeypatch):
         verdict = ensemble.run(net, x, y, ThreatModel("Linf", 0.3))
     assert list(verdict.after) == ["apgd-ce", "apgd-difference", "fab-t", "square"]
     assert float(verdict.robust.double().mean()) < 1
+
+
+def test_an_image_passes_once_for_its_targets(trained):
+    """The clean logits rank the target classes of all attacks."""
+    net, x, y = trained
+    verdict = ensemble.run(net, x, y, Linf(0.26), version="apgd", seed=SEED, batch_size=20)
+    fell = int((~verdict.robust).sum())
+    assert 0 < fell < len(x)
+    assert verdict.forward_images == len(x) + fell
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_in_bf16_an_image_falls_only_where_the_float32_network_does(trained, threat, monkeypatch):
+    monkeypatch.setattr(ensemble, "QUERIES", 100)
+    net, x, y = trained
+    x, y = x[:16], y[:16]
+    exact = ensemble.run(net, x, y, threat, seed=SEED)
+    verdict = ensemble.run(net, x, y, threat, seed=SEED, precision="bf16")
+    broken = ~verdict.robust
+    assert broken.any()
+    assert (net(verdict.adversaries).argmax(1)[broken] != y[broken]).all()
+    inside = lengths(verdict.adversaries - x, threat.norm) <= threat.eps * (1 + 1e-5)
+    assert inside.all()
+    assert (verdict.robust == exact.robust).double().mean() >= 0.9
+
+
+class WrongInBf16(nn.Module):
+    """Under autocast the opposite of the network: every image falls at once, and none in truth."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        logits = self.net(x)
+        return -logits if torch.is_autocast_enabled("cpu") else logits
+
+
+def test_what_falls_in_bf16_alone_is_attacked_in_float32(trained, monkeypatch):
+    monkeypatch.setattr(ensemble, "QUERIES", 100)
+    net, x, y = trained
+    x, y = x[:24], y[:24]
+    exact = ensemble.run(WrongInBf16(net), x, y, Linf(0.26), seed=SEED)
+    verdict = ensemble.run(WrongInBf16(net), x, y, Linf(0.26), seed=SEED, precision="bf16")
+    assert 0 < int(exact.robust.sum()) < len(x)
+    assert torch.equal(verdict.robust, exact.robust)
+    words = {"steps": 10, "restarts": 2, "seed": SEED}
+    by_pgd = pgd(WrongInBf16(net), x, y, Linf(0.26), **words)
+    assert 0 < int(by_pgd.sum()) < len(x)
+    assert torch.equal(pgd(WrongInBf16(net), x, y, Linf(0.26), precision="bf16", **words), by_pgd)
 
 
 def test_everything_fallen_or_wrong_is_no_error(trained):

@@ -249,3 +249,24 @@ def test_a_pixel_that_is_no_number_is_refused(judge):
     x[2, 0, 3, 3] = float("nan")
     with pytest.raises(EngineError, match=r"images must be float32 in \[0, 1\]"):
         judge(Foreign(), x, torch.zeros(4, dtype=torch.int64), Linf(0.1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pgd_in_bf16_is_as_strong(trained, precision):
+    model, x, y = trained
+    robust = pgd(model, x, y, Linf(0.3), steps=20, restarts=2, precision=precision)
+    plain = pgd(model, x, y, Linf(0.3), steps=20, restarts=2)
+    assert 0 < int(robust.sum()) < len(x)
+    assert (robust == plain).double().mean() >= 0.95
+
+
+def test_the_package_does_not_judge_in_bf16(trained):
+    model, x, y = trained
+    with pytest.raises(EngineError, match=r"evaluation\.judge = engine"):
+        engine.evaluate(model, x, y, Linf(0.3), precision="bf16")
+    report = engine.evaluate(
+        model, x, y, Linf(0.3), precision="bf16", autoattack_version="none", pgd_restarts=1
+    )
+    assert report.precision == "bf16"
+    fields = robustbench.fields(report, name="n", architecture="a", dataset="d")
+    assert fields["precision"] == "bf16"

@@ -308,9 +308,9 @@ def colour_data(tmp_path, monkeypatch):
         sums.append(f"{hashlib.sha256(records.tobytes()).hexdigest()}  {name}\n")
     (folder / "SHA256SUMS").write_text("".join(sums))
     monkeypatch.setenv("ENGINE_DATA", str(tmp_path / "data"))
-    images._load.cache_clear()
+    images._images.cache_clear()
     yield
-    images._load.cache_clear()
+    images._images.cache_clear()
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -554,7 +554,7 @@ def test_a_data_file_that_vanishes_while_training_is_no_matter(tmp_path, monkeyp
     monkeypatch.setattr(datasets.sys, "prefix", str(tmp_path / "prefix"))
     official.install(tmp_path / "data", "mnist", train=64, test=8)
     monkeypatch.setenv("ENGINE_DATA", str(tmp_path / "data"))
-    images._load.cache_clear()
+    images._images.cache_clear()
     real = Step.__call__
 
     def vanish(self, batch=None):
@@ -565,12 +565,12 @@ def test_a_data_file_that_vanishes_while_training_is_no_matter(tmp_path, monkeyp
     words = ["mnist", "--model.name", "tiny-cnn", "--optim.epochs", "2", "--optim.batch_size", "8"]
     words += ["--data.validation", "8", "--run-dir", str(tmp_path / "run")]
     assert run_cli(*words) == 0, capsys.readouterr().err
-    images._load.cache_clear()
+    images._images.cache_clear()
     # But it is missed by who starts anew, in one line.
     (tmp_path / "run" / "summary.json").unlink()
     assert run_cli("--resume", str(tmp_path / "run")) == 2
     assert "engine data" in capsys.readouterr().err.splitlines()[-1]
-    images._load.cache_clear()
+    images._images.cache_clear()
 
 
 def test_a_clock_that_goes_back_changes_nothing(tmp_path, monkeypatch, capsys):

@@ -136,7 +136,7 @@ def test_validation_attacks_as_the_recipe_says(monkeypatch):
     (row,) = trainer.run().rows
     (options,) = asked
     assert (options["loss"], options["step"], options["steps"]) == ("margin", "decaying", 3)
-    x, y = trainer.validation
+    ((x, y),) = trainer.validation
     with robust_accuracy.evaluation_mode(step.optimiser.average) as model:
         robust = real(model, x, y, recipe.threat, **options)
     assert row["val_pgd"] == pytest.approx(float(robust.double().mean()))

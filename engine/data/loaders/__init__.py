@@ -1,8 +1,13 @@
-"""Loaders: the same batches from the device itself, from DALI, or from torch's DataLoader."""
+"""Loaders: the same batches from the device itself, from DALI, or from torch's DataLoader.
+
+A set of images in memory has its loaders, and so have pictures in folders.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,23 +15,31 @@ from torch import Tensor
 
 from ...adversary.memory import AdversaryMemory
 from ...errors import EngineError
+from ..photos import Photos
 from .base import Batch, Loader, Sampling
 from .dali import DaliLoader
 from .resident import ResidentLoader
+from .streamed import PhotoLoader, WorkerPhotoLoader
+from .streamed_dali import DaliPhotoLoader
 from .workers import TensorLoader, WorkerLoader
+
+log = logging.getLogger(__name__)
 
 LoaderName = Literal["auto", "resident", "dali", "torch", "null"]
 
 __all__ = [
     "Batch",
     "DaliLoader",
+    "DaliPhotoLoader",
     "Loader",
     "LoaderName",
     "NullLoader",
+    "PhotoLoader",
     "ResidentLoader",
     "Sampling",
     "TensorLoader",
     "WorkerLoader",
+    "WorkerPhotoLoader",
     "build",
     "choose",
 ]
@@ -35,9 +48,10 @@ __all__ = [
 class NullLoader(Loader):
     """Repeat one batch, to measure training without the cost of data. For benchmarks only."""
 
-    def __init__(self, resident: ResidentLoader) -> None:
-        self._steps = len(resident)
-        self._batch = next(resident.epoch(0))
+    def __init__(self, loader: Loader) -> None:
+        self._steps = len(loader)
+        self._batch = next(loader.epoch(0))
+        loader.close()
 
     def __len__(self) -> int:
         return self._steps
@@ -70,7 +84,7 @@ def _dali_missing() -> str | None:
 
 def build(
     name: LoaderName,
-    images: Tensor,
+    images: Tensor | Photos,
     labels: Tensor,
     batch_size: int,
     *,
@@ -84,15 +98,18 @@ def build(
     """Return the loader called `name`.
 
     Args:
-        images: uint8 [N, C, H, W]; labels: int64 [N].
+        images: uint8 [N, C, H, W], or pictures in a folder, which bring their labels along;
+            labels: int64 [N].
         memory: the adversary memory; only the resident loader forms the attack's start itself.
         extra, share: extra images for the resident loader, see `ResidentLoader`.
         workers: threads of DALI, processes of torch's loader.
-        sampling: options as `Sampling` has them.
+        sampling: options as `Sampling` has them; for pictures, as `Framing` does too.
     Raises:
         EngineError: where DALI is asked for and missing; for a set smaller than a batch, or of
-            another type.
+            another type; for pictures where the resident loader is asked for.
     """
+    if isinstance(images, Photos):
+        return _of_photos(name, images, batch_size, device=device, workers=workers, **sampling)
     if name == "auto":
         name = choose(images, device)
     if extra is not None and name in ("dali", "torch"):
@@ -112,3 +129,24 @@ def build(
         **sampling,
     )
     return NullLoader(resident) if name == "null" else resident
+
+
+def _of_photos(
+    name: LoaderName, photos: Photos, batch_size: int, *, workers: int, **options: Any
+) -> Loader:
+    shares = {
+        key: options.pop(key) for key in ("device", "replays", "rank", "world") if key in options
+    }
+    photos = photos.framed(replace(photos.framing, **options))
+    if name == "resident":
+        raise EngineError(
+            "data.loader = resident: pictures of many sizes are streamed: dali, torch or auto"
+        )
+    if name == "auto":
+        name = "dali"
+        if missing := _dali_missing():
+            log.warning("torch's DataLoader reads the pictures: %s", missing)
+            name = "torch"
+    kind = DaliPhotoLoader if name == "dali" else WorkerPhotoLoader
+    loader = kind(photos, batch_size, workers=0 if name == "null" else workers, **shares)
+    return NullLoader(loader) if name == "null" else loader

@@ -80,16 +80,6 @@ class Loader(abc.ABC):
         """Stop threads and processes; the loader gives no batch after this."""
 
 
-def to_device(t: Tensor, device: torch.device | str) -> Tensor:
-    """Return `t` on `device`. The host does not wait for a copy to a GPU.
-
-    The host waits for every copy from memory that is not pinned, so `t` is pinned first.
-    """
-    if torch.device(device).type == "cuda" and t.device.type == "cpu":
-        t = t.pin_memory()
-    return t.to(device, non_blocking=True)
-
-
 def blank(sampling: Sampling, device: torch.device) -> Batch:
     """Return a batch of zeros with the shapes of all others."""
     b = sampling.batch_size

@@ -12,7 +12,8 @@ from ... import kernels, rng
 from ...adversary.memory import AdversaryMemory
 from ...device.capture import WARM_UP
 from ...errors import EngineError
-from .base import Batch, Loader, Sampling, check_images, to_device
+from ..arrays import to_device
+from .base import Batch, Loader, Sampling, check_images
 
 
 class ResidentLoader(Loader):

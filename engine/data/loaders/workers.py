@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .base import Batch, Loader, Sampling, blank, check_images, to_device
+from ..arrays import to_device
+from .base import Batch, Loader, Sampling, blank, check_images
 
 
 class _Samples(Dataset):

@@ -7,22 +7,26 @@ that the authors' package draws on the CPU, so both attack along the same iterat
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ...threat import ThreatModel
+from ..work import Work
 from .apgd import apgd
 from .fab import fab
 from .losses import CrossEntropy, LogitDifference, Loss, TargetedDLR
 from .oracle import Oracle
 from .square import square
 from .square_l2 import square_l2
-from .verdict import Progress, Verdict, silent
+from .verdict import Attack, Verdict, in_turn
 
 STEPS, TARGETS, QUERIES = 100, 9, 5000
-# One attack on one batch: from images and labels to the positions that fell, and adversaries.
-_Attack = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
+# Places in a batch, int64 [F], and an adversary of each.
+_Found = tuple[Tensor, Tensor]
+# One try of an attack: from positions of images, a generator and the try's number.
+_Once = Callable[[Tensor, torch.Generator, int], _Found]
 
 
 def run(
@@ -34,7 +38,8 @@ def run(
     version: str = "standard",
     seed: int = 0,
     batch_size: int = 500,
-    progress: Progress = silent,
+    work: Work | None = None,
+    precision: str = "fp32",
 ) -> Verdict:
     """Attack images with all attacks of a version.
 
@@ -46,36 +51,53 @@ def run(
             with five restarts.
         seed: of every batch of every attack.
         batch_size: images in memory at once.
-        progress: called with (attack, batches done, batches).
+        work: runs the batches; left out: here and silently.
+        precision: of the attacks' passes, "fp32" or "bf16". An image falls only where the float32
+            network is wrong.
     """
+    work = work or Work()
     oracle = Oracle(model, x[:batch_size])
-    batched = zip(x.split(batch_size), y.split(batch_size), strict=True)
-    robust = ~torch.cat([oracle.is_wrong(*batch) for batch in batched])
-    adversaries = x.clone()
-    classes = oracle.logits(x[:1]).shape[1]
-    after: dict[str, float] = {}
-    for name, attack in _attacks(oracle, threat, classes, version, batch_size).items():
-        batches = robust.nonzero().flatten().split(batch_size)
-        for number, rows in enumerate(batches):
-            progress(name, number, len(batches))
-            if len(rows) == 0:
-                continue
-            draw = torch.Generator().manual_seed(seed)
-            fallen, found = attack(x[rows], y[rows], draw)
-            # The verdict is the network's own, on the adversary as it would be published.
-            wrong = oracle.is_wrong(found, y[rows[fallen]])
-            robust[rows[fallen[wrong]]] = False
-            adversaries[rows[fallen[wrong]]] = found[wrong]
-        progress(name, len(batches), len(batches))
-        after[name] = float(robust.double().mean())
-    return Verdict(
-        robust,
-        adversaries,
-        after,
-        _notes(after),
-        oracle.forward_images,
-        oracle.gradient_images,
+    fast = oracle if precision == "fp32" else Oracle(model, precision=precision)
+    clean = torch.cat([oracle.exact_logits(images) for images in x.split(batch_size)])
+    options = (x, y, clean, threat, version, seed, batch_size)
+    attacks = {
+        name: _verified(oracle, y, attack) for name, attack in _attacks(oracle, *options).items()
+    }
+    if fast is not oracle:
+        claims = _attacks(fast, *options)
+        attacks = {
+            name: _verified(oracle, y, claims[name], attack) for name, attack in attacks.items()
+        }
+    verdict = in_turn(attacks, x, clean.argmax(1) == y, batch_size, work)
+    return replace(
+        verdict,
+        notes=[*work.notes, *_notes(verdict.after)],
+        forward_images=sum(o.forward_images for o in {oracle, fast}),
+        gradient_images=sum(o.gradient_images for o in {oracle, fast}),
     )
+
+
+def _verified(oracle: Oracle, y: Tensor, attack: Attack, exact: Attack | None = None) -> Attack:
+    """Return `attack`, whose adversaries count only if the float32 network falls for them.
+
+    The network judges each adversary as it would be published.
+
+    Args:
+        exact: where `attack` runs in bf16: the same in float32. An image that falls in bf16 alone
+            has left `attack` early, so `exact` attacks it. An image that stands has then withstood
+            the whole attack in one of the two.
+    """
+
+    def verified(rows: Tensor) -> tuple[Tensor, Tensor]:
+        claimed, found = attack(rows)
+        wrong = oracle.is_wrong(found, y[claimed])
+        fallen, adversaries = claimed[wrong], found[wrong]
+        if exact is None or wrong.all():
+            return fallen, adversaries
+        more, others = exact(claimed[~wrong])
+        return torch.cat([fallen, more]), torch.cat([adversaries, others])
+
+    return verified
 
 
 def _notes(after: dict[str, float]) -> list[str]:
@@ -91,66 +113,75 @@ def _notes(after: dict[str, float]) -> list[str]:
 
 
 def _attacks(
-    oracle: Oracle, threat: ThreatModel, classes: int, version: str, batch_size: int
-) -> dict[str, _Attack]:
-    """Return the attacks of a version by name, in their order."""
+    oracle: Oracle,
+    x: Tensor,
+    y: Tensor,
+    clean: Tensor,
+    threat: ThreatModel,
+    version: str,
+    seed: int,
+    batch_size: int,
+) -> dict[str, Attack]:
+    """Return the attacks of a version by name, in their order; what they find is not verified.
+
+    Args:
+        clean: logits [N, K] at the images x.
+    """
+    classes = clean.shape[1]
     targets = min(TARGETS, classes - 1)
-    restarts = 5 if version == "apgd" else 1
+    # Column -r holds the class with the r-th largest logit.
+    ranked = clean.sort(dim=1)[1][:, -(targets + 1) :]
 
-    def apgd_ce(x: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        return _repeat(x, y, range(restarts), lambda x, y, _: climb(x, CrossEntropy(y), draw))
+    def climb(rows: Tensor, loss: Loss, draw: torch.Generator) -> _Found:
+        return apgd(oracle, x[rows], loss, threat, steps=STEPS, draw=draw)
 
-    def apgd_difference(x: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        return climb(x, LogitDifference(y), draw)
+    def apgd_ce(rows: Tensor, draw: torch.Generator, _: int) -> _Found:
+        return climb(rows, CrossEntropy(y[rows]), draw)
 
-    def apgd_t(x: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        def once(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-            return climb(x, TargetedDLR(y, _ranked(oracle, x, rank)), draw)
+    def apgd_difference(rows: Tensor, draw: torch.Generator, _: int) -> _Found:
+        return climb(rows, LogitDifference(y[rows]), draw)
 
-        return _repeat(x, y, range(2, targets + 2), once)
+    def apgd_t(rows: Tensor, draw: torch.Generator, rank: int) -> _Found:
+        return climb(rows, TargetedDLR(y[rows], ranked[rows, -rank]), draw)
 
-    def fab_t(x: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        def once(x: Tensor, y: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-            return fab(oracle, x, y, _ranked(oracle, x, rank), threat, steps=STEPS)
+    def fab_t(rows: Tensor, draw: torch.Generator, rank: int) -> _Found:
+        return fab(oracle, x[rows], y[rows], ranked[rows, -rank], threat, steps=STEPS)
 
-        return _repeat(x, y, range(2, targets + 2), once)
-
-    def random_search(x: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    def random_search(rows: Tensor, draw: torch.Generator, _: int) -> _Found:
         if threat.norm == "L2":
-            return square_l2(oracle, x, y, threat, queries=QUERIES, draw=draw)
-        return square(oracle, x, y, threat, queries=QUERIES, rows=batch_size, draw=draw)
+            return square_l2(oracle, x[rows], y[rows], threat, queries=QUERIES, draw=draw)
+        return square(oracle, x[rows], y[rows], threat, queries=QUERIES, rows=batch_size, draw=draw)
 
-    def climb(x: Tensor, loss: Loss, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        return apgd(oracle, x, loss, threat, steps=STEPS, draw=draw)
+    def tried(once: _Once, tries: range) -> Attack:
+        return lambda rows: _repeat(rows, once, tries, torch.Generator().manual_seed(seed), x[:0])
 
-    found: dict[str, _Attack] = {"apgd-ce": apgd_ce}
-    found |= {"apgd-t": apgd_t} if classes >= 4 else {"apgd-difference": apgd_difference}
+    single, ranks = range(1), range(2, targets + 2)
+    attacks = {"apgd-ce": tried(apgd_ce, range(5 if version == "apgd" else 1))}
+    if classes >= 4:
+        attacks["apgd-t"] = tried(apgd_t, ranks)
+    else:
+        attacks["apgd-difference"] = tried(apgd_difference, single)
     if version == "standard":
-        found |= {"fab-t": fab_t, "square": random_search}
-    return found
-
-
-def _ranked(oracle: Oracle, x: Tensor, rank: int) -> Tensor:
-    """Return the class with the `rank`-th largest logit of each image, int64 [B]."""
-    return oracle.logits(x).sort(dim=1)[1][:, -rank]
+        attacks |= {"fab-t": tried(fab_t, ranks), "square": tried(random_search, single)}
+    return attacks
 
 
 def _repeat(
-    x: Tensor,
-    y: Tensor,
-    tries: range,
-    once: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+    rows: Tensor, once: _Once, tries: range, draw: torch.Generator, none: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Try an attack several times, each time on the images that are left."""
-    left = torch.arange(len(x), device=x.device)
-    fallen = [(left[:0], x[:0])]
+    """Try an attack several times, each time on the images that are left.
+
+    Args:
+        none: no images, [0, C, H, W].
+    """
+    fallen = [(rows[:0], none)]
     for number in tries:
-        if len(left) == 0:
+        if len(rows) == 0:
             break
-        rows, found = once(x[left], y[left], number)
-        fallen.append((left[rows], found))
-        stays = torch.ones(len(left), dtype=torch.bool, device=x.device)
-        stays[rows] = False
-        left = left[stays]
+        places, found = once(rows, draw, number)
+        fallen.append((rows[places], found))
+        stays = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        stays[places] = False
+        rows = rows[stays]
     images, adversaries = zip(*fallen, strict=True)
     return torch.cat(images), torch.cat(adversaries)

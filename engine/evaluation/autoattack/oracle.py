@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
+from ...device.precision import passes
 from ...models import Network, stem_of
 
 TowardsLogits = Callable[[Tensor], Tensor]
@@ -22,13 +23,16 @@ class Oracle:
     Args:
         model: in evaluation mode, [0, 1] images to logits [B, K].
         example: some images [B, C, H, W], to prepare the network with; left out: it stays as it is.
+        precision: of `logits` and `gradient`: "fp32" or "bf16".
     Attributes:
         forward_images, gradient_images: images of all forward passes without a gradient, and of all
             passes with one [count].
     """
 
-    def __init__(self, model: nn.Module, example: Tensor | None = None) -> None:
-        self.model, self._stem = model, stem_of(model)
+    def __init__(
+        self, model: nn.Module, example: Tensor | None = None, precision: str = "fp32"
+    ) -> None:
+        self.model, self._stem, self._precision = model, stem_of(model), precision
         self._forward = model if example is None else prepared(model, example)
         self.forward_images = self.gradient_images = 0
 
@@ -36,13 +40,18 @@ class Oracle:
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits [B, K] at images x [B, C, H, W], up to rounding, as fast as can be."""
         self.forward_images += len(x)
-        return self._forward(x)
+        with passes(self._precision, x.device):
+            return self._forward(x).float()
 
     @torch.no_grad()
+    def exact_logits(self, x: Tensor) -> Tensor:
+        """Return the logits [B, K] of the network itself, not of its prepared form."""
+        self.forward_images += len(x)
+        return self.model(x)
+
     def is_wrong(self, x: Tensor, y: Tensor) -> Tensor:
         """Return where the network itself, not its prepared form, misses the labels: bool [B]."""
-        self.forward_images += len(x)
-        return self.model(x).argmax(1) != y
+        return self.exact_logits(x).argmax(1) != y
 
     def gradient(self, x: Tensor, towards: TowardsLogits) -> tuple[Tensor, Tensor]:
         """Return the logits at x and the input gradient of a loss.
@@ -60,15 +69,17 @@ class Oracle:
         self.gradient_images += len(x)
         stem = self._stem
         with torch.enable_grad():
-            if stem is None:
-                point = x.detach().requires_grad_()
-                logits = self.model(point)
-            else:
-                network = cast(Network, self.model)
-                point = network.stem(x).detach().requires_grad_()
-                logits = network.body(point)
-            seen = logits.detach()
-            (grad,) = torch.autograd.grad(logits, point, towards(seen))
+            with passes(self._precision, x.device):
+                if stem is None:
+                    point = x.detach().requires_grad_()
+                    logits = self.model(point)
+                else:
+                    network = cast(Network, self.model)
+                    point = network.stem(x).detach().requires_grad_()
+                    logits = network.body(point)
+            seen = logits.detach().float()
+            (grad,) = torch.autograd.grad(logits, point, towards(seen).to(logits.dtype))
+            grad = grad.float()
         if stem is not None:
             h, w = x.shape[2:]
             grad = kernels.stem_input_grad(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
-import re
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import EngineError
 from ...threat import ThreatModel
-from .verdict import Progress, Verdict, silent
+from ..work import Work
+from .verdict import Attack, Verdict, in_turn
 
 # The package's targeted DLR loss compares four logits.
 FEWEST_CLASSES = 4
+_LOGGER = logging.getLogger("auto-attack")
 
 
 def run(
@@ -26,7 +30,7 @@ def run(
     version: str = "standard",
     seed: int = 0,
     batch_size: int = 500,
-    progress: Progress = silent,
+    work: Work | None = None,
 ) -> Verdict:
     """Run AutoAttack (Croce & Hein, arXiv 2003.01690) of the package pyautoattack.
 
@@ -39,62 +43,86 @@ def run(
         EngineError: for fewer than four classes, which its targeted loss needs.
     """
     from pyautoattack import AutoAttack
+    from pyautoattack.checks import check_square_sr
 
-    classes = model(x[:1]).shape[1]
+    work = work or Work()
+    with torch.no_grad():
+        clean = torch.cat([model(images) for images in x.split(batch_size)])
+    classes = clean.shape[1]
     if classes < FEWEST_CLASSES:
         raise EngineError(
             f"AutoAttack needs at least {FEWEST_CLASSES} classes, the model has {classes}"
         )
     attacks = ["apgd-ce", "apgd-t"] if version == "apgd" else None
-    after: dict[str, float] = {}
-    listener = _Listener(after, progress, batches=math.ceil(len(x) / batch_size))
-    logger = logging.getLogger("auto-attack")
-    level, propagate = logger.level, logger.propagate
-    logger.addHandler(listener)
-    logger.setLevel(logging.DEBUG)
-    logger.propagate = False
+    judge = AutoAttack(
+        model,
+        norm=threat.norm,
+        eps=threat.eps,
+        seed=seed,
+        device=x.device,
+        version="custom" if attacks else "standard",
+        attacks=attacks,
+    )
+    # The standard is nine targets for ten classes and more.
+    judge.apgd_targeted.n_target_classes = min(9, classes - 1)
+    judge.fab.n_target_classes = min(9, classes - 1)
+
+    def attack_of(name: str) -> Attack:
+        def attack(rows: Tensor) -> tuple[Tensor, Tensor]:
+            judge.attacks_to_run = [name]
+            with _warnings_into(work.notes):
+                found, predicted = judge.run_standard_evaluation(
+                    x[rows], y[rows], batch_size=batch_size
+                )
+            fallen = predicted != y[rows]
+            return rows[fallen], found[fallen]
+
+        return attack
+
+    names = list(judge.attacks_to_run)
+    verdict = in_turn(
+        {name: attack_of(name) for name in names}, x, clean.argmax(1) == y, batch_size, work
+    )
+    notes: list[str] = []
+    with _warnings_into(notes):
+        start = float((clean.argmax(1) == y).double().mean())
+        check_square_sr({"clean": start, **verdict.after}, logger=_LOGGER)
+    return replace(verdict, notes=[*work.notes, *notes])
+
+
+@contextlib.contextmanager
+def _warnings_into(notes: list[str]) -> Iterator[None]:
+    """Collect the package's warnings, and keep its log lines off the screen."""
+    listener = _Listener(notes)
+    level, propagate = _LOGGER.level, _LOGGER.propagate
+    _LOGGER.addHandler(listener)
+    _LOGGER.setLevel(logging.WARNING)
+    _LOGGER.propagate = False
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            judge = AutoAttack(
-                model,
-                norm=threat.norm,
-                eps=threat.eps,
-                seed=seed,
-                device=x.device,
-                version="custom" if attacks else "standard",
-                attacks=attacks,
-            )
-            # The standard is nine targets for ten classes and more.
-            judge.apgd_targeted.n_target_classes = min(9, classes - 1)
-            judge.fab.n_target_classes = min(9, classes - 1)
-            adversaries, predicted = judge.run_standard_evaluation(x, y, batch_size=batch_size)
+            yield
     finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
-        logger.propagate = propagate
-    notes = listener.warnings + [
-        str(w.message) for w in caught if "autoattack" in str(w.filename).lower()
-    ]
-    return Verdict(predicted == y, adversaries, after, notes)
+        _LOGGER.removeHandler(listener)
+        _LOGGER.setLevel(level)
+        _LOGGER.propagate = propagate
+    for warning in caught:
+        if "autoattack" in str(warning.filename).lower():
+            _add(notes, str(warning.message))
 
 
 class _Listener(logging.Handler):
-    """Read AutoAttack's log lines: accuracy after each attack, progress, warnings."""
+    """Read the warnings among AutoAttack's log lines."""
 
-    _AFTER = re.compile(r"robust accuracy after ([\w-]+): ([\d.]+)%")
-    _BATCH = re.compile(r"^([\w-]+) - (\d+)/(\d+) -")
-
-    def __init__(self, after: dict[str, float], progress: Progress, batches: int) -> None:
-        super().__init__(logging.DEBUG)
-        self.after, self.progress, self.batches = after, progress, batches
-        self.warnings: list[str] = []
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.notes = notes
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            self.warnings.append(line)
-        if match := self._AFTER.match(line):
-            self.after[match[1].lower()] = float(match[2]) / 100
-        if match := self._BATCH.match(line):
-            self.progress(match[1], int(match[2]), int(match[3]))
+        _add(self.notes, record.getMessage())
+
+
+def _add(notes: list[str], note: str) -> None:
+    """Add a note, unless it is there: each batch gives the same ones."""
+    if note not in notes:
+        notes.append(note)

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from engine import recipes
-from engine.data import datasets
 from engine.data.loaders import ResidentLoader
 from engine.device import capture
 from engine.device.machine import device, peak_memory_mb
 from engine.performance.capture_audit import Tape
 from engine.recipes import Recipe
 from engine.runs import build
+from engine.runs.images import facts, in_memory
 from engine.training.step import Step
 
 EAGER, TIMED = 4, 20
@@ -35,12 +35,13 @@ EAGER, TIMED = 4, 20
 
 def built(recipe: Recipe, batch: int, recorder: capture.Recorder | None) -> Step:
     """Return the recipe's step on random images of its dataset's shape, at a batch of its own."""
-    target, about = device(), datasets.info(recipe.data.name)
+    target, about = device(), facts(recipe)
+    recipe = in_memory(recipe)
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4 * batch, *about.shape), dtype=torch.uint8, generator=draw)
-    labels = torch.randint(0, len(about.classes), (len(images),), generator=draw)
+    labels = torch.randint(0, about.classes, (len(images),), generator=draw)
     torch.manual_seed(0)
-    model = build.build_model(recipe, images, len(about.classes), images.shape[1:]).to(target)
+    model = build.build_model(recipe, images, about.classes, images.shape[1:]).to(target)
     memory = build.memory_for(recipe, images, target)
     sampling = build.sampling_of(recipe)
     loader = ResidentLoader(images, labels, batch, device=target, memory=memory, **sampling)
@@ -122,7 +123,9 @@ def check(recipe: Recipe, batch: int) -> dict[str, Any]:
 def wanted(names: list[str], precision: str | None) -> Iterator[Recipe]:
     """Yield the recipes to check: small networks in every precision, where there is a GPU."""
     gpu = torch.cuda.is_available()
-    for name in names or recipes.names():
+    # The network of another package may be absent.
+    known = [n for n in recipes.names() if "/" not in recipes.load(n).model.name]
+    for name in names or known:
         small = name.startswith(("fashion-mnist", "quickstart"))
         precisions = ("bf16", "fp16", "tf32") if gpu and small else ("bf16",)
         for each in [precision] if precision else precisions:
