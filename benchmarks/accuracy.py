@@ -133,7 +133,7 @@ def _rows(
                 "data": recipe.data.name,
                 "images": len(images.split(recipe).train[0]),
                 "epochs": recipe.optim.epochs,
-                "passes": recipe.objective.passes(recipe.attack).total,
+                "passes": recipe.passes().total,
                 "threads": torch.get_num_threads(),
                 "target": setting.target,
                 "seeds": setting.seeds,

@@ -115,7 +115,7 @@ class Training:
         self._trainer = train.build_trainer(recipe, self._step, self._loader, hooks)
         self.steps = len(self._loader)
         self.images = self.steps * recipe.optim.batch_size
-        self.passes = recipe.objective.passes(recipe.attack).total
+        self.passes = recipe.passes().total
         self.flops = plan.flops(recipe)
 
     def epoch(self) -> None:

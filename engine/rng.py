@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # One stream for each draw within a step.
-START, LOCAL, AUGMENT, RESTART, MASK, COINS, FRAME = 0, 1, 2, 3, 4, 5, 6
+START, LOCAL, AUGMENT, RESTART, MASK, COINS, FRAME, EXTRA = 0, 1, 2, 3, 4, 5, 6, 7
 # The first stream of dropout; each dropout layer of a network takes the next one.
 DROPOUT = 64
 

@@ -40,6 +40,7 @@ OPS = (
     "remember",
     "sgd_ema_step",
     "adamw_ema_step",
+    "perturb_weights",
 )
 _BY_DEVICE: dict[str, Backend] = {"cpu": "native", "cuda": "triton"}
 _MODULES = {"native": ".native", "triton": ".triton"}

@@ -183,7 +183,11 @@ def _optimisers() -> list[Example]:
             state, state, state, state, state, count=one, weight_decay=[5e-4], **common
         )
 
+    def perturb() -> None:
+        ops.perturb_weights(state, state, state, gamma=one)
+
     return [
+        Example("perturb", "perturb_weights", perturb, _PIXELS, 16, flat=True, branches=True),
         Example("sgd_ema", "sgd_ema_step", sgd, _PIXELS, 28, flat=True, branches=True),
         Example("adamw_ema", "adamw_ema_step", adamw, _PIXELS, 36, flat=True, branches=True),
     ]

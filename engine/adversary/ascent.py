@@ -21,6 +21,7 @@ from ..device.phases import (
 )
 from ..models import Network, Stem, stem_of
 from ..threat import Ball
+from .held import once
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 LogitsGrad = Callable[[Tensor], Tensor]
@@ -174,13 +175,17 @@ def climb(
     Returns:
         The last point, like `z`, and the detached logits [B, K] at the first.
     """
-    stem, first = stem_of(model), None
-    with passes_without_training(model, batch_norm):
-        for _ in range(steps):
-            z, logits = ascend(model, ball, z, logits_grad, alpha=alpha, stem=stem)
-            first = logits if first is None else first
-    assert first is not None
-    return z, first
+
+    def find() -> tuple[Tensor, Tensor]:
+        point, stem, first = z, stem_of(model), None
+        with passes_without_training(model, batch_norm):
+            for _ in range(steps):
+                point, logits = ascend(model, ball, point, logits_grad, alpha=alpha, stem=stem)
+                first = logits if first is None else first
+        assert first is not None
+        return point, first
+
+    return once(find)
 
 
 def ascend(
@@ -221,8 +226,8 @@ def ascend_from_training(
     """
     forward = ForwardPass.of_training(model, z)
     # Retain the graph: the training backward pass runs through it too.
-    grad = forward.gradient(towards_errors(y, label_smoothing), retain_graph=True)
-    return forward.logits, lambda ball, alpha: forward.step(grad, ball, alpha)
+    grad = once(lambda: forward.gradient(towards_errors(y, label_smoothing), retain_graph=True))
+    return forward.logits, lambda ball, alpha: once(lambda: forward.step(grad, ball, alpha))
 
 
 def ascend_after_training(model: nn.Module, z: Tensor) -> tuple[Tensor, AscentStep]:

@@ -1,10 +1,11 @@
-"""`engine data`: list, fetch, verify or describe datasets."""
+"""`engine data`: list, fetch, verify, describe or label datasets."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError
@@ -13,9 +14,11 @@ from .shared import Commands, add_command
 
 
 def add(commands: Commands) -> None:
-    parser = add_command(commands, "data", _data, "list, fetch, verify or describe datasets")
-    parser.add_argument("action", choices=("list", "fetch", "verify", "info"))
+    parser = add_command(commands, "data", _data, "list, fetch, verify, describe or label datasets")
+    parser.add_argument("action", choices=("list", "fetch", "verify", "info", "label"))
     parser.add_argument("name", nargs="?", help="a dataset by name, or the path of your own")
+    parser.add_argument("--run", type=Path, dest="run_dir", help="label: the run that labels")
+    parser.add_argument("--out", type=Path, help="label: the .npz to write, for data.extra")
 
 
 def _data(arguments: argparse.Namespace) -> int:
@@ -44,6 +47,8 @@ def _data(arguments: argparse.Namespace) -> int:
     if arguments.name is None:
         known = ", ".join(data.names())
         raise EngineError(f"engine data {arguments.action}: which dataset? {known}")
+    if arguments.action == "label":
+        return _label(arguments)
     if arguments.action == "fetch":
         print(printable(str(data.fetch(arguments.name))))
         return 0
@@ -60,6 +65,17 @@ def _data(arguments: argparse.Namespace) -> int:
     for check in checks:
         print(printable(f"{'ok ' if check.ok else 'BAD'} {check.file}: {check.detail}"))
     return 0 if all(check.ok for check in checks) else 2
+
+
+def _label(arguments: argparse.Namespace) -> int:
+    from ..runs.folder import Run
+    from ..runs.label import label
+
+    if arguments.run_dir is None or arguments.out is None:
+        raise EngineError("engine data label SET needs --run RUN and --out FILE")
+    count, classes = label(Run.open(arguments.run_dir), arguments.name, arguments.out)
+    print(printable(f"{arguments.out}: {count} images; by class: {', '.join(map(str, classes))}"))
+    return 0
 
 
 def _place(about: Any) -> str:

@@ -102,7 +102,7 @@ def _train_and_report(run: Run, world: World, arguments: argparse.Namespace) -> 
     stderr.print(
         f"{recipe.name}: {recipe.objective.name} on {recipe.data.name}, {recipe.model.name}, "
         f"{recipe.threat.norm} eps {recipe.threat.eps:.4g}, "
-        f"{recipe.objective.passes(recipe.attack).total} passes a step -> {run.path}",
+        f"{recipe.passes().total} passes a step -> {run.path}",
         highlight=False,
         soft_wrap=True,
     )

@@ -199,6 +199,41 @@ def load(name: str, split: Split, root: Path | str | None = None) -> ImageSet:
     return ImageSet(spec.name, split, images, labels, classes)
 
 
+def load_extra(name: str, like: ImageSet, root: Path | str | None = None) -> ImageSet:
+    """Return extra training images for a data set, mapped from the `cache`.
+
+    Args:
+        name: an .npz or .safetensors file with `image` and `label` (`own.read_extra`), or any data
+            set by name or path, of which the training images are taken.
+        like: the set that is trained on.
+    Raises:
+        EngineError: as `load` does; for images of another size, or labels that `like` has not.
+    """
+    path, classes = Path(own.absolute(name)), len(like.classes)
+    if own.is_path(name) and path.suffix in own.FILES and not own.has_splits(path):
+        key = f"extra-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}-{classes}"
+
+        def parse() -> Parsed:
+            images, labels = own.read_extra(path, classes)
+            return torch.from_numpy(images), torch.from_numpy(labels), like.classes
+
+        images, labels, _ = cached(data_root(root) / "cache", key, own.files(path), parse)
+        found = ImageSet(name, "train", images, labels, like.classes)
+    else:
+        found = load(name, "train", root)
+    if found.images.shape[1:] != like.images.shape[1:]:
+        raise EngineError(
+            f"{name}: extra images of {'x'.join(map(str, found.images.shape[1:]))}, where "
+            f"{like.name} has {'x'.join(map(str, like.images.shape[1:]))}: bring them to one shape"
+        )
+    if len(found.classes) > classes:
+        raise EngineError(
+            f"{name}: {len(found.classes)} classes, where {like.name} has {classes}: every label "
+            f"must lie in 0..{classes - 1}"
+        )
+    return found
+
+
 def _tensors(spec: Spec, images: np.ndarray, labels: np.ndarray) -> Parsed:
     return (
         # The readers' arrays are views of read-only bytes.

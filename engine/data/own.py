@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 LIMIT = 16 << 30
 SPLITS = ("train", "test")
+FILES = (".npz", ".safetensors")
 # One image, in pixels: more is a mistake, or a picture made to fill memory when it is unpacked.
 _IMAGE_LIMIT = 1 << 24
 _CLASSES_LIMIT = 100_000
@@ -87,6 +88,45 @@ def read(path: Path, split: str) -> tuple[Arrays, tuple[str, ...]]:
     # The training set numbers the classes; a label that only the test set has is refused.
     classes = _class_count(every, path)
     return _checked(images, labels, classes, path), tuple(map(str, range(classes)))
+
+
+def read_images(path: Path) -> np.ndarray:
+    """Return the images of a file as `read_extra` does; labels are not needed."""
+    names: Names = [("image", "images")]
+    reader = _safetensors if path.suffix == ".safetensors" else _npz
+    images = _pick(reader(path, names), names[0], path)
+    return _checked(images, np.zeros(len(images), np.int64), 1, path)[0]
+
+
+def has_splits(path: Path) -> bool:
+    """Return whether a file of arrays holds a whole data set, and not extra images."""
+    if not path.exists():
+        raise EngineError(f"{path}: no such file or folder")
+    if path.suffix == ".npz":
+        try:
+            with (
+                readers.open_file(path, str(path), LIMIT) as file,
+                zipfile.ZipFile(file) as archive,
+            ):
+                names = {name.removesuffix(".npy") for name in archive.namelist()}
+        except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, *_ANY_FAULT) as e:
+            raise EngineError(f"{path}: damaged .npz ({_line(e)})") from None
+    else:
+        names = set(_safetensors(path, _names("train")))
+    return any(name in names for name in _names("train")[0])
+
+
+def read_extra(path: Path, classes: int) -> Arrays:
+    """Return the images uint8 [N, C, H, W] and labels int64 [N] of extra training images.
+
+    The file is an .npz or .safetensors with `image` uint8 [N, H, W] or [N, H, W, C] and `label`
+    [N], as the published sets of generated images have them.
+    """
+    names: Names = [("image", "images"), ("label", "labels")]
+    reader = _safetensors if path.suffix == ".safetensors" else _npz
+    arrays = reader(path, names)
+    images, labels = (_pick(arrays, options, path) for options in names)
+    return _checked(images, labels, classes, path)
 
 
 def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:

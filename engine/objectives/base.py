@@ -126,6 +126,10 @@ class Objective(abc.ABC):
         """Return the passes of one step."""
 
     @abc.abstractmethod
+    def loss_passes(self) -> Passes:
+        """Return the passes of the loss alone, at points that the attacks have already found."""
+
+    @abc.abstractmethod
     def compute(
         self,
         model: nn.Module,

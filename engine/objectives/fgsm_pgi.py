@@ -46,7 +46,10 @@ class FGSMPGI(Objective):
     ] = 0.0
 
     def passes(self, attack: Attack) -> Passes:
-        return Passes(0, 1, 0) + trained_passes(2)
+        return Passes(0, 1, 0) + self.loss_passes()
+
+    def loss_passes(self) -> Passes:
+        return trained_passes(2)
 
     def compute(
         self,

@@ -50,7 +50,10 @@ class GAT(Objective):
     ] = "alternate"
 
     def passes(self, attack: Attack) -> Passes:
-        return attack_passes(attack.steps) + trained_passes(2)
+        return attack_passes(attack.steps) + self.loss_passes()
+
+    def loss_passes(self) -> Passes:
+        return trained_passes(2)
 
     def compute(
         self,

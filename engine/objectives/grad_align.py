@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..adversary.ascent import random_point
 from ..adversary.attack import Attack
+from ..adversary.held import once
 from ..device.phases import ATTACK_BACKWARD, ATTACK_STEP, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
@@ -43,7 +44,10 @@ class GradAlign(Objective):
 
     def passes(self, attack: Attack) -> Passes:
         # The gradient at the noise, then a backward pass through it: about one more of each.
-        return Passes(1, 1, 0) + trained_passes(1) + Passes(1, 2, 1)
+        return Passes(1, 1, 0) + self.loss_passes()
+
+    def loss_passes(self) -> Passes:
+        return trained_passes(1) + Passes(1, 2, 1)
 
     def compute(
         self,
@@ -55,7 +59,7 @@ class GradAlign(Objective):
         start: Tensor | None,
         state: Tensor,
     ) -> Outcome:
-        at_clean = input_gradient(model, x, y)
+        at_clean = once(lambda: input_gradient(model, x, y))
         with phase(ATTACK_STEP):
             alpha = attack.alpha or 1.25 * threat.eps
             adversary = kernels.attack_step(x, x, at_clean, threat.eps, alpha, norm=threat.norm)

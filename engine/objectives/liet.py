@@ -77,7 +77,10 @@ class LIET(Objective):
             raise EngineError("the objective liet makes its own start: attack.start must be random")
 
     def passes(self, attack: Attack) -> Passes:
-        return Passes(0, 1, 0) + trained_passes(2)
+        return Passes(0, 1, 0) + self.loss_passes()
+
+    def loss_passes(self) -> Passes:
+        return trained_passes(2)
 
     def compute(
         self,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..adversary.ascent import passes_without_training, random_point
 from ..adversary.attack import Attack
+from ..adversary.held import once
 from ..device.phases import ATTACK_BACKWARD, ATTACK_FORWARD, ATTACK_STEP, LOSS, phase
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
@@ -42,8 +43,11 @@ class LLR(Objective):
     ] = 3.0
 
     def passes(self, attack: Attack) -> Passes:
+        return attack_passes(attack.steps) + self.loss_passes()
+
+    def loss_passes(self) -> Passes:
         # Clean: the gradient, then a backward pass through it.
-        return Passes(1, 2, 1) + attack_passes(attack.steps) + trained_passes(1)
+        return Passes(1, 2, 1) + trained_passes(1)
 
     def compute(
         self,
@@ -61,8 +65,10 @@ class LLR(Objective):
             (slope,) = torch.autograd.grad(at_clean.sum(), point, create_graph=True)
         if start is None:
             start = random_point(threat.around(x), state)
-        worst = self._least_linear(
-            model, x, y, start, at_clean.detach(), slope.detach(), threat, attack
+        worst = once(
+            lambda: self._least_linear(
+                model, x, y, start, at_clean.detach(), slope.detach(), threat, attack
+            )
         )
         logits = trained_pass(model, worst).float()
         with phase(LOSS):

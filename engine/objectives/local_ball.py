@@ -117,16 +117,20 @@ class LocalBall(Objective):
             )
 
     def passes(self, attack: Attack) -> Passes:
-        cost = attack_passes(attack.steps) + trained_passes(1)
-        if self.local_weight > 0:
-            ball = trained_passes(1).of(self.local_share)
-            if self.direction == "kl":
-                cost += attack_passes(1).of(self.local_share) + ball
-            elif self.direction == "ce":
-                cost += Passes(0, 1, 0) + ball
-            else:
-                # The gradient, then a backward pass through it: about one more pass of each kind.
-                cost += Passes(1, 2, 1)
+        cost = attack_passes(attack.steps) + self.loss_passes()
+        if self.local_weight > 0 and self.direction == "kl":
+            cost += attack_passes(1).of(self.local_share)
+        elif self.local_weight > 0 and self.direction == "ce":
+            cost += Passes(0, 1, 0)
+        return cost
+
+    def loss_passes(self) -> Passes:
+        cost = trained_passes(1)
+        if self.local_weight > 0 and self.direction == "gradient-norm":
+            # The gradient, then a backward pass through it: about one more pass of each kind.
+            cost += Passes(1, 2, 1)
+        elif self.local_weight > 0:
+            cost += trained_passes(1).of(self.local_share)
         if self.global_weight > 0 and self.anchor == "clean":
             cost += trained_passes(1)
         return cost

@@ -39,7 +39,10 @@ class MART(Objective):
     ] = 5.0
 
     def passes(self, attack: Attack) -> Passes:
-        return attack_passes(attack.steps) + trained_passes(2)
+        return attack_passes(attack.steps) + self.loss_passes()
+
+    def loss_passes(self) -> Passes:
+        return trained_passes(2)
 
     def compute(
         self,

@@ -36,7 +36,10 @@ class NFGSM(Objective):
     ] = 2.0
 
     def passes(self, attack: Attack) -> Passes:
-        return attack_passes(attack.steps) + trained_passes(1)
+        return attack_passes(attack.steps) + self.loss_passes()
+
+    def loss_passes(self) -> Passes:
+        return trained_passes(1)
 
     def compute(
         self,

@@ -53,7 +53,10 @@ class NuAT(Objective):
     ] = 0.5
 
     def passes(self, attack: Attack) -> Passes:
-        return attack_passes(attack.steps) + trained_passes(2)
+        return attack_passes(attack.steps) + self.loss_passes()
+
+    def loss_passes(self) -> Passes:
+        return trained_passes(2)
 
     def compute(
         self,

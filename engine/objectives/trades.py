@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..adversary.ascent import away_from, climb, passes_without_training, random_point
 from ..adversary.attack import Attack
+from ..adversary.held import once
 from ..device.phases import ATTACK_FORWARD, LOSS, phase
 from ..threat import Ball, ThreatModel
 from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
@@ -36,7 +37,10 @@ class TRADES(Objective):
     ] = 6.0
 
     def passes(self, attack: Attack) -> Passes:
-        return Passes(1, 0, 0) + attack_passes(attack.steps) + trained_passes(2)
+        return Passes(1, 0, 0) + attack_passes(attack.steps) + self.loss_passes()
+
+    def loss_passes(self) -> Passes:
+        return trained_passes(2)
 
     def compute(
         self,
@@ -50,7 +54,7 @@ class TRADES(Objective):
     ) -> Outcome:
         with phase(ATTACK_FORWARD), passes_without_training(model, attack.batch_norm):
             # Detached, not under no_grad: see `engine.adversary.ascent` on autocast's cache.
-            anchor = model(x).detach()
+            anchor = once(lambda: model(x).detach())
         if start is None:
             start = random_point(Ball(x, threat.at_most(_NEAR), threat.norm), state)
         adversary, _ = climb(

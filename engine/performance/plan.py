@@ -187,7 +187,7 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
     cost = _price(ops, device, precision)
     pgd10 = price(*_on_meta(_pgd10_of(recipe)), device, precision)
     images = _training_images(recipe)
-    passes = recipe.objective.passes(recipe.attack)
+    passes = recipe.passes()
     basis = assumptions(device, precision)
     if step.optimiser.name != recipe.optim.name:
         basis.append(f"optim.name = {recipe.optim.name} at the price of {step.optimiser.name}")

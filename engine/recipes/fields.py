@@ -24,9 +24,10 @@ from ..data.photos import Damaged
 from ..device.precision import Precision
 from ..errors import EngineError
 from ..evaluation.robust_accuracy import EvaluationPrecision, PgdLoss, PgdStep
-from ..objectives import OBJECTIVES, LocalBall, Objective
+from ..objectives import OBJECTIVES, LocalBall, Objective, Passes
 from ..threat import Number, ThreatModel
 from ..training.optimiser import OptimiserName
+from ..training.perturbation import Weights
 from ..training.schedule import Schedule
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
@@ -102,6 +103,18 @@ class Data:
     cutout: Annotated[
         int, Field(ge=0, description="side of a random square set to 0; 0: none [pixels]")
     ] = 0
+    extra: Annotated[
+        str | None,
+        AfterValidator(lambda name: name if name is None else absolute(name)),
+        Field(
+            description="extra training images, generated ones for instance: an .npz with `image` "
+            "and `label`, or a dataset; left out: none"
+        ),
+    ] = None
+    extra_share: Annotated[
+        float,
+        Field(gt=0, lt=1, description="share of every batch that is extra images (0..1)"),
+    ] = 0.7
     size: Annotated[
         tuple[_Side, _Side] | None,
         BeforeValidator(_sides),
@@ -375,6 +388,7 @@ class Recipe:
     threat: ThreatModel = field(default_factory=ThreatModel)
     attack: Attack = field(default_factory=Attack)
     objective: AnyObjective = field(default_factory=LocalBall)
+    weights: Weights = field(default_factory=Weights)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     step: StepOptions = field(default_factory=StepOptions)
@@ -382,3 +396,8 @@ class Recipe:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     evaluation: Evaluation = field(default_factory=Evaluation)
     log: Log = field(default_factory=Log)
+
+    def passes(self) -> Passes:
+        """Return the passes of one step; with perturbed weights the loss is computed twice."""
+        passes = self.objective.passes(self.attack)
+        return passes + self.objective.loss_passes() if self.weights.perturb else passes

@@ -104,6 +104,7 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
                 f"threat.eps = {recipe.threat.eps:g} is more than a pixel's whole range [0, 1]: "
                 f'{recipe.threat.eps:g}/255 is written "{recipe.threat.eps:g}/255"'
             )
+        _check_weights(recipe)
         apex.check_precision(recipe.optim.name, recipe.step.precision)
         evaluation = recipe.evaluation
         check_precision(evaluation.precision, evaluation.judge, evaluation.autoattack)
@@ -112,6 +113,20 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     except EngineError as error:
         raise EngineError(f"{source}: {error}") from None
     return recipe
+
+
+def _check_weights(recipe: Recipe) -> None:
+    weights, optim = recipe.weights, recipe.optim
+    if not weights.perturb:
+        return
+    if optim.name.startswith("apex"):
+        raise EngineError(
+            f"weights.perturb with optim.name = {optim.name}: take sgd, adamw or torch's optimisers"
+        )
+    if weights.from_epoch > optim.epochs:
+        raise EngineError(
+            f"weights.from_epoch = {weights.from_epoch}, but the run has {optim.epochs} epochs"
+        )
 
 
 def dump(recipe: Recipe) -> str:

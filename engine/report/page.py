@@ -191,7 +191,7 @@ def _facts(
     facts = []
     if seconds is not None:
         facts.append((duration(seconds), "training time", "steps and data, evaluation excluded"))
-    passes = recipe.objective.passes(recipe.attack)
+    passes = recipe.passes()
     parts = (
         f"{passes.forward:g} forward, {passes.input_grad:g} input, "
         f"{passes.weight_grad:g} weight gradient"

@@ -15,6 +15,7 @@ from .. import models
 from ..adversary.memory import AdversaryMemory
 from ..data import loaders
 from ..data.loaders import Batch, Loader
+from ..data.loaders.resident import extras_of
 from ..data.photos import Photos
 from ..device import apex, capture, precision
 from ..device.capture import Recorder
@@ -24,11 +25,12 @@ from ..errors import EngineError
 from ..evaluation.robust_accuracy import attack_names
 from ..recipes import Recipe
 from ..training.optimiser import Optimiser, OptimiserName
+from ..training.perturbation import Perturbation
 from ..training.step import Step
-from .images import Images, classes, split, test_images, test_size
+from .images import Images, classes, extra_set, split, test_images, test_size
 from .pretrained import start_from
 
-ALONE = World()
+ALONE: World = World()
 # The schedule is a list of every step's learning rate.
 _MOST_STEPS = 10_000_000
 # For each external optimiser, ours with the same number of moments.
@@ -117,6 +119,10 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError(
             f"optim.epochs = {recipe.optim.epochs} makes {steps:,} steps: at most {_MOST_STEPS:,}"
         )
+    if extra_set(recipe) is not None:
+        extras_of(recipe.optim.batch_size // processes, recipe.data.extra_share)
+        if recipe.data.loader in ("dali", "torch"):
+            raise EngineError(f"data.extra with data.loader = {recipe.data.loader}: take resident")
     if recipe.step.sync_batch_norm and not torch.cuda.is_available():
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
@@ -201,6 +207,7 @@ def build_step(
         ),
         memory=memory,
         radii=recipe.schedule.radii(recipe.threat.eps, steps),
+        perturbation=_perturbation(recipe, model, steps),
         take=take,
         precision=recipe.step.precision,
         seed=recipe.seed,
@@ -210,6 +217,14 @@ def build_step(
         deterministic=recipe.step.deterministic,
         recorder=recorder,
     )
+
+
+def _perturbation(recipe: Recipe, model: Any, steps: int) -> Perturbation | None:
+    weights = recipe.weights
+    if not weights.perturb:
+        return None
+    first = (weights.from_epoch - 1) * steps // recipe.optim.epochs
+    return Perturbation(model, weights.perturb, first)
 
 
 def without_gpu(recipe: Recipe, target: torch.device) -> Recipe:
@@ -268,6 +283,8 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
         device=target,
         memory=memory,
         workers=recipe.data.workers,
+        extra=extra_set(recipe),
+        share=recipe.data.extra_share,
         rank=world.rank,
         world=world.size,
         **sampling_of(recipe),

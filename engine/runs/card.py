@@ -112,7 +112,7 @@ def model_card(
         masking=run.read_json("masking.json"),
         eps=as_written(recipe.threat.eps),
         k=recipe.attack.steps,
-        passes=recipe.objective.passes(recipe.attack).total,
+        passes=recipe.passes().total,
         parameters=sum(t.numel() for t in state.values() if t.is_floating_point()),
         architecture=architecture_of(recipe.model.name, classes, recipe.model.width),
         normalised="mu" in state,

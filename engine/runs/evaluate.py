@@ -205,7 +205,7 @@ def summary(run: Run, result: Result, report: robust_accuracy.Report | None) -> 
     row: dict[str, Any] = {"recipe": recipe.name, **(accuracies(report) if report else {})}
     row |= {
         "train_seconds": round(result.train_seconds, 2),
-        "passes_per_step": recipe.objective.passes(recipe.attack).total,
+        "passes_per_step": recipe.passes().total,
         "steps": result.steps,
         "best_epoch": result.best_epoch,
         "rolled_back": result.rolled_back,

@@ -5,6 +5,7 @@ A set in memory is a tensor; a folder of pictures is a `Photos`, which has a len
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -21,6 +22,7 @@ from ..recipes import Recipe
 
 # One dataset serves the check, the training, the evaluation and the report of a process.
 _images = lru_cache(maxsize=4)(datasets.load)
+_load_extra = lru_cache(maxsize=2)(datasets.load_extra)
 _pictures = lru_cache(maxsize=4)(datasets.photos)
 
 Images = Tensor | Photos
@@ -124,6 +126,39 @@ def split(recipe: Recipe) -> Split:
         data.classes,
         len(order),
     )
+
+
+def unused(recipe: Recipe) -> Tensor:
+    """Return the training images that a run neither trains on nor validates on."""
+    images = _load(recipe, "train").images
+    if not isinstance(images, Tensor):
+        raise EngineError("engine data label: streamed pictures (data.size) cannot be labelled")
+    parts = split(recipe)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order[len(parts.validation[0]) + len(parts.train[0]) :]]
+
+
+def extra_set(recipe: Recipe) -> tuple[Tensor, Tensor] | None:
+    """Return the recipe's extra training images, uint8 [N, C, H, W], and their labels, if any."""
+    if recipe.data.extra is None:
+        return None
+    if recipe.data.size is not None:
+        raise EngineError("data.extra with data.size: streamed pictures take no extra images")
+    found = _load_extra(recipe.data.extra, _load(recipe, "train"))
+    assert isinstance(found.images, Tensor)
+    return found.images, found.labels
+
+
+@lru_cache(maxsize=2)
+def extra_sum(recipe: Recipe) -> str | None:
+    """Return the SHA-256 of the recipe's extra images and labels; None without any."""
+    extra = extra_set(recipe)
+    if extra is None:
+        return None
+    found = hashlib.sha256(repr(tuple(extra[0].shape)).encode())
+    for t in extra:
+        found.update(t.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def test_size(recipe: Recipe) -> int:

@@ -25,7 +25,7 @@ from ..training.step import Step
 from ..training.trainer import Hooks, Result, Trainer
 from .build import ALONE, prepare, step_of
 from .folder import Run
-from .images import Images, parts, split
+from .images import Images, extra_sum, parts, split
 from .loggers import Loggers
 
 log = logging.getLogger(__name__)
@@ -151,6 +151,7 @@ class _Session:
         distributed.wait()
         found = found if first else self.checkpoints.latest(limit)
         if found is not None:
+            self._check_extra(found[1].get("extra"))
             self.trainer.load(*found)
             self._saved = self.trainer.step.done
         if first:
@@ -159,6 +160,14 @@ class _Session:
                 self._note_processes(found[1].get("processes"))
             self.trainer.result.rows = self.run.metrics()
             self._loggers = Loggers(self.run, self.trainer.step.done)
+
+    def _check_extra(self, before: object) -> None:
+        """Refuse extra images that are not those that the run began with."""
+        if before != extra_sum(self.run.recipe):
+            raise EngineError(
+                f"{self.run.recipe.data.extra}: the extra images have changed since this run "
+                "began: restore the file, or begin another run"
+            )
 
     def _note_processes(self, before: object) -> None:
         """Say, and record, that another number of processes goes on with the run."""
@@ -223,7 +232,11 @@ class _Session:
     def save(self, write: Callable[..., None]) -> None:
         """Save all that `resume` needs, by `write`, a method of `Checkpoints`."""
         tensors, about = self.trainer.state()
-        about |= {"logged": self.run.logged(), "processes": self.world.size}
+        about |= {
+            "logged": self.run.logged(),
+            "processes": self.world.size,
+            "extra": extra_sum(self.run.recipe),
+        }
         write(self.trainer.step.done, tensors, about)
 
     def safe_point(self) -> None:

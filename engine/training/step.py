@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import rng
+from ..adversary.ascent import random_point
 from ..adversary.attack import Attack
+from ..adversary.held import Points
 from ..adversary.memory import AdversaryMemory
 from ..data.loaders import Batch
 from ..device import apex, distributed
@@ -30,6 +32,7 @@ from ..models.compiled import compiled
 from ..objectives import Objective, Outcome
 from ..threat import ThreatModel
 from .optimiser import Optimiser
+from .perturbation import Perturbation
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +49,8 @@ class Step:
         memory: the adversary memory, if attacks start from it.
         radii: eps of every step of the run, where it differs from the threat's (`Schedule.radii`);
             the memory then stores in units of the step's eps.
+        perturbation: of the weights of `model`; each step from its first on computes its gradient
+            at perturbed weights.
         take: makes a batch on the device from the random state, without the host (a resident
             loader's); the step then needs no batch, and a captured step makes its own.
         precision: the precision of the network's passes, see `engine.device.precision`.
@@ -71,6 +76,7 @@ class Step:
         optimiser: Optimiser,
         memory: AdversaryMemory | None = None,
         radii: list[float] | None = None,
+        perturbation: Perturbation | None = None,
         take: Callable[[Tensor], Batch] | None = None,
         precision: str = "fp32",
         seed: int = 0,
@@ -85,6 +91,8 @@ class Step:
         self._recorder = recorder
         self._replay: Callable[[], None] | None = None
         self._static: Batch | None = None
+        # Whether the recorded step perturbs the weights.
+        self._recorded_perturbed = False
         if recorder is not None and optimiser.uncapturable:
             self._stay_eager(optimiser.uncapturable)
         self.network = compiled(model) if compile else model
@@ -93,6 +101,7 @@ class Step:
             self._compute = distributed.averaged(self.network, objective)
         self.model, self.objective, self.threat, self.attack = model, objective, threat, attack
         self.optimiser, self.memory, self.take = optimiser, memory, take
+        self.perturbation = perturbation
         self.device = torch.device(device)
         self.precision = resolve(precision, self.device)
         self.deterministic = deterministic
@@ -125,10 +134,37 @@ class Step:
 
     def _run(self, batch: Batch) -> None:
         x, y = batch.x, batch.y
+        start = batch.start
+        if start is None and self.memory is not None:
+            start = self.memory.recall(_samples(batch), x[: len(_samples(batch))], batch.crops)
+        if start is not None and len(start) < len(x):
+            # The memory has no place for extra images.
+            rest = self.threat_now.around(x[len(start) :])
+            start = torch.cat([start, random_point(rest, self.state)])
+        if self.perturbs:
+            outcome, adversary = self._perturbed_gradients(x, y, start)
+        else:
+            outcome, adversary = self._gradients(x, y, start)
+        with phase(OPTIMISER):
+            self.optimiser.step(self.state[1:], self.scale)
+        with phase(BOOKKEEPING):
+            if self.memory is not None:
+                samples = _samples(batch)
+                own = len(samples)
+                self.memory.remember(samples, x[:own], adversary[:own], batch.crops)
+            self._count(outcome)
+            self.state[1:].add_(1)
+            if self.radii is not None:
+                self._radius.copy_(self._radii.index_select(0, self.state[1:]).view(()))
+
+    @property
+    def perturbs(self) -> bool:
+        """Return whether the next step perturbs the weights."""
+        return self.perturbation is not None and self.done >= self.perturbation.first
+
+    def _gradients(self, x: Tensor, y: Tensor, start: Tensor | None) -> tuple[Outcome, Tensor]:
+        """Compute the loss and its gradients; return its outcome and adversary."""
         with passes(self.precision, self.device):
-            start = batch.start
-            if start is None and self.memory is not None:
-                start = self.memory.recall(_samples(batch), x, batch.crops)
             outcome: Outcome = self._compute(
                 x, y, self.threat_now, self.attack, start=start, state=self.state
             )
@@ -136,17 +172,28 @@ class Step:
         with phase(TRAIN_BACKWARD):
             outcome.loss.backward(self.scale.scale.to(outcome.loss.dtype))
         adversary = outcome.adversary
-        if not isinstance(adversary, Tensor):
-            adversary = adversary()
+        return outcome, adversary if isinstance(adversary, Tensor) else adversary()
+
+    def _perturbed_gradients(
+        self, x: Tensor, y: Tensor, start: Tensor | None
+    ) -> tuple[Outcome, Tensor]:
+        """Compute the gradients at perturbed weights; the outcome is that of the weights proper.
+
+        Over several processes the first gradients are averaged, so all perturb alike.
+        """
+        perturbation, points = self.perturbation, Points()
+        assert perturbation is not None
+        restore = perturbation.keep_statistics()
+        with points.record():
+            found = self._gradients(x, y, start)
+        restore()
         with phase(OPTIMISER):
-            self.optimiser.step(self.state[1:], self.scale)
-        with phase(BOOKKEEPING):
-            if self.memory is not None:
-                self.memory.remember(_samples(batch), x, adversary, batch.crops)
-            self._count(outcome)
-            self.state[1:].add_(1)
-            if self.radii is not None:
-                self._radius.copy_(self._radii.index_select(0, self.state[1:]).view(()))
+            perturbation.ascend()
+        with points.replay():
+            self._gradients(x, y, start)
+        with phase(OPTIMISER):
+            perturbation.undo()
+        return found
 
     def _count(self, outcome: Outcome) -> None:
         terms = {"loss": outcome.loss.detach(), "adv_accuracy": outcome.correct, **outcome.stats}
@@ -168,6 +215,9 @@ class Step:
             raise EngineError(f"the schedule ends after {len(self.optimiser.rates)} steps")
         if batch is None and self.take is None:
             raise EngineError("this step takes no batches by itself: hand one over")
+        if self._replay is not None and self._recorded_perturbed != self.perturbs:
+            # Another step begins here: it is recorded anew.
+            self._replay = None
         self.capture(batch)
         if self._replay is None:
             images = self._eagerly(batch)
@@ -304,6 +354,7 @@ class Step:
             recorder.warm_up(step)
             self._restore(before)
             self._replay = recorder.record(step)
+            self._recorded_perturbed = self.perturbs
         except RuntimeError as error:
             # Report the root cause: ending a broken capture raises a second, vaguer error.
             first: BaseException = error

@@ -9,7 +9,7 @@ from .attack import attack_step, attack_step_, uniform_start
 from .binding import keep_freed_memory, native
 from .data import augment, recall, remember
 from .logits import cross_entropy_grad, kl_grad, local_ball_loss, local_ball_loss_backward
-from .optimisers import adamw_ema_step, sgd_ema_step
+from .optimisers import adamw_ema_step, perturb_weights, sgd_ema_step
 from .stem import input_grad_step, stem_input_grad, stem_weight_grad
 
 ORIGIN = f"C++ with {native.isa()}" + ("" if native.openmp else ", one thread (no OpenMP)")
@@ -26,6 +26,7 @@ __all__ = [
     "kl_grad",
     "local_ball_loss",
     "local_ball_loss_backward",
+    "perturb_weights",
     "recall",
     "remember",
     "sgd_ema_step",

@@ -91,6 +91,17 @@ def adamw_ema_step(
     return None
 
 
+def perturb_weights(
+    params: list[Tensor], grads: list[Tensor], copies: list[Tensor], gamma: Tensor
+) -> None:
+    rows, kept = _parameters(params, grads, (copies,), [], [0.0] * len(params))
+    if rows is None:
+        return reference.perturb_weights(params, grads, copies, gamma)
+    native.perturb_weights(rows, gamma.item(), reference.TINY)
+    del kept
+    return None
+
+
 def _parameters(
     params: list[Tensor],
     grads: list[Tensor],

@@ -13,7 +13,7 @@ explains its use.
 from .attack import attack_step, attack_step_, uniform_start
 from .data import augment, recall, remember
 from .logits import LossStats, cross_entropy_grad, kl_grad, local_ball_loss
-from .optimisers import adamw_ema_step, sgd_ema_step
+from .optimisers import adamw_ema_step, perturb_weights, restore_weights, sgd_ema_step
 from .stem import input_grad_step, stem_input_grad, stem_weight_grad
 
 __all__ = [
@@ -26,8 +26,10 @@ __all__ = [
     "input_grad_step",
     "kl_grad",
     "local_ball_loss",
+    "perturb_weights",
     "recall",
     "remember",
+    "restore_weights",
     "sgd_ema_step",
     "stem_input_grad",
     "stem_weight_grad",

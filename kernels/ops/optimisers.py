@@ -1,4 +1,4 @@
-"""Optimiser steps that also update the weights' moving average."""
+"""Optimiser steps that also update the weights' moving average, and steps that are undone."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ _adamw_ema_step = define(
 )
 
 
+_perturb_weights = define(
+    "perturb_weights",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] copies, Tensor gamma) -> ()",
+)
+
+
+@torch.library.register_fake("engine::perturb_weights")
 @torch.library.register_fake("engine::sgd_ema_step")
 @torch.library.register_fake("engine::adamw_ema_step")
 def _(*args):
@@ -118,6 +125,32 @@ def adamw_ema_step(
         [float(d) for d in weight_decay],
         check_scalar("ema_decay", ema_decay, first),
     )
+
+
+def perturb_weights(
+    params: list[Tensor], grads: list[Tensor], copies: list[Tensor], *, gamma: Scalar
+) -> None:
+    """Copy the weights, then move each tensor along its gradient by a share of its norm, in place.
+
+    c = p;  p += gamma ||p|| / (||g|| + 1e-20) g. This is the ascent step of adversarial weight
+    perturbation (Wu, Xia & Wang, arXiv 2004.05884, equation 10, with gamma as in their code). A
+    tensor whose step is not finite is copied and stays. `restore_weights` undoes the step.
+
+    Args:
+        params, copies: float32 tensors; grads: the same shapes, any float dtype. At least one.
+        gamma: size of the step [share of each tensor's L2 norm], >= 0.
+    """
+    _check_lists(params, [0.0] * len(params), [], grads=grads, copies=copies)
+    _perturb_weights(params, grads, copies, check_scalar("gamma", gamma, params[0]))
+
+
+def restore_weights(params: list[Tensor], copies: list[Tensor]) -> None:
+    """Set the weights to their copies, bit for bit, in place.
+
+    PyTorch's own copy of lists serves every device: one launch, at the speed of memory.
+    """
+    _check_lists(params, [0.0] * len(params), [], copies=copies)
+    torch._foreach_copy_(params, copies)
 
 
 def _check_lists(

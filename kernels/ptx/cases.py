@@ -272,6 +272,8 @@ def _optimiser_cases(
     options = {"lr": torch.tensor(0.1), "momentum": 0.9, "nesterov": True, **rest}
     lists: tuple[Any, ...] = (params, grads, momenta, averages)
     yield Case("sgd_ema", dtype, name, ops.sgd_ema_step, lists, options, 4)
+    lists = (params, grads, [torch.zeros_like(p) for p in params])
+    yield Case("perturb", dtype, name, ops.perturb_weights, lists, {"gamma": 0.01}, 4)
     lists = (params, grads, momenta, [m.square() for m in momenta], averages)
     options = {"lr": torch.tensor(0.01), "count": torch.tensor(3.0), **rest}
     yield Case("adamw_ema", dtype, name, ops.adamw_ema_step, lists, options, 4)

@@ -17,10 +17,11 @@ numbers in every replay after `rng[1]` was advanced. `stream` separates the draw
 from .attack import attack_step, attack_step_, uniform_start
 from .data import augment, crop, draw_crops, recall, remember
 from .logits import cross_entropy_grad, kl_grad, local_ball_loss, local_ball_loss_backward
-from .optimisers import adamw_ema_step, sgd_ema_step
+from .optimisers import TINY, adamw_ema_step, perturb_weights, sgd_ema_step
 from .stem import input_grad_step, stem_input_grad, stem_weight_grad
 
 __all__ = [
+    "TINY",
     "adamw_ema_step",
     "attack_step",
     "attack_step_",
@@ -32,6 +33,7 @@ __all__ = [
     "kl_grad",
     "local_ball_loss",
     "local_ball_loss_backward",
+    "perturb_weights",
     "recall",
     "remember",
     "sgd_ema_step",

@@ -61,6 +61,22 @@ def adamw_ema_step(
     _average(params, averages, go, ema_decay)
 
 
+# Wu et al.'s code adds it to the norm of the gradient.
+TINY = 1e-20
+
+
+def perturb_weights(
+    params: list[Tensor], grads: list[Tensor], copies: list[Tensor], gamma: Tensor
+) -> None:
+    for p, g, c in zip(params, grads, copies, strict=True):
+        c.copy_(p)
+        g = g.to(p.dtype)
+        step = gamma.to(p.dtype) * p.norm() / (g.norm() + TINY)
+        # An infinite norm makes a step of 0, but the product with an infinite entry is NaN.
+        go = step.isfinite() & g.norm().isfinite()
+        p.copy_(torch.where(go, p + step * g, p))
+
+
 def _average(params: list[Tensor], averages: list[Tensor], go: Tensor, ema_decay: Tensor) -> None:
     for p, e in zip(params, averages, strict=False):
         e.copy_(torch.where(go, e + (1.0 - ema_decay.to(p.dtype)) * (p - e), e))

@@ -16,7 +16,7 @@ from .attack import attack_step, attack_step_, uniform_start
 from .data import augment, recall, remember
 from .launch import INTERPRETING
 from .logits import cross_entropy_grad, kl_grad, local_ball_loss, local_ball_loss_backward
-from .optimisers import adamw_ema_step, capturing, sgd_ema_step
+from .optimisers import adamw_ema_step, capturing, perturb_weights, sgd_ema_step
 from .stem import input_grad_step
 
 ORIGIN = f"Triton {triton.__version__}" + (", interpreted" if INTERPRETING else "")
@@ -44,6 +44,7 @@ __all__ = [
     "kl_grad",
     "local_ball_loss",
     "local_ball_loss_backward",
+    "perturb_weights",
     "probe",
     "recall",
     "remember",

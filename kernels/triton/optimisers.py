@@ -33,17 +33,17 @@ class _Table(NamedTuple):
         Tensor  # int64 [T, 4 + moments]: param, grad, moments, average (0: none), element count
     )
     chunks: Tensor  # int64 [P, 2]: tensor and first element of each program
-    decay: Tensor  # float64 [T]: weight decay
+    numbers: Tensor  # float64 [T]: each tensor's own number, its weight decay or its place
 
 
 class _Member(NamedTuple):
-    """Hold one parameter with its gradient, moments, average and weight decay."""
+    """Hold one parameter with its gradient, moments, average and own number."""
 
     p: Tensor
     g: Tensor
     moments: tuple[Tensor, ...]
     e: Tensor | None
-    decay: float
+    number: float
 
 
 # The gradients of a step mostly have the addresses of an earlier step's, so a few tables serve a
@@ -56,7 +56,7 @@ class _Capture(NamedTuple):
     """Hold the tables that the launches of a capture read in every replay.
 
     Attributes:
-        tables: by device, rows and weight decays.
+        tables: by device, rows and numbers.
         unfilled: tables that the capture allocated, each with the content to write afterwards.
     """
 
@@ -83,12 +83,12 @@ def sgd_ema_step(
 
     def alone(m: _Member) -> None:
         reference.sgd_ema_step(
-            [m.p], [m.g], [*m.moments], _list(m.e), *rest, [m.decay], nesterov, ema_decay
+            [m.p], [m.g], [*m.moments], _list(m.e), *rest, [m.number], nesterov, ema_decay
         )
 
     def launch(table: _Table, constants: dict) -> None:
         sgd_ema_kernel[(len(table.chunks),)](
-            table.pointers, table.chunks, table.decay, lr, found_inf, ema_decay, momentum,
+            table.pointers, table.chunks, table.numbers, lr, found_inf, ema_decay, momentum,
             NESTEROV=nesterov, **constants,
         )  # fmt: skip
 
@@ -115,17 +115,46 @@ def adamw_ema_step(
     def alone(m: _Member) -> None:
         first, second = m.moments
         reference.adamw_ema_step(
-            [m.p], [m.g], [first], [second], _list(m.e), *rest, [m.decay], ema_decay
+            [m.p], [m.g], [first], [second], _list(m.e), *rest, [m.number], ema_decay
         )
 
     def launch(table: _Table, constants: dict) -> None:
         adamw_ema_kernel[(len(table.chunks),)](
-            table.pointers, table.chunks, table.decay, lr, count, found_inf, ema_decay,
+            table.pointers, table.chunks, table.numbers, lr, count, found_inf, ema_decay,
             beta1, beta2, math.log(beta1), math.log(beta2), adam_eps, **constants,
         )  # fmt: skip
 
     members = _members(params, grads, (exp_avgs, exp_avg_sqs), averages, weight_decay)
     _run(members, alone, launch)
+
+
+def perturb_weights(
+    params: list[Tensor], grads: list[Tensor], copies: list[Tensor], gamma: Tensor
+) -> None:
+    def alone(m: _Member) -> None:
+        reference.perturb_weights([m.p], [m.g], [*m.moments], gamma)
+
+    places = [float(i) for i in range(len(params))]
+    members = _members(params, grads, (copies,), [], places)
+    steps = _steps(params, grads, gamma)
+
+    def launch(table: _Table, constants: dict) -> None:
+        del constants["AVERAGE"]
+        perturb_kernel[(len(table.chunks),)](
+            table.pointers, table.chunks, table.numbers, steps, **constants
+        )
+
+    _run(members, alone, launch)
+
+
+def _steps(params: list[Tensor], grads: list[Tensor], gamma: Tensor) -> Tensor:
+    """Return the factor of each gradient, float64 [T]; NaN for a tensor that stays."""
+    # PyTorch's norms of lists take two launches for all tensors.
+    norms = torch._foreach_norm([*params, *grads], 2, dtype=torch.float64)
+    weight, grad = torch.stack(norms).view(2, -1).unbind()
+    steps = gamma.double() * weight / (grad + reference.TINY)
+    # A step of 0 along an infinite gradient would be NaN.
+    return torch.where(steps.isfinite() & grad.isfinite(), steps, torch.nan)
 
 
 @contextlib.contextmanager
@@ -222,34 +251,34 @@ def _table(members: tuple[_Member, ...], rows: tuple[tuple[int, ...], ...], bloc
     Raises:
         RuntimeError: in a capture outside `capturing`, where nothing keeps the table for replays.
     """
-    decay = tuple(m.decay for m in members)
+    numbers = tuple(m.number for m in members)
     device = members[0].p.device
-    key = (device, rows, decay)
+    key = (device, rows, numbers)
     table = _tables.get(key)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         if _capture is None:
             raise RuntimeError("capture optimiser ops within `kernels.capturing()` only")
         table = table or _capture.tables.get(key)
         if table is None:
-            full = _build(rows, decay, block, torch.device("cpu"))
+            full = _build(rows, numbers, block, torch.device("cpu"))
             table = _Table(*(torch.empty_like(t, device=device) for t in full))
             _capture.unfilled.append((table, full))
         _capture.tables[key] = table
         return table
     if table is None:
-        table = _tables[key] = _build(rows, decay, block, device)
+        table = _tables[key] = _build(rows, numbers, block, device)
         if len(_tables) > _MOST_TABLES:
             _tables.popitem(last=False)
     _tables.move_to_end(key)
     return table
 
 
-def _build(rows: tuple, decay: tuple[float, ...], block: int, device: torch.device) -> _Table:
+def _build(rows: tuple, numbers: tuple[float, ...], block: int, device: torch.device) -> _Table:
     chunks = [(t, at) for t, row in enumerate(rows) for at in range(0, row[-1], block)]
     return _Table(
         torch.tensor(rows, dtype=torch.int64, device=device),
         torch.tensor(chunks, dtype=torch.int64, device=device).view(-1, 2),
-        torch.tensor(decay, dtype=torch.float64, device=device),
+        torch.tensor(numbers, dtype=torch.float64, device=device),
     )
 
 
@@ -293,6 +322,16 @@ def _adamw(
     if AVERAGE:
         e = tl.load(e_ptr + offsets, mask=mask)
         tl.store(e_ptr + offsets, e + towards * (p - e), mask=mask)
+
+
+@triton.jit
+def _perturb(p_ptr, g_ptr, copy_ptr, offsets, n, step, MASKED: tl.constexpr):
+    """Move the elements `offsets` (below n, if MASKED) of one tensor; `step` in its type."""
+    mask = offsets < n if MASKED else None
+    p = tl.load(p_ptr + offsets, mask=mask)
+    g = tl.load(g_ptr + offsets, mask=mask).to(p.dtype)
+    tl.store(copy_ptr + offsets, p, mask=mask)
+    tl.store(p_ptr + offsets, tl.where(step == step, p + step * g, p), mask=mask)
 
 
 @triton.jit
@@ -389,3 +428,31 @@ def adamw_ema_kernel(
                 p_ptr, g_ptr, m_ptr, v_ptr, e_ptr, offsets, n,
                 keep, rate, root, towards_m, second, towards_v, small, towards, AVERAGE, True,
             )  # fmt: skip
+
+
+@triton.jit
+def perturb_kernel(
+    pointers_ptr, chunks_ptr, places_ptr, steps_ptr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy chunk i of one tensor and move it along its gradient, in program i. Grid: (chunks,).
+
+    Args:
+        pointers_ptr: int64 [T, 5], addresses of param, grad, copy, 0, and the element count.
+        places_ptr: float64 [T], the tensor's place in `steps_ptr`.
+        steps_ptr: float64, the factor of each gradient; NaN: the tensor stays.
+    """
+    tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
+    start = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1)
+    row = pointers_ptr + 5 * tensor
+    p_ptr, g_ptr = _address(row, PARAM, ALIGNED), _address(row + 1, GRAD, ALIGNED)
+    copy_ptr = _address(row + 2, PARAM, ALIGNED)
+    n = tl.load(row + 4)
+    start = tl.multiple_of(start, BLOCK)
+    offsets = start + tl.arange(0, BLOCK)
+    place = tl.load(places_ptr + tensor).to(tl.int32)
+    step = tl.load(steps_ptr + place).to(PARAM)
+    if start + BLOCK <= n:
+        _perturb(p_ptr, g_ptr, copy_ptr, offsets, n, step, False)
+    else:
+        _perturb(p_ptr, g_ptr, copy_ptr, offsets, n, step, True)

@@ -44,8 +44,9 @@ def train(folder: Path, *words: str, timeout: float = 240) -> subprocess.Complet
     [
         ["--optim.name", "sgd", "--optim.lr", "0.05"],
         ["--data.loader", "torch", "--data.pad", "1", "--data.flip", "true", "--data.workers", "0"],
+        ["--optim.name", "sgd", "--optim.lr", "0.05", "--weights.perturb", "0.005"],
     ],
-    ids=["resident", "torch, crops"],
+    ids=["resident", "torch, crops", "perturbed weights"],
 )
 def test_two_processes_train_the_network_of_one(tmp_path, options):
     """After 52 steps, within the rounding of sums in another order."""

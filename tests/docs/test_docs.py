@@ -171,7 +171,7 @@ def test_every_full_scale_recipe_is_in_the_docs():
         loaded = recipes.load(name)
         if loaded.data.name in ("mnist", "cifar10", "cifar100"):
             (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
-            passes = loaded.objective.passes(loaded.attack).total
+            passes = loaded.passes().total
             assert f"| {loaded.model.name} |" in row
             assert f"| {passes} | {loaded.optim.epochs} |" in row
 

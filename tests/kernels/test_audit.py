@@ -18,6 +18,7 @@ FLAT = {
     "linf_step_in_place",
     "sgd_ema",
     "adamw_ema",
+    "perturb",
 }
 
 

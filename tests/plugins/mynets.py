@@ -36,7 +36,10 @@ class Pairing(engine.Objective):
     weight: Annotated[float, Field(ge=0, description="weight of the pairing term")] = 0.5
 
     def passes(self, attack):
-        return attack_passes(attack.steps) + trained_passes(2)
+        return attack_passes(attack.steps) + self.loss_passes()
+
+    def loss_passes(self):
+        return trained_passes(2)
 
     def compute(self, model, x, y, threat, attack, start, state):
         adversary, _ = attack(model, x, y, threat, start=start, state=state)

@@ -63,6 +63,10 @@ MISTAKES = [
     ({"objective.name": "pgdd"}, "did you mean pgd"),
     ({"objective.beta": "6"}, "objective.beta"),
     ({"optim.lr": "0"}, "optim.lr"),
+    ({"weights.perturb": "0.005", "optim.name": "apex-sgd"}, "weights.perturb with optim.name"),
+    ({"weights.perturb": "0.005", "weights.from_epoch": "99"}, "weights.from_epoch = 99"),
+    ({"data.extra_share": "0"}, "data.extra_share"),
+    ({"data.extra_share": "1"}, "data.extra_share"),
     ({"seed": "-3"}, "seed"),
     ({"schedule.milestones": "a,b"}, "schedule.milestones"),
 ]

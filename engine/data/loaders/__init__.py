@@ -91,6 +91,8 @@ def build(
     device: torch.device | str = "cpu",
     memory: AdversaryMemory | None = None,
     workers: int = 2,
+    extra: tuple[Tensor, Tensor] | None = None,
+    share: float = 0.0,
     **sampling: Any,
 ) -> Loader:
     """Return the loader called `name`.
@@ -99,6 +101,7 @@ def build(
         images: uint8 [N, C, H, W], or pictures in a folder, which bring their labels along;
             labels: int64 [N].
         memory: the adversary memory; only the resident loader forms the attack's start itself.
+        extra, share: extra images for the resident loader, see `ResidentLoader`.
         workers: threads of DALI, processes of torch's loader.
         sampling: options as `Sampling` has them; for pictures, as `Framing` does too.
     Raises:
@@ -109,11 +112,22 @@ def build(
         return _of_photos(name, images, batch_size, device=device, workers=workers, **sampling)
     if name == "auto":
         name = choose(images, device)
+    if extra is not None and name in ("dali", "torch"):
+        raise EngineError(f"data.extra with the {name} loader: it needs data.loader = resident")
     if name == "dali":
         return DaliLoader(images, labels, batch_size, device=device, workers=workers, **sampling)
     if name == "torch":
         return WorkerLoader(images, labels, batch_size, device=device, workers=workers, **sampling)
-    resident = ResidentLoader(images, labels, batch_size, device=device, memory=memory, **sampling)
+    resident = ResidentLoader(
+        images,
+        labels,
+        batch_size,
+        device=device,
+        memory=memory,
+        extra=extra,
+        share=share,
+        **sampling,
+    )
     return NullLoader(resident) if name == "null" else resident
 
 

@@ -22,11 +22,12 @@ class Batch(NamedTuple):
 
     Attributes:
         x: float32 [B, C, H, W] in [0, 1]; y: int64 [B].
-        samples: int64 [B], positions in the training set.
-        crops: int32 [B, 3], (dy, dx, mirrored) of each sample's crop. An adversary memory needs
-            `samples` and `crops`; both are None if the loader does not know them.
-        start: float32 like x, where the attack starts; None where the loader has no memory of its
-            own.
+        samples: int64 [B], positions in the training set; with extra images fewer, for they come
+            after the set's own and have no position.
+        crops: int32, a row (dy, dx, mirrored) for each of `samples`: its crop. An adversary memory
+            needs `samples` and `crops`; both are None if the loader does not know them.
+        start: float32 like x[: len(samples)], where the attack starts; None where the loader has no
+            memory of its own.
     """
 
     x: Tensor
@@ -99,6 +100,9 @@ class Sampling:
         batch_size: of one process; a last short batch is dropped, so every step has one shape.
         pad: random crop of the image padded by this [pixels]; flip: random mirroring; cutout: side
             of a square set to 0 [pixels], 0: none.
+        extra, extra_count: how many images of a batch are extra ones, its last, and the size of the
+            set that they are drawn from, with replacement. An epoch has as many steps as without
+            them, so the set's own images go round more slowly.
         replays: steps in a row on every batch, which keeps its crops meanwhile.
         rank, world: this process takes its share of each of the `world` times larger batches.
     Raises:
@@ -115,6 +119,8 @@ class Sampling:
     replays: int = 1
     rank: int = 0
     world: int = 1
+    extra: int = 0
+    extra_count: int = 0
 
     def __post_init__(self) -> None:
         if self.count < self.batch_size * self.world:
@@ -128,16 +134,36 @@ class Sampling:
         """Return the number of different batches in an epoch."""
         return self.count // (self.batch_size * self.world)
 
+    @property
+    def own(self) -> int:
+        """Return how many images of a batch are the set's own, its first."""
+        return self.batch_size - self.extra
+
     def __len__(self) -> int:
         return self.batches * self.replays
 
     def order(self, epoch: int) -> Tensor:
-        """Return the samples of every batch of an epoch, int64 [batches, batch_size]."""
-        # Every epoch has its own generator: the order does not depend on earlier draws.
-        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        """Return the samples of every batch of an epoch, int64 [batches, own]."""
+        # Without extra images, a round is an epoch.
+        size = self.count // (self.own * self.world)
+        first, last = epoch * self.batches, (epoch + 1) * self.batches
+        rounds = range(first // size, (last - 1) // size + 1)
+        rows = torch.cat([self._round(number, size) for number in rounds])
+        return rows[first - rounds[0] * size :][: self.batches]
+
+    def _round(self, number: int, size: int) -> Tensor:
+        """Return the samples of the `size` batches of a round through the set, shuffled."""
+        # Every round has its own generator: the order does not depend on earlier draws.
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
         order = torch.randperm(self.count, generator=draw)
-        whole = order[: self.batches * self.world * self.batch_size]
-        return whole.view(self.batches, self.world, self.batch_size)[:, self.rank]
+        whole = order[: size * self.world * self.own]
+        return whole.view(size, self.world, self.own)[:, self.rank]
+
+    def extras(self, epoch: int) -> Tensor:
+        """Return the extra images of every batch of an epoch, int64 [batches, extra]."""
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch + (1 << 40))
+        shape = (self.batches, self.world, self.extra)
+        return torch.randint(self.extra_count, shape, generator=draw)[:, self.rank]
 
     def crops(self, step: int) -> Tensor:
         """Return the crops of a step, counted since training began.

@@ -11,6 +11,8 @@ from torch import Tensor
 from ... import kernels, rng
 from ...adversary.memory import AdversaryMemory
 from ...device.capture import WARM_UP
+from ...errors import EngineError
+from ..arrays import to_device
 from .base import Batch, Loader, Sampling, check_images
 
 
@@ -22,6 +24,9 @@ class ResidentLoader(Loader):
         labels: int64 [N].
         device: where batches are made; left out: where the images are.
         sampling: options as `Sampling` has them.
+        extra: extra images and labels, as `images` and `labels`; `share` of every batch are drawn
+            from them. They lie on the device where they fit beside the set, else on the host, which
+            then hands over every batch.
         memory: the trainer's adversary memory; batches of uint8 images then bring the attack's
             start, formed in the pass that makes them.
     Raises:
@@ -36,9 +41,13 @@ class ResidentLoader(Loader):
         *,
         device: torch.device | str | None = None,
         memory: AdversaryMemory | None = None,
+        extra: tuple[Tensor, Tensor] | None = None,
+        share: float = 0.0,
         **sampling: Any,
     ) -> None:
         shape = tuple(images.shape[1:])
+        if extra is not None:
+            sampling |= {"extra": extras_of(batch_size, share), "extra_count": len(extra[0])}
         self.sampling = Sampling(len(images), shape, batch_size, **sampling)  # type: ignore[arg-type]
         augments = self.sampling.pad or self.sampling.flip or self.sampling.cutout
         check_images(images, labels, plain=not augments)
@@ -46,11 +55,20 @@ class ResidentLoader(Loader):
         self.images = images.to(device).contiguous()
         self.labels = labels.to(device)
         self.memory = memory
+        self._extra = extra
+        if extra is not None:
+            check_images(*extra)
+            if _fits(extra[0], device):
+                self._extra = extra[0].to(device), extra[1].to(device)
+            else:
+                self.take = None  # type: ignore[assignment]
         # The order of this epoch, and the number of its first step since training began. Warm-up
         # for a capture runs past the end of a short epoch.
         self._order = torch.zeros(
-            (self.sampling.batches + WARM_UP, batch_size), dtype=torch.int64, device=device
+            (self.sampling.batches + WARM_UP, self.sampling.own), dtype=torch.int64, device=device
         )
+        rows = (self.sampling.batches + WARM_UP, self.sampling.extra)
+        self._extras = torch.zeros(rows, dtype=torch.int64, device=device)
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
@@ -59,39 +77,71 @@ class ResidentLoader(Loader):
     def begin(self, epoch: int) -> None:
         """Shuffle for an epoch (counted from 0); a captured step needs only this from the host."""
         self._order[: self.sampling.batches].copy_(self.sampling.order(epoch))
+        if self.sampling.extra:
+            self._extras[: self.sampling.batches].copy_(self.sampling.extras(epoch))
         self._first.fill_(epoch * len(self))
 
-    def take(self, state: Tensor) -> Batch:
+    def take(self, state: Tensor) -> Batch:  # type: ignore[override]
         """Return the batch of a step, made on the device without the host.
 
         Args:
             state: int64 [2] (seed, steps since training began): selects the batch of the epoch, and
                 seeds the augmentation.
         """
-        options, row = self.sampling, state[1:] - self._first
-        if options.replays > 1:
+        state, row = self._place(state)
+        batch = self._own(state, row)
+        if self._extra is None:
+            return batch
+        index = self._extras.index_select(0, row).view(-1)
+        return self._joined(batch, *self._extra, index, state)
+
+    def _place(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the state that seeds a step's crops, and the row of its batch in the epoch."""
+        row, replays = state[1:] - self._first, self.sampling.replays
+        if replays > 1:
             # A replay has the crops of its first step, so it draws them from that step's state.
-            state = torch.cat([state[:1], state[1:] - row % options.replays])
-            row = row // options.replays
+            state = torch.cat([state[:1], state[1:] - row % replays])
+            row = row // replays
+        return state, row
+
+    def _joined(
+        self, batch: Batch, images: Tensor, labels: Tensor, index: Tensor, state: Tensor
+    ) -> Batch:
+        """Return `batch` with the images `index` of an extra set after its own."""
+        x, _, _ = self._augment(images, index, state, rng.EXTRA)
+        labels = labels.index_select(0, index)
+        return batch._replace(x=torch.cat([batch.x, x]), y=torch.cat([batch.y, labels]))
+
+    def _own(self, state: Tensor, row: Tensor) -> Batch:
         index = self._order.index_select(0, row).view(-1)
         labels = self.labels.index_select(0, index)
         if self.images.is_floating_point():
             crops = torch.zeros((len(index), 3), dtype=torch.int32, device=index.device)
             return Batch(self.images.index_select(0, index), labels, index, crops)
-        memory = self.memory
-        x, crops, start = kernels.augment(
-            self.images,
+        x, crops, start = self._augment(self.images, index, state, rng.AUGMENT, self.memory)
+        return Batch(x, labels, index, crops, start)
+
+    def _augment(
+        self,
+        images: Tensor,
+        index: Tensor,
+        state: Tensor,
+        stream: int,
+        memory: AdversaryMemory | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        options = self.sampling
+        return kernels.augment(
+            images,
             index,
             state,
             pad=options.pad,
             flip=options.flip,
             cutout=options.cutout,
-            stream=rng.AUGMENT,
+            stream=stream,
             memory=None if memory is None else memory.deltas,
             eps=None if memory is None else memory.threat.eps,
             norm="Linf" if memory is None else memory.threat.norm,
         )
-        return Batch(x, labels, index, crops, start)
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that `take` reads at fixed places."""
@@ -105,6 +155,49 @@ class ResidentLoader(Loader):
         """
         self.begin(epoch)
         state = rng.state(self.sampling.seed, self.images.device, epoch * len(self) + first)
+        if self.take is None:
+            yield from self._from_host(epoch, first, state)
+            return
         for _ in range(first, len(self)):
             yield self.take(state)
             state[1:].add_(1)
+
+    def _from_host(self, epoch: int, first: int, state: Tensor) -> Iterator[Batch]:
+        """Give the batches of an epoch whose extra images lie on the host."""
+        assert self._extra is not None
+        images, labels = self._extra
+        device, order = self.images.device, self.sampling.extras(epoch)
+        whole = torch.arange(self.sampling.extra, device=device)
+        for position in range(first, len(self)):
+            index = order[position // self.sampling.replays]
+            drawn = [to_device(t.index_select(0, index), device) for t in (images, labels)]
+            seeded, row = self._place(state)
+            yield self._joined(self._own(seeded, row), drawn[0], drawn[1], whole, seeded)
+            state[1:].add_(1)
+
+    def example(self) -> Batch | None:
+        # Without `take`, a captured step wants a batch before its first.
+        return next(self.epoch(0)) if self.take is None else None
+
+
+def extras_of(batch_size: int, share: float) -> int:
+    """Return how many of `batch_size` images are extra ones: `share` of them, rounded.
+
+    Raises:
+        EngineError: where that is none of them, or all.
+    """
+    extra = round(share * batch_size)
+    if not 0 < extra < batch_size:
+        raise EngineError(
+            f"data.extra_share = {share:g} of a batch of {batch_size} is {extra} images: at least "
+            "one must be extra, and one the set's own"
+        )
+    return extra
+
+
+def _fits(images: Tensor, device: torch.device) -> bool:
+    """Return whether extra images may lie on the device, beside all else."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.numel() <= free // 2

@@ -1,4 +1,5 @@
 // sgd_ema_step and adamw_ema_step: all parameters in one parallel region and one pass over memory.
+// perturb_weights: two of each, as the norms must be known before the first element moves.
 #pragma once
 
 #include <cmath>
@@ -51,9 +52,10 @@ inline void adamw_range(const Parameter& t, const AdamW& s, int64_t from, int64_
 
 // Share the elements of all tensors equally among the threads, across the tensors' boundaries.
 // update(type of the gradient, tensor, from, to) updates one piece.
+constexpr int64_t PIECE = 8192;
+
 template <typename Update>
 inline void over_pieces(const Parameter* tensors, int64_t count, const Update& update) {
-  constexpr int64_t PIECE = 8192;
   struct Piece {
     int64_t tensor, from, to;
   };
@@ -87,6 +89,64 @@ inline void adamw_ema_step(const Parameter* tensors, int64_t count, const AdamW&
   over_pieces(tensors, count, [&](auto* type, const Parameter& t, int64_t from, int64_t to) {
     using G = std::remove_pointer_t<decltype(type)>;
     (t.average ? adamw_range<G, true> : adamw_range<G, false>)(t, s, from, to);
+  });
+}
+
+template <typename G>
+inline void squares_range(const Parameter& t, int64_t from, int64_t to, double* sums) {
+  const float* __restrict p = t.p;
+  const G* __restrict g = static_cast<const G*>(t.g);
+  double weight = 0, grad = 0;
+#pragma omp simd reduction(+ : weight, grad)
+  for (int64_t i = from; i < to; ++i) {
+    const double d = widen(g[i]);
+    weight += double(p[i]) * p[i];
+    grad += d * d;
+  }
+  sums[0] = weight;
+  sums[1] = grad;
+}
+
+template <typename G>
+inline void perturb_range(const Parameter& t, float step, bool go, int64_t from, int64_t to) {
+  float* __restrict p = t.p;
+  const G* __restrict g = static_cast<const G*>(t.g);
+  float* __restrict copy = t.m;
+#pragma omp simd
+  for (int64_t i = from; i < to; ++i) {
+    const float old = p[i];
+    copy[i] = old;
+    p[i] = go ? old + step * widen(g[i]) : old;
+  }
+}
+
+inline void perturb_weights(const Parameter* tensors, int64_t count, float gamma, float tiny) {
+  // The sums of each piece have a place of their own: they add up in one order for any threads.
+  std::vector<int64_t> first(size_t(count) + 1, 0);
+  for (int64_t t = 0; t < count; ++t)
+    first[size_t(t) + 1] = first[size_t(t)] + (tensors[t].n + PIECE - 1) / PIECE;
+  std::vector<double> sums(2 * size_t(first[size_t(count)]), 0.0);
+  over_pieces(tensors, count, [&](auto* type, const Parameter& t, int64_t from, int64_t to) {
+    using G = std::remove_pointer_t<decltype(type)>;
+    const int64_t piece = first[size_t(&t - tensors)] + from / PIECE;
+    squares_range<G>(t, from, to, &sums[2 * size_t(piece)]);
+  });
+  std::vector<float> steps(size_t(count), 0.0f);
+  std::vector<char> go(size_t(count), 0);
+  for (int64_t t = 0; t < count; ++t) {
+    double weight = 0, grad = 0;
+    for (int64_t i = first[size_t(t)]; i < first[size_t(t) + 1]; ++i) {
+      weight += sums[2 * size_t(i)];
+      grad += sums[2 * size_t(i) + 1];
+    }
+    const float step = float(gamma * std::sqrt(weight) / (std::sqrt(grad) + tiny));
+    steps[size_t(t)] = step;
+    go[size_t(t)] = std::isfinite(step) && std::isfinite(grad);
+  }
+  over_pieces(tensors, count, [&](auto* type, const Parameter& t, int64_t from, int64_t to) {
+    using G = std::remove_pointer_t<decltype(type)>;
+    const size_t at = size_t(&t - tensors);
+    perturb_range<G>(t, steps[at], go[at], from, to);
   });
 }
 

@@ -83,6 +83,7 @@ struct Kernels {
                    const float* x, const float* z, int64_t b, bool channels_last, float eps);
   void (*sgd_ema_step)(const Parameter* tensors, int64_t count, const Sgd& step);
   void (*adamw_ema_step)(const Parameter* tensors, int64_t count, const AdamW& step);
+  void (*perturb_weights)(const Parameter* tensors, int64_t count, float gamma, float tiny);
 };
 
 }  // namespace engine

@@ -221,6 +221,11 @@ void adamw_ema_step(const std::vector<Row>& rows, float lr, float towards_m, flo
                      {lr, towards_m, beta2, towards_v, rate, root, eps, blend});
 }
 
+void perturb_weights(const std::vector<Row>& rows, float gamma, float tiny) {
+  const auto tensors = parameters(rows);
+  run.kernels->perturb_weights(tensors.data(), int64_t(tensors.size()), gamma, tiny);
+}
+
 }  // namespace
 }  // namespace engine
 
@@ -252,4 +257,5 @@ NB_MODULE(_native, m) {
   m.def("remember", &remember, release);
   m.def("sgd_ema_step", &sgd_ema_step, release);
   m.def("adamw_ema_step", &adamw_ema_step, release);
+  m.def("perturb_weights", &perturb_weights, release);
 }

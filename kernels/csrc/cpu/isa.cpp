@@ -12,6 +12,7 @@ const Kernels kernels = {
     uniform_start,    attack_step, cross_entropy_grad, kl_grad, input_grad_step,
     stem_input_grad,  stem_weight_grad, local_ball_loss, local_ball_loss_backward, augment,            recall,  remember,
     sgd_ema_step,    adamw_ema_step,
+    perturb_weights,
 };
 
 }  // namespace engine::ENGINE_ISA

@@ -259,6 +259,10 @@ VARIANTS: dict[str, Case] = {
     "adamw": Case(_SMALL, step, {"optim.name": "adamw"}),
     "torch-sgd": Case(_SMALL, step, {"optim.name": "torch-sgd", "step.precision": "fp16"}),
     "torch-adamw": Case(_SMALL, step, {"optim.name": "torch-adamw", "step.precision": "fp16"}),
+    "perturbed weights": Case(_SMALL, step, {"weights.perturb": "0.005"}),
+    "perturbed weights, fp16": Case(
+        "cifar10", step, {"weights.perturb": "0.005", "step.precision": "fp16"}
+    ),
     "no average": Case(_SMALL, step, {"optim.ema": "0"}),
     "dropout": Case(_SMALL, step, {"model.name": "small-cnn"}),
     "a batch of DALI's": Case(_SMALL, fed),

@@ -66,6 +66,7 @@ def operator_arguments(device):
         "recall": [(memory, index, crops, batch, small, "Linf")],
         "remember": [(memory, index, crops, batch, batch, small)],
         "sgd_ema_step": [(*state, small, torch.zeros_like(small), 0.9, DECAY, True, small)],
+        "perturb_weights": [(*state[:3], small)],
         "adamw_ema_step": [
             (
                 *adamw_state(device),

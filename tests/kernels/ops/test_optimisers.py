@@ -144,3 +144,38 @@ def test_adamw_ema_step_is_skipped_on_overflow(backend, device):
     for old, new in zip(before, kept, strict=True):
         for a, b in zip(old, new, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float16], ids=str)
+def test_perturb_weights_and_undo(backend, device, grad_dtype, layout):
+    params, grads, *_ = optimiser_state(device, grad_dtype, layout)
+    before = [p.clone() for p in params]
+    wanted = []
+    for dtype in (torch.float32, torch.float64):
+        state = [[t.detach().cpu().clone().to(dtype) for t in group] for group in (params, grads)]
+        copies = [torch.empty_like(p) for p in state[0]]
+        reference.perturb_weights(*state, copies, torch.tensor(0.01, dtype=dtype))
+        wanted.append(state[0])
+    copies = [torch.full_like(p, math.nan) for p in params]
+    kernels.perturb_weights(params, grads, copies, gamma=torch.tensor(0.01, device=device))
+    for p, old, copy, low, high in zip(params, before, copies, *wanted, strict=True):
+        assert torch.equal(copy, old)
+        assert_accurate("params", p, low, high, rounding=8.0)
+        if p.numel():
+            assert (p - old).norm().item() == pytest.approx(0.01 * old.norm().item(), rel=1e-3)
+    kernels.restore_weights(params, copies)
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+
+
+def test_a_weight_whose_step_is_not_finite_stays(backend, device):
+    params, grads, *_ = optimiser_state(device)
+    grads[0][0, 0, 0, 0] = math.inf
+    grads[1][0] = math.nan
+    grads[2].zero_()
+    before = [p.clone() for p in params]
+    copies = [torch.empty_like(p) for p in params]
+    kernels.perturb_weights(params, grads, copies, gamma=0.01)
+    moved = [not torch.equal(p, old) for p, old in zip(params, before, strict=True)]
+    assert moved == [False, False, False, False, True, True, True]
+    assert all(torch.equal(c, old) for c, old in zip(copies, before, strict=True))
