@@ -19,6 +19,7 @@ _SECTIONS = {
     "threat": "ball round each image in which an adversary may move",
     "attack": "attack of the training steps",
     "objective": "training method; another --objective.name has other fields",
+    "weights": "adversarial perturbation of the weights",
     "optim": "optimiser, length and batch size of the training",
     "schedule": "learning rate and eps over the run",
     "evaluation": "attacks on the test images after training",

@@ -316,7 +316,7 @@ class Parts(Protocol):
 
 @dataclass
 class _Part:
-    """Hold the results of one part: bool [N] on the host, and AutoAttack's answer."""
+    """Hold the results of one part: bool [N], and AutoAttack's answer."""
 
     clean: Tensor
     pgd: Tensor
@@ -432,7 +432,7 @@ def _evaluate_part(
     )
     if logits.shape[1] < package.FEWEST_CLASSES:
         judge = "engine" if attacks else judge
-    part = _Part(clean.cpu(), by_pgd.cpu(), None, attacks, judge)
+    part = _Part(clean, by_pgd, None, attacks, judge)
     if attacks:
         # The authors' package has one precision: `check_precision`.
         options: dict[str, Any] = {"precision": precision} if judge == "engine" else {}
@@ -447,7 +447,7 @@ def _evaluate_part(
             work=work,
             **options,
         )
-        part.autoattack = verdict.robust.cpu()
+        part.autoattack = verdict.robust
         part.after, part.notes = verdict.after, verdict.notes
     return part
 

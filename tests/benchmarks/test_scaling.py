@@ -86,7 +86,7 @@ def test_the_step_that_is_timed_is_the_recipes():
 
 def test_width_one_is_fast_ats_network_and_others_are_wider():
     theirs = models.build("fast-at-mnist", in_channels=1, image_size=28, classes=10)
-    same, wide = (scaling.Wider(1, 28, 10, width) for width in (1, 3))
+    same, wide = (scaling.Wider(1, (28, 28), 10, width) for width in (1, 3))
     shapes = [{k: tuple(t.shape) for k, t in m.state_dict().items()} for m in (theirs, same, wide)]
     assert shapes[0] == shapes[1]
     assert shapes[2]["0.weight"] == (48, 1, 4, 4)

@@ -390,8 +390,8 @@ def test_a_network_that_does_not_begin_to_learn_is_spoken_of_once(caplog):
             network.fc.weight.requires_grad_(False).zero_()
             network.fc.bias.requires_grad_(False).copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
         trainer.step.optimiser.step = lambda *_: None
-        x, y = trainer.validation
-        trainer.validation = x[kept(y)], y[kept(y)]
+        ((x, y),) = trainer.validation
+        trainer.validation = [(x[kept(y)], y[kept(y)])]
         with caplog.at_level(logging.WARNING):
             return trainer.run().rows
 
