@@ -249,7 +249,8 @@ def _point(job: Job, out: Path, step: Mapping[str, float]) -> dict[str, Any]:
     last: dict[str, Any] = next((r for r in reversed(run.metrics()) if "val_pgd" in r), {})
     point = {
         "method": job.method,
-        "dataset": recipe.data.name,
+        # The folder of a user's own set says nothing to others.
+        "dataset": Path(recipe.data.name).stem,
         "network": recipe.model.name,
         "norm": recipe.threat.norm,
         "eps": recipe.threat.eps,

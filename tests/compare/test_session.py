@@ -130,6 +130,15 @@ def test_runs_are_made_summarised_and_drawn(made):
     assert (folder / "out" / "compare.png").stat().st_size > 5000
 
 
+def test_a_users_own_set_is_named_without_its_folder(made):
+    folder, _ = made
+    job = Job("weak", Run.open(folder / "out" / "weak-e1-s0").recipe)
+    assert session._point(job, folder / "out", {"p50_ms": 1.0})["dataset"] == "digits"
+    own = dataclasses.replace(job.recipe.data, name=str(folder / "pets.npz"))
+    there = Job("weak", dataclasses.replace(job.recipe, data=own))
+    assert session._point(there, folder / "out", {"p50_ms": 1.0})["dataset"] == "pets"
+
+
 def test_finished_runs_are_not_run_again_and_unfinished_ones_are(made, monkeypatch, capsys):
     folder, words = made
     started = []
