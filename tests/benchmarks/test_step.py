@@ -260,6 +260,8 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(rivals, "torchattacks_pgd", missing)
     monkeypatch.setattr(rivals, "foolbox_pgd", missing)
     monkeypatch.setattr(rivals, "toolbox", missing)
+    # PyTorch compiles nothing in a folder with a space in its path.
+    monkeypatch.setattr(compiled, "unavailable", lambda device: None)
     notes: list[str] = []
     setting = step.Setting("tiny-cnn", (8, 1, 8, 8), [], True, False, 0.1)
     assert [name for name, _ in step._rivals(setting, notes)] == ["torch.compile of it"]
