@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data import datasets
 from ..data.photos import Photos
+from ..data.photos.listing import fixed_order
 from ..device.machine import device
 from ..errors import EngineError
 from ..evaluation.robust_accuracy import Parts
@@ -113,7 +114,7 @@ def split(recipe: Recipe) -> Split:
     So every seed and every recipe validates on the same images of a dataset.
     """
     data = _load(recipe, "train")
-    order = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))
+    order = fixed_order(len(data.images))
     count = recipe.data.held_out(len(order))
     held_out, rest = order[:count], order[count:]
     if recipe.data.train_examples is not None:
@@ -134,7 +135,7 @@ def unused(recipe: Recipe) -> Tensor:
     if not isinstance(images, Tensor):
         raise EngineError("engine data label: streamed pictures (data.size) cannot be labelled")
     parts = split(recipe)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    order = fixed_order(len(images))
     return images[order[len(parts.validation[0]) + len(parts.train[0]) :]]
 
 

@@ -76,9 +76,9 @@ def list_files(folder: Path, split: str) -> Listing:
 
 
 def fixed_order(count: int) -> Tensor:
-    """Return the one order of `count` test pictures, int64 [count].
+    """Return the one shuffled order of `count` images, int64 [count].
 
-    The files lie by class; in this order the first N pictures stand for all classes.
+    Files often lie by class; in this order the first N images stand for all classes.
     """
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
