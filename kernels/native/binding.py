@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,10 @@ from torch import Tensor
 try:
     from . import _native as native
 except ImportError as error:
+    built = find_spec("._native", __package__) is not None
+    problem = f"do not load ({error})" if built else "are not built"
     raise ImportError(
-        f"the C++ kernels are not built ({error}); install a C++ compiler and reinstall the package"
+        f"the C++ kernels {problem}; install a C++ compiler and reinstall the package"
     ) from error
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
