@@ -22,7 +22,9 @@ ROOT = Path(__file__).parents[1]
 # are the ends of the ranges in pyproject.toml.
 PAIRS = {"2.11.0": "3.6.0", "2.12.1": "3.7.1", "2.13.0": "3.7.1", "2.14.1": "3.8.0"}
 # What constraints.txt pins beside PyTorch and goes with one version of it alone.
-_OF_TORCH = re.compile(r"(torch|triton|sympy|nvidia-(?!dali|libnvcomp|nvimgcodec|nvjpeg|nvtiff))")
+_OF_TORCH = re.compile(
+    r"(torch|triton|sympy|setuptools|nvidia-(?!dali|libnvcomp|nvimgcodec|nvjpeg|nvtiff))"
+)
 
 
 def constraints(torch: str, triton: str) -> str:
