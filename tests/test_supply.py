@@ -41,6 +41,10 @@ def unpinned(installed, constraints):
 
 
 def test_constraints_name_all_that_is_installed():
+    if metadata.version("torch").partition("+")[0] != CONSTRAINTS["torch"]:
+        pytest.skip(
+            "the environment has another PyTorch than constraints.txt, as `make matrix` does"
+        )
     installed = {plain(d.metadata["Name"]) for d in metadata.distributions()}
     assert unpinned(installed, CONSTRAINTS) == []
 

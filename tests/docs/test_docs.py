@@ -177,6 +177,10 @@ def test_every_full_scale_recipe_is_in_the_docs():
 
 
 def test_predictions_in_the_docs_are_those_of_engine_plan():
+    # Another PyTorch dispatches other operators, and the prices differ by some thousandths.
+    pinned = f"torch=={torch.__version__.partition('+')[0]}\n"
+    if pinned not in (ROOT / "constraints.txt").read_text(encoding="utf-8"):
+        pytest.skip("the docs' predictions are those of the PyTorch in constraints.txt")
     from engine.benchmarks import predictions
 
     assert predictions.plans() in (ROOT / "docs/plan.md").read_text(encoding="utf-8")

@@ -359,6 +359,7 @@ def started(*words, **options):
 
 @pytest.mark.parametrize("name", ["r\u00fcn", os.fsdecode(b"r\xff")], ids=["umlaut", "bytes"])
 def test_a_path_that_is_not_ascii_in_a_process_that_is(name, tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     run = tmp_path / name
     words = ["train", *SHORT, "--evaluation.examples", "8", "--evaluation.autoattack", "none"]
     words += ["--evaluation.pgd_steps", "1", "--evaluation.pgd_restarts", "1"]

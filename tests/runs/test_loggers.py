@@ -106,6 +106,7 @@ def test_a_logger_receives_every_row_and_its_end(recorded, tmp_path):
 
 @pytest.mark.parametrize("broken", ["open", "log", "close"])
 def test_a_run_does_not_fail_because_a_logger_does(recorded, tmp_path, caplog, broken):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
     assert train(tmp_path / "plain", "--log.to", "none") == 0
     recorded.broken = broken
     assert train(tmp_path / "run", "--log.to", "wandb,tensorboard") == 0
