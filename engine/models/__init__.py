@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import EngineError
 from .foreign import one_line, wrap
+from .narrow import avoid_strides
 from .network import Network, Stem, stem_of
 from .resnet import PreActResNet18, ResNet18
 from .small import FastAtMnist, SmallCnn, TinyCnn
@@ -123,6 +124,7 @@ def build(
     else:
         net = _made(name, in_channels, size, classes)
         model = wrap(net, name, in_channels=in_channels, size=size, classes=classes)
+    avoid_strides(model, model.stem_conv)
     if mean is not None and std is not None:
         try:
             model.normalise(mean, std)
