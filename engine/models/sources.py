@@ -40,6 +40,21 @@ def _torchvision(name: str, in_channels: int, size: tuple[int, int], classes: in
 SOURCES: dict[str, Source] = {"timm": _timm, "torchvision": _torchvision}
 
 
+def unavailable(name: str) -> str | None:
+    """Return why the package of the network `name` cannot be used here, in a sentence, or None.
+
+    A name without a package gives None.
+    """
+    source, slash, _ = name.partition("/")
+    if not slash or source not in SOURCES:
+        return None
+    try:
+        _package(source)
+    except EngineError as error:
+        return str(error)
+    return None
+
+
 def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)

@@ -17,17 +17,8 @@ from engine.adversary.ascent import ForwardPass
 from engine.errors import EngineError
 from engine.models import sources, stem_of
 
-
-def _missing() -> str | None:
-    try:
-        for package in sources.SOURCES:
-            sources._package(package)
-    except EngineError as error:
-        return str(error)
-    return None
-
-
-pytestmark = pytest.mark.skipif(_missing() is not None, reason=f"needs {_missing()}")
+_MISSING = sources.unavailable("timm/resnet18") or sources.unavailable("torchvision/alexnet")
+pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"needs {_MISSING}")
 
 
 @pytest.mark.parametrize(
