@@ -98,6 +98,8 @@ def train(
     memory, loader = None, None
     if tensors := arrays.pair(data, device):
         images, labels = tensors
+        if attack.memory == "host":
+            raise EngineError("attack.memory = host is for `engine train`: here take device")
         if attack.start == "memory":
             if images.dim() != 4:
                 raise EngineError("the adversary memory holds images [N, C, H, W] only")

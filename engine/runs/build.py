@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import models
+from ..adversary.host_memory import HostMemory
 from ..adversary.memory import AdversaryMemory
 from ..data import loaders
 from ..data.loaders import Batch, Loader
@@ -114,6 +115,8 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
             "images: lower it"
         )
     World(size=processes).share(recipe.optim.batch_size)
+    if recipe.attack.memory == "host" and processes > 1:
+        raise EngineError("attack.memory = host is for one process: drop --nproc, or take device")
     steps = recipe.optim.epochs * steps_per_epoch(recipe)
     if steps > _MOST_STEPS:
         raise EngineError(
@@ -262,10 +265,15 @@ def steps_per_epoch(recipe: Recipe) -> int:
     return len(split(recipe).train[0]) // recipe.optim.batch_size * recipe.optim.replays
 
 
-def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Loader]:
+def prepare(
+    recipe: Recipe, epochs: int, world: World = ALONE, folder: Path | None = None
+) -> tuple[Step, Loader]:
     """Return the recipe's training step and its loader, on the device, for a schedule of `epochs`.
 
     Several processes each take their share of every batch.
+
+    Args:
+        folder: for an adversary memory on the host; None: a temporary one.
     """
     torch.manual_seed(recipe.seed)
     target = device()
@@ -274,7 +282,8 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
     model = build_model(recipe, images, len(parts.classes), images.shape[1:], init=True).to(target)
     if recipe.step.sync_batch_norm:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    memory = memory_for(recipe, images, target)
+    on_host = recipe.attack.memory == "host"
+    memory = None if on_host else memory_for(recipe, images, target)
     loader = loaders.build(
         recipe.data.loader,
         images,
@@ -289,15 +298,35 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
         world=world.size,
         **sampling_of(recipe),
     )
+    if on_host:
+        memory = _on_host(recipe, images, target, folder)
     step = build_step(
         recipe,
         model,
         steps=epochs * len(loader),
         memory=memory,
-        take=loader.take,
+        # The host must know the samples of a step to read their rows.
+        take=None if on_host else loader.take,
         rank=world.rank,
     )
     return step, loader
+
+
+def _on_host(
+    recipe: Recipe, images: Images, target: torch.device, folder: Path | None
+) -> HostMemory:
+    batch = recipe.optim.batch_size
+    if recipe.data.extra is not None:
+        batch -= extras_of(batch, recipe.data.extra_share)
+    return HostMemory(
+        len(images),
+        images.shape[1:],
+        recipe.threat,
+        batch=batch,
+        folder=folder,
+        seed=recipe.seed,
+        device=target,
+    )
 
 
 def sampling_of(recipe: Recipe) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from engine.runs import evaluate, images
 from engine.runs.folder import Run
 
 from ..data.generated import folder
-from .soak import differing, rows
+from .soak import KILLED, differing, rows
 
 needs_dali = pytest.mark.skipif(dali.unavailable() is not None, reason="DALI is not installed")
 NO_TIMM = sources.unavailable("timm/resnet18")
@@ -121,7 +121,7 @@ def test_a_run_that_is_killed_in_mid_epoch_goes_on_with_the_same_batches(
     options += ["--optim.epochs", "2", "--no-eval", "--checkpoint.seconds", "0"]
     assert cli.run(["train", *words(photos, tmp_path / "whole", 64, *options)]) == 0
     cut = tmp_path / "cut"
-    command = [sys.executable, "-c", _KILLED, "train", *words(photos, cut, 64, *options)]
+    command = [sys.executable, "-c", KILLED, "train", *words(photos, cut, 64, *options)]
     environment = {**os.environ, "KILL_AT": "12"}
     killed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -132,22 +132,6 @@ def test_a_run_that_is_killed_in_mid_epoch_goes_on_with_the_same_batches(
     assert not differing(rows(tmp_path / "whole"), rows(cut))
     a, b = (load_file(p / "last.safetensors") for p in (tmp_path / "whole", cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-# Trains, and kills its own process after some steps.
-_KILLED = """
-import os, signal, sys
-from engine import cli
-from engine.training.step import Step
-run, left = Step.__call__, [int(os.environ["KILL_AT"])]
-def counted(self, *arguments):
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
-    return run(self, *arguments)
-Step.__call__ = counted
-sys.exit(cli.run(sys.argv[1:]))
-"""
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")
