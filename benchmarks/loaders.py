@@ -91,7 +91,7 @@ def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     options: dict[str, Any] = {"device": device, "pad": 4, "flip": True}
     memory = AdversaryMemory(_SAMPLES, setting.shape, Linf(0.1), device=device)
 
-    def loader(name: loaders.LoaderName, **more: Any) -> Loader:
+    def loader(name: str, **more: Any) -> Loader:
         return loaders.build(name, images, labels, batch, **options, **more)
 
     made: dict[str, Loader] = {
@@ -117,7 +117,7 @@ def _jpeg_rows(jpegs: Jpegs, rounds: int) -> list[dict[str, Any]]:
         framing = Framing((side, side), round(side / 0.875))
         photos = of_index(index, framing, "refuse", threads=2, order=True)
 
-        def loader(name: loaders.LoaderName, workers: int) -> Loader:
+        def loader(name: str, workers: int) -> Loader:
             return loaders.build(
                 name,
                 photos,

@@ -25,17 +25,20 @@ from ..device.machine import device
 from ..errors import EngineError
 from ..evaluation.robust_accuracy import attack_names
 from ..recipes import Recipe
-from ..training.optimiser import Optimiser, OptimiserName
+from ..registers import loaders as registered_loaders
+from ..registers import optimisers
+from ..training.optimiser import Optimiser
 from ..training.perturbation import Perturbation
+from ..training.registered import Registered
 from ..training.step import Step
-from .images import Images, classes, extra_set, split, test_images, test_size
+from .images import Images, Split, classes, extra_set, split, test_images, test_size
 from .pretrained import start_from
 
 ALONE: World = World()
 # The schedule is a list of every step's learning rate.
 _MOST_STEPS = 10_000_000
 # For each external optimiser, ours with the same number of moments.
-_OURS: dict[OptimiserName, OptimiserName] = {
+_OURS = {
     "torch-sgd": "sgd",
     "torch-adamw": "adamw",
     "apex-sgd": "sgd",
@@ -101,7 +104,8 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
     _check_device(recipe, device())
     parts = split(recipe)
     images, _ = parts.train
-    build_model(recipe, images, len(parts.classes), images.shape[1:], init=True)
+    model = build_model(recipe, images, len(parts.classes), images.shape[1:], init=True)
+    _check_registered(recipe, model, parts)
     side = min(images.shape[2:])
     if recipe.data.pad >= side:
         raise EngineError(f"data.pad = {recipe.data.pad} is as large as the images")
@@ -130,6 +134,16 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
         test_images(recipe)
+
+
+def _check_registered(recipe: Recipe, model: Any, parts: Split) -> None:
+    """Make a registered optimiser and a registered loader once: their makers may be wrong."""
+    if (make := optimisers.maker(recipe.optim.name)) is not None:
+        optim, params = recipe.optim, list(model.parameters())
+        options = {"momentum": optim.momentum, "weight_decay": optim.weight_decay}
+        Registered(make, optim.name, params, optim.lr, **options)
+    if registered_loaders.maker(recipe.data.loader) is not None:
+        _loader_of(recipe, parts, device(), ALONE, None).close()
 
 
 def notes(recipe: Recipe, *, evaluated: bool = True) -> list[str]:
@@ -240,7 +254,8 @@ def without_gpu(recipe: Recipe, target: torch.device) -> Recipe:
     step, name = recipe.step, recipe.optim.name
     meta = target.type == "meta"
     if meta or name.startswith("apex"):
-        name = _OURS.get(name, name)
+        # Most optimisers of others have two moments.
+        name = _OURS.get(name, "adamw" if optimisers.maker(name) else name)
     exact = "fp32" if meta or step.precision == "tf32" else step.precision
     return replace(
         recipe,
@@ -278,26 +293,13 @@ def prepare(
     torch.manual_seed(recipe.seed)
     target = device()
     parts = split(recipe)
-    images, labels = parts.train
+    images, _ = parts.train
     model = build_model(recipe, images, len(parts.classes), images.shape[1:], init=True).to(target)
     if recipe.step.sync_batch_norm:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     on_host = recipe.attack.memory == "host"
     memory = None if on_host else memory_for(recipe, images, target)
-    loader = loaders.build(
-        recipe.data.loader,
-        images,
-        labels,
-        world.share(recipe.optim.batch_size),
-        device=target,
-        memory=memory,
-        workers=recipe.data.workers,
-        extra=extra_set(recipe),
-        share=recipe.data.extra_share,
-        rank=world.rank,
-        world=world.size,
-        **sampling_of(recipe),
-    )
+    loader = _loader_of(recipe, parts, target, world, memory)
     if on_host:
         memory = _on_host(recipe, images, target, folder)
     step = build_step(
@@ -310,6 +312,28 @@ def prepare(
         rank=world.rank,
     )
     return step, loader
+
+
+def _loader_of(
+    recipe: Recipe,
+    parts: Split,
+    target: torch.device,
+    world: World,
+    memory: AdversaryMemory | None,
+) -> Loader:
+    return loaders.build(
+        recipe.data.loader,
+        *parts.train,
+        world.share(recipe.optim.batch_size),
+        device=target,
+        memory=memory,
+        workers=recipe.data.workers,
+        extra=extra_set(recipe),
+        share=recipe.data.extra_share,
+        rank=world.rank,
+        world=world.size,
+        **sampling_of(recipe),
+    )
 
 
 def _on_host(

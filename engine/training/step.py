@@ -293,6 +293,10 @@ class Step:
         Raises:
             EngineError: for tensors of another step.
         """
+        own = "optimiser."
+        self.optimiser.adopt(
+            {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
+        )
         mine = self.tensors()
         different = mine.keys() ^ tensors.keys() or {
             name for name, t in mine.items() if t.shape != tensors[name].shape

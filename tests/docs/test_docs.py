@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import engine
-from engine import Attack, Linf, models, recipes
+from engine import Attack, Linf, models, recipes, registers
 from engine.compare import protocol
 from engine.kernels import audit, backends
 from engine.objectives import base
@@ -63,6 +63,8 @@ def test_the_example_method_works_and_declares_its_passes(batch, monkeypatch):
     module = types.ModuleType("mynets")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(models, "_registered", {})
+    for register in (registers.optimisers, registers.loaders):
+        monkeypatch.setattr(register, "_makers", {})
     monkeypatch.setattr(base, "OBJECTIVES", dict(base.OBJECTIVES))
     exec(compile(source, "adding-a-method.md", "exec"), vars(module))
     objective, attack = module.Pairing(weight=0.5), Attack(steps=3)
