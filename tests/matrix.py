@@ -64,7 +64,17 @@ def environment(base: str, torch: str, triton: str) -> Path:
         subprocess.run([base, "-m", "venv", folder], check=True)
     pinned = folder / "constraints.txt"
     pinned.write_text(constraints(torch, triton))
-    words = [python, "-m", "pip", "install", "-q", "-c", pinned, "-e", f"{ROOT}[gpu,test,models]"]
+    words = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "-c",
+        pinned,
+        "-e",
+        f"{ROOT}[gpu,dali,test,models]",
+    ]
     # Two builds in one folder break each other.
     subprocess.run([*words, "-C", f"build-dir={folder / 'native'}"], check=True)
     return python

@@ -226,6 +226,16 @@ class Model:
             "[count]",
         ),
     ] = None
+    drop_path: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="networks of timm and torchvision with residual branches: probability that "
+            "the deepest is left out for an image (stochastic depth); left out: the network's own "
+            "[0..1)",
+        ),
+    ] = None
     pretrained: Annotated[
         str | None,
         AfterValidator(_absolute_path),

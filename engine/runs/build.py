@@ -83,6 +83,7 @@ def build_model(
         image_size=shape[1:],
         classes=classes,
         width=recipe.model.width,
+        drop_path=recipe.model.drop_path,
         mean=mean,
         std=std,
     )

@@ -131,6 +131,29 @@ def test_the_step_can_be_captured(name):
     assert found.complaints == []
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "rates"),
+    [
+        # timm's rates grow with the depth, from 0; torchvision's swin has 0.2 by itself.
+        ("timm/vit_tiny_patch16_224", 32, {0.3}),
+        ("torchvision/swin_t", 32, {0.3}),
+    ],
+)
+def test_drop_path_is_a_field(name, size, rates):
+    from engine.models.dropout import DropPath
+
+    model = models.build(name, in_channels=3, image_size=size, classes=4, drop_path=0.3)
+    found = {round(m.p, 6) for m in model.modules() if isinstance(m, DropPath)}
+    assert max(found) == max(rates)
+    assert len(found) > 2
+
+
+@pytest.mark.parametrize("name", ["timm/vgg11", "torchvision/alexnet"])
+def test_a_network_without_drop_path_gives_one_line(name):
+    with pytest.raises(EngineError, match=f"network {name} has no drop-path"):
+        models.build(name, in_channels=3, image_size=64, classes=4, drop_path=0.3)
+
+
 def test_drop_path_takes_its_masks_from_the_steps_state():
     """torchvision's ConvNeXt has drop-path and LayerNorm; its step can be captured too."""
     from engine import recipes
