@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from engine import recipes
+from engine.adversary.host_memory import HostMemory, ahead
 from engine.adversary.memory import AdversaryMemory
 from engine.data import loaders
 from engine.data.loaders import Batch, Loader
@@ -77,6 +78,32 @@ JPEGS = Jpegs(count=512, size=(375, 500), side=224, batch=64, stretch=8, step="i
 _QUALITY = 92
 
 
+class _Remembering(Loader):
+    """Give batches with the attack's start from a memory on the host, and write its rows back."""
+
+    def __init__(self, loader: Loader, shape: tuple[int, int, int]) -> None:
+        self._loader = loader
+        batch = len(next(loader.epoch(0)).y)
+        device = machine.device()
+        self._memory = HostMemory(_SAMPLES, shape, Linf(0.1), batch=batch, device=device)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        memory = self._memory
+        for batch in ahead(self._loader.epoch(epoch, first), memory.prefetch):
+            assert batch.samples is not None
+            memory.fetch(batch.samples)
+            start = memory.recall(batch.samples, batch.x, batch.crops)
+            memory.store()
+            yield batch._replace(start=start)
+
+    def close(self) -> None:
+        self._memory.close()
+        self._loader.close()
+
+
 def run(quick: bool = False) -> list[dict[str, Any]]:
     """Return a row for each loader and image shape, crop and mirror on.
 
@@ -106,6 +133,7 @@ def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
         "resident": loader("resident"),
         "resident, with the attack's start": loader("resident", memory=memory),
     }
+    made["resident, memory on the host"] = _Remembering(loader("resident"), setting.shape)
     if unavailable() is None:
         made["dali"] = loader("dali", workers=2)
     made |= {f"torch, {n} workers": loader("torch", workers=n) for n in (0, 2)}

@@ -213,7 +213,9 @@ class HostMemory(AdversaryMemory):
             if create:
                 # A write into a hole of a full disk would end the process.
                 with self._path.open("wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, count)
+                    file.truncate(count)
+                    if hasattr(os, "posix_fallocate"):
+                        os.posix_fallocate(file.fileno(), 0, count)
             elif self._path.stat().st_size != count:
                 raise EngineError(
                     f"{self._path} has {self._path.stat().st_size:,} bytes and not {count:,}: it "

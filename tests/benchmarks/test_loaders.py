@@ -18,6 +18,7 @@ def test_rows_compare_every_loader_with_torchs(monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     rows = {row["loader"]: row for row in found if not row["shape"].startswith("JPEG")}
     names = {"null", "resident", "resident, with the attack's start"}
+    names.add("resident, memory on the host")
     names |= {"torch, 0 workers", "torch, 2 workers"}
     if unavailable() is None:
         names.add("dali")
