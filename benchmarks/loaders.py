@@ -10,10 +10,11 @@ The files are generated; they lie in the page cache, so no disk is measured.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,20 @@ import torch
 from PIL import Image
 
 from engine import recipes
+from engine.adversary.host_memory import HostMemory, ahead
 from engine.adversary.memory import AdversaryMemory
 from engine.data import loaders
 from engine.data.loaders import Batch, Loader
 from engine.data.loaders.dali import unavailable
 from engine.data.photos import Framing, index_of, of_index
 from engine.device import machine
+from engine.models.sources import unavailable as unavailable_network
 from engine.performance.timing import Timing, quantiles
 from engine.runs import build
+from engine.runs.images import in_memory
 from engine.threat import Linf
+
+log = logging.getLogger(__name__)
 
 # More batches than any loader reads ahead: DALI two, torch two for each of two processes.
 _AHEAD = 5
@@ -56,6 +62,7 @@ class Jpegs:
     Attributes:
         count: files; size: (height, width) of each [pixels]; side: of the network's images.
         batch: images; stretch: batches of one sample.
+        step: the recipe whose training step the loaders feed; None: none is timed.
     """
 
     count: int
@@ -63,11 +70,38 @@ class Jpegs:
     side: int
     batch: int
     stretch: int
+    step: str | None = None
 
 
-JPEGS = Jpegs(count=512, size=(375, 500), side=224, batch=64, stretch=8)
+JPEGS = Jpegs(count=512, size=(375, 500), side=224, batch=64, stretch=8, step="imagenet-resnet50")
 # Files of 75 kB on average.
 _QUALITY = 92
+
+
+class _Remembering(Loader):
+    """Give batches with the attack's start from a memory on the host, and write its rows back."""
+
+    def __init__(self, loader: Loader, shape: tuple[int, int, int]) -> None:
+        self._loader = loader
+        batch = len(next(loader.epoch(0)).y)
+        device = machine.device()
+        self._memory = HostMemory(_SAMPLES, shape, Linf(0.1), batch=batch, device=device)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        memory = self._memory
+        for batch in ahead(self._loader.epoch(epoch, first), memory.prefetch):
+            assert batch.samples is not None
+            memory.fetch(batch.samples)
+            start = memory.recall(batch.samples, batch.x, batch.crops)
+            memory.store()
+            yield batch._replace(start=start)
+
+    def close(self) -> None:
+        self._memory.close()
+        self._loader.close()
 
 
 def run(quick: bool = False) -> list[dict[str, Any]]:
@@ -91,7 +125,7 @@ def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     options: dict[str, Any] = {"device": device, "pad": 4, "flip": True}
     memory = AdversaryMemory(_SAMPLES, setting.shape, Linf(0.1), device=device)
 
-    def loader(name: loaders.LoaderName, **more: Any) -> Loader:
+    def loader(name: str, **more: Any) -> Loader:
         return loaders.build(name, images, labels, batch, **options, **more)
 
     made: dict[str, Loader] = {
@@ -99,13 +133,16 @@ def _rows(setting: Setting, rounds: int) -> list[dict[str, Any]]:
         "resident": loader("resident"),
         "resident, with the attack's start": loader("resident", memory=memory),
     }
+    made["resident, memory on the host"] = _Remembering(loader("resident"), setting.shape)
     if unavailable() is None:
         made["dali"] = loader("dali", workers=2)
     made |= {f"torch, {n} workers": loader("torch", workers=n) for n in (0, 2)}
 
     timings = _timings(made, rounds, _STRETCH, device)
+    # A residual network takes a quarter of a minute a step on two cores.
+    parts = 8 if recipe.model.name.startswith("preact") and device.type == "cpu" else 1
     shape = "x".join(map(str, (*setting.shape[1:], setting.shape[0])))
-    return _compared(timings, shape, batch, _step_ms(recipe, images, labels), setting.recipe)
+    return _compared(timings, shape, batch, _step_ms(recipe, images, labels, parts), setting.recipe)
 
 
 def _jpeg_rows(jpegs: Jpegs, rounds: int) -> list[dict[str, Any]]:
@@ -117,7 +154,7 @@ def _jpeg_rows(jpegs: Jpegs, rounds: int) -> list[dict[str, Any]]:
         framing = Framing((side, side), round(side / 0.875))
         photos = of_index(index, framing, "refuse", threads=2, order=True)
 
-        def loader(name: loaders.LoaderName, workers: int) -> Loader:
+        def loader(name: str, workers: int) -> Loader:
             return loaders.build(
                 name,
                 photos,
@@ -134,7 +171,28 @@ def _jpeg_rows(jpegs: Jpegs, rounds: int) -> list[dict[str, Any]]:
         timings = _timings(made, rounds, jpegs.stretch, device)
     height, width = jpegs.size
     shape = f"JPEG {width}x{height} to {side}x{side}x3"
-    return _compared(timings, shape, jpegs.batch, None, "")
+    return _compared(timings, shape, jpegs.batch, *_jpeg_step(jpegs))
+
+
+def _jpeg_step(jpegs: Jpegs) -> tuple[float | None, str]:
+    """Time a step on a batch of such images [ms]; return it and its recipe's name.
+
+    (None, "") where the recipe's network is of a package that does not import.
+    """
+    if jpegs.step is None:
+        return None, ""
+    recipe = in_memory(recipes.load(jpegs.step))
+    if missing := unavailable_network(recipe.model.name):
+        log.warning("no share of a step of %s: %s", jpegs.step, missing)
+        return None, ""
+    # A step on the CPU takes seconds for each image.
+    timed = jpegs.batch if machine.device().type == "cuda" else 2
+    draw = torch.Generator().manual_seed(0)
+    shape = (timed, 3, jpegs.side, jpegs.side)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=draw)
+    recipe = replace(recipe, optim=replace(recipe.optim, batch_size=timed))
+    step_ms = _step_ms(recipe, images, torch.zeros(timed, dtype=torch.int64))
+    return step_ms * jpegs.batch / timed, jpegs.step
 
 
 def _written(folder: Path, jpegs: Jpegs) -> Path:
@@ -218,14 +276,15 @@ def _stretch(stream: Iterator[Batch], count: int, device: torch.device) -> float
     return (time.perf_counter() - began) / count
 
 
-def _step_ms(recipe: recipes.Recipe, images: torch.Tensor, labels: torch.Tensor) -> float:
+def _step_ms(
+    recipe: recipes.Recipe, images: torch.Tensor, labels: torch.Tensor, parts: int = 1
+) -> float:
     """Time the recipe's training step on a batch that lies on the device [ms].
 
-    A residual network takes a quarter of a minute a step on two cores: there a part of the batch is
-    timed, and the time is multiplied.
+    Args:
+        parts: where more than one, a batch of such a part is timed, and the time is multiplied.
     """
     device = machine.device()
-    parts = 8 if recipe.model.name.startswith("preact") and device.type == "cpu" else 1
     model = build.build_model(recipe, images, 10, images.shape[1:]).to(device)
     memory = build.memory_for(recipe, images, device)
     size = recipe.optim.batch_size // parts
@@ -233,8 +292,8 @@ def _step_ms(recipe: recipes.Recipe, images: torch.Tensor, labels: torch.Tensor)
     step = build.build_step(recipe, model, steps=100, memory=memory)
     step.train()
     times = []
-    # The first call includes one-time work.
-    for _ in range(2 if parts > 1 else 10):
+    # The first call includes one-time work. Steps of large networks take seconds: few of these.
+    for _ in range(10 if parts == 1 and size > 8 else 3):
         began = time.perf_counter()
         step(batch)
         if device.type == "cuda":

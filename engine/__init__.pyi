@@ -21,6 +21,8 @@ from .objectives import LocalBall as LocalBall
 from .objectives import NuAT as NuAT
 from .objectives import Objective as Objective
 from .objectives import Outcome as Outcome
+from .registers import loaders as loaders
+from .registers import optimisers as optimisers
 from .runs.evaluate import load as load
 from .threat import L2 as L2
 from .threat import Linf as Linf

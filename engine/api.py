@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from .evaluation.autoattack import ensemble
 from .evaluation.autoattack.verdict import Verdict
 from .evaluation.robust_accuracy import Report, check_images, evaluate, evaluation_mode
 from .objectives import LocalBall, Objective
+from .registers import optimisers
 from .threat import ThreatModel, check_pixels
-from .training.optimiser import Optimiser, OptimiserName
+from .training.optimiser import Optimiser
 from .training.schedule import Schedule
 from .training.step import Step
 from .training.trainer import Hooks, Result, Trainer
@@ -40,7 +41,7 @@ def train(
     epochs: int = 10,
     batch_size: int = 128,
     lr: float = 0.05,
-    optimiser: OptimiserName = "sgd",
+    optimiser: str = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 5e-4,
     ema: float = 0.0,
@@ -85,10 +86,11 @@ def train(
             loader's first batch), or a loss that is no longer finite.
     """
     device = _device_of(model)
-    if not isinstance(optimiser, str):
+    if not isinstance(optimiser, str) or optimiser not in optimisers:
+        given = optimiser if isinstance(optimiser, str) else type(optimiser).__name__
         raise EngineError(
-            f"optimiser must be a name, not {type(optimiser).__name__}: one of "
-            f"{', '.join(get_args(OptimiserName))}; lr, momentum and weight_decay are arguments"
+            f"optimiser must be a name, not {given}: one of "
+            f"{', '.join(optimisers.names())}; lr, momentum and weight_decay are arguments"
         )
     attack, objective = attack or Attack(), objective or LocalBall()
     if validation is not None:
@@ -98,6 +100,8 @@ def train(
     memory, loader = None, None
     if tensors := arrays.pair(data, device):
         images, labels = tensors
+        if attack.memory == "host":
+            raise EngineError("attack.memory = host is for `engine train`: here take device")
         if attack.start == "memory":
             if images.dim() != 4:
                 raise EngineError("the adversary memory holds images [N, C, H, W] only")

@@ -66,7 +66,7 @@ def environment(base: str, torch: str, triton: str) -> Path:
         subprocess.run([base, "-m", "venv", folder], check=True)
     pinned = folder / "constraints.txt"
     pinned.write_text(constraints(torch, triton))
-    tree = f"{ROOT}[gpu,test,tensorboard,models]"
+    tree = f"{ROOT}[gpu,dali,test,tensorboard,models]"
     words = [python, "-m", "pip", "install", "-q", "-c", pinned, "-e", tree]
     # Two builds in one folder break each other.
     subprocess.run([*words, "-C", f"build-dir={folder / 'native'}"], check=True)

@@ -40,6 +40,13 @@ class Attack:
             description="starting point: a random point of the ball, or the sample's last adversary"
         ),
     ] = "random"
+    memory: Annotated[
+        Literal["device", "host"],
+        Field(
+            description="with start = memory, where the last adversaries lie, a byte a pixel of "
+            "the set: on the device, or in a file of the run folder, for sets too large for it"
+        ),
+    ] = "device"
     batch_norm: Annotated[
         Literal["eval", "batch"],
         Field(

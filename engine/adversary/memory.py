@@ -44,20 +44,7 @@ class AdversaryMemory:
 
     def forget(self, seed: int) -> None:
         """Replace all perturbations by uniform random ones."""
-        if self.deltas.is_meta:
-            return
-        device, threat = self.deltas.device, self.threat
-        draw = torch.Generator(device=device).manual_seed(seed)
-        # With random contents a sample's first attack has a random start, without a flag.
-        if threat.norm == "Linf":
-            self.deltas.random_(-127, 128, generator=draw)
-        else:
-            for chunk in self.deltas.split(4096):
-                normal = torch.randn(chunk.shape, generator=draw, device=device).flatten(1)
-                radius = torch.rand(len(chunk), 1, generator=draw, device=device)
-                radius = radius ** (1.0 / normal.shape[1])
-                unit = normal / normal.norm(dim=1, keepdim=True)
-                chunk.copy_((127.0 * radius * unit).round().view_as(chunk))
+        fill(self.deltas, self.threat.norm, seed)
 
     def recall(self, index: Tensor, x: Tensor, crops: Tensor | None = None) -> Tensor:
         """Return the attack's start for samples `index` int64 [B], like `x` float32 [B, C, H, W].
@@ -78,6 +65,25 @@ class AdversaryMemory:
             # perturbations.
             rows = distributed.gather(self.deltas.index_select(0, index))
             self.deltas.index_copy_(0, distributed.gather(index), rows)
+
+
+def fill(deltas: Tensor, norm: str, seed: int) -> None:
+    """Fill int8 [N, C, H, W] with uniform random points of the ball, in place.
+
+    With random contents a sample's first attack has a random start, without a flag.
+    """
+    if deltas.is_meta:
+        return
+    draw = torch.Generator(device=deltas.device).manual_seed(seed)
+    if norm == "Linf":
+        deltas.random_(-127, 128, generator=draw)
+        return
+    for chunk in deltas.split(4096):
+        normal = torch.randn(chunk.shape, generator=draw, device=deltas.device).flatten(1)
+        radius = torch.rand(len(chunk), 1, generator=draw, device=deltas.device)
+        radius = radius ** (1.0 / normal.shape[1])
+        unit = normal / normal.norm(dim=1, keepdim=True)
+        chunk.copy_((127.0 * radius * unit).round().view_as(chunk))
 
 
 def _uncropped(index: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _field_lines(recipe: Any, field: tuple[str, Any, Any, str], width: int) -> l
 
 def _choices(dotted: str, hint: Any) -> list[str]:
     """List the values that a field takes by name; [] for numbers and free text."""
-    from .. import data, models, recipes
+    from .. import data, models, recipes, registers
 
     if dotted == "objective.name":
         return list(recipes.objectives())
@@ -125,7 +125,8 @@ def _choices(dotted: str, hint: Any) -> list[str]:
         return sorted(models.names())
     if dotted == "data.name":
         return list(data.names())
-    return list(_literals(hint))
+    register = {"optim.name": registers.optimisers, "data.loader": registers.loaders}.get(dotted)
+    return list(_literals(hint)) if register is None else register.names()
 
 
 def _literals(hint: Any) -> Iterator[str]:

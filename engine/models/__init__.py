@@ -14,10 +14,11 @@ from torch import nn
 
 from ..errors import EngineError
 from .foreign import one_line, wrap
+from .narrow import avoid_strides
 from .network import Network, Stem, stem_of
 from .resnet import PreActResNet18, ResNet18
 from .small import FastAtMnist, SmallCnn, TinyCnn
-from .sources import SOURCES
+from .sources import DROP_PATH, SOURCES
 from .wide_resnet import WideResNet34x10
 
 __all__ = ["MODELS", "Network", "Stem", "build", "is_known", "names", "register", "stem_of"]
@@ -78,6 +79,7 @@ def build(
     image_size: int | Sequence[int],
     classes: int,
     width: int | None = None,
+    drop_path: float | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Network:
@@ -91,6 +93,8 @@ def build(
         classes: number of logits, >= 2.
         width: channels of the first stage, >= 1, for the ResNet-18s; left out: 64, as in the
             literature.
+        drop_path: for networks of timm and torchvision, 0 <= p < 1: the probability that the
+            deepest residual branch is left out for an image; left out: the network's own.
         mean, std: for normalisation inside the model, one number a channel; both or neither.
             Without them the state dict has no `mu` and `sigma`.
     Raises:
@@ -117,12 +121,17 @@ def build(
         raise EngineError(
             f"model {name} has one width only: model.width is for {' and '.join(_WIDE)}"
         )
+    if drop_path is not None and name.partition("/")[0] not in SOURCES:
+        raise EngineError(
+            f"model {name} has no drop-path: model.drop_path is for networks of timm, torchvision"
+        )
     if name in MODELS:
         options = {} if width is None else {"width": width}
         model = MODELS[name](in_channels, size, classes, **options)
     else:
-        net = _made(name, in_channels, size, classes)
+        net = _made(name, in_channels, size, classes, drop_path)
         model = wrap(net, name, in_channels=in_channels, size=size, classes=classes)
+    avoid_strides(model, model.stem_conv)
     if mean is not None and std is not None:
         try:
             model.normalise(mean, std)
@@ -142,17 +151,21 @@ def _check_name(name: str) -> None:
     )
 
 
-def _made(name: str, in_channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+def _made(
+    name: str, in_channels: int, size: tuple[int, int], classes: int, drop_path: float | None
+) -> nn.Module:
     """Make a network that is not the engine's own."""
     source, _, rest = name.partition("/")
     try:
         if name in _registered:
             net = _registered[name](in_channels, size, classes)
         else:
-            net = SOURCES[source](rest, in_channels, size, classes)
+            net = SOURCES[source](rest, in_channels, size, classes, drop_path)
     except EngineError:
         raise
     except Exception as error:
+        if drop_path is not None and any(word in str(error) for word in DROP_PATH):
+            raise EngineError(f"network {name} has no drop-path: drop model.drop_path") from error
         shape = "x".join(map(str, (in_channels, *size)))
         raise EngineError(
             f"network {name} cannot be made for images of {shape} and {classes} classes: "

@@ -6,23 +6,35 @@ import difflib
 import importlib
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 
 from ..errors import EngineError
 
-# Each is called with (name, in_channels, (height, width), classes).
-Source = Callable[[str, int, tuple[int, int], int], nn.Module]
+# Each is called with (name, in_channels, (height, width), classes, drop_path).
+Source = Callable[[str, int, tuple[int, int], int, float | None], nn.Module]
 
 
-def _timm(name: str, in_channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+# The packages' keywords for it.
+DROP_PATH = ("drop_path_rate", "stochastic_depth_prob")
+
+
+def _timm(
+    name: str, in_channels: int, size: tuple[int, int], classes: int, drop_path: float | None
+) -> nn.Module:
     timm = _package("timm")
     _known(name, name.partition(".")[0], timm.list_models(), "timm")
-    options = {"pretrained": False, "num_classes": classes, "in_chans": in_channels}
+    options: dict[str, Any] = {"pretrained": False, "num_classes": classes}
+    options["in_chans"] = in_channels
+    if drop_path is not None:
+        options["drop_path_rate"] = drop_path
     return _sized(lambda **size: timm.create_model(name, **options, **size), img_size=size)
 
 
-def _torchvision(name: str, in_channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+def _torchvision(
+    name: str, in_channels: int, size: tuple[int, int], classes: int, drop_path: float | None
+) -> nn.Module:
     models = _package("torchvision").models
     _known(name, name, models.list_models(module=models), "torchvision")
     if in_channels != 3:
@@ -31,13 +43,30 @@ def _torchvision(name: str, in_channels: int, size: tuple[int, int], classes: in
             "timm's networks take any number"
         )
 
+    options = {} if drop_path is None else {"stochastic_depth_prob": drop_path}
+
     def make(**image_size: int) -> nn.Module:
-        return models.get_model(name, weights=None, num_classes=classes, **image_size)
+        return models.get_model(name, weights=None, num_classes=classes, **options, **image_size)
 
     return _sized(make, image_size=size[0]) if size[0] == size[1] else make()
 
 
 SOURCES: dict[str, Source] = {"timm": _timm, "torchvision": _torchvision}
+
+
+def unavailable(name: str) -> str | None:
+    """Return why the package of the network `name` cannot be used here, in a sentence, or None.
+
+    A name without a package gives None.
+    """
+    source, slash, _ = name.partition("/")
+    if not slash or source not in SOURCES:
+        return None
+    try:
+        _package(source)
+    except EngineError as error:
+        return str(error)
+    return None
 
 
 def _package(name: str) -> ModuleType:

@@ -231,6 +231,9 @@ def _memory_gb(
 ) -> dict[str, float]:
     """Return the step's memory by part [GB]; `half`: the network's passes take 16 bits a number."""
     pixels = images * prod(facts(recipe).shape)
+    remembered = images if recipe.attack.start == "memory" else 0
+    if recipe.attack.memory == "host":
+        remembered = recipe.optim.batch_size
     activations = sum(op.saved for op in ops if op.phase == phases.TRAIN_FORWARD)
     moments = 2 if recipe.optim.name.endswith(("adamw", "adam", "lamb")) else 1
     copies = 2 + moments + (recipe.optim.ema > 0)
@@ -240,7 +243,7 @@ def _memory_gb(
         "activations of the loss": activations * (0.5 if half else 1.0) / 1e9,
         # Pictures are streamed.
         "dataset": 0.0 if recipe.data.size else pixels / 1e9,
-        "adversary memory": pixels / 1e9 if recipe.attack.start == "memory" else 0.0,
+        "adversary memory": remembered * prod(facts(recipe).shape) / 1e9,
     }
 
 

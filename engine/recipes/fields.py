@@ -18,15 +18,14 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from ..adversary.attack import Attack
-from ..data.loaders import LoaderName
 from ..data.own import absolute
 from ..data.photos import Damaged
 from ..device.precision import Precision
 from ..errors import EngineError
 from ..evaluation.robust_accuracy import EvaluationPrecision, PgdLoss, PgdStep
 from ..objectives import OBJECTIVES, LocalBall, Objective, Passes
+from ..registers import loaders, optimisers
 from ..threat import Number, ThreatModel
-from ..training.optimiser import OptimiserName
 from ..training.perturbation import Weights
 from ..training.schedule import Schedule
 
@@ -152,10 +151,12 @@ class Data:
         Field(description="with size: refuse to train beside damaged files, or name and skip them"),
     ] = "refuse"
     loader: Annotated[
-        LoaderName,
+        str,
+        AfterValidator(loaders.checked),
         Field(
             description="what makes batches: the device itself (resident), NVIDIA DALI, torch's "
-            "DataLoader; null repeats one batch, for benchmarks; auto: resident where it fits"
+            "DataLoader, or one from --import; null repeats one batch, for benchmarks; auto: "
+            "resident where it fits"
         ),
     ] = "auto"
     workers: Annotated[
@@ -225,6 +226,16 @@ class Model:
             "[count]",
         ),
     ] = None
+    drop_path: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="networks of timm and torchvision with residual branches: probability that "
+            "the deepest is left out for an image (stochastic depth); left out: the network's own "
+            "[0..1)",
+        ),
+    ] = None
     pretrained: Annotated[
         str | None,
         AfterValidator(_absolute_path),
@@ -242,10 +253,11 @@ class Model:
 @dataclass(frozen=True)
 class Optim:
     name: Annotated[
-        OptimiserName,
+        str,
+        AfterValidator(optimisers.checked),
         Field(
             description="optimiser: ours (sgd, adamw), torch's fused ones, or NVIDIA apex's where "
-            "it is built"
+            "it is built, or one from --import"
         ),
     ] = "adamw"
     lr: Annotated[Number, Field(gt=0, description="peak learning rate")] = 3e-3

@@ -99,6 +99,8 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
                 "attack.start = memory: the adversary memory does not follow a random resized "
                 "crop: set attack.start = random, or drop data.scale"
             )
+        if recipe.attack.memory == "host" and recipe.attack.start != "memory":
+            raise EngineError("attack.memory = host has no effect: it needs attack.start = memory")
         if recipe.threat.norm == "Linf" and recipe.threat.eps > 1:
             raise EngineError(
                 f"threat.eps = {recipe.threat.eps:g} is more than a pixel's whole range [0, 1]: "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import models
+from ..adversary.host_memory import HostMemory
 from ..adversary.memory import AdversaryMemory
 from ..data import loaders
 from ..data.loaders import Batch, Loader
@@ -24,17 +25,20 @@ from ..device.machine import device
 from ..errors import EngineError
 from ..evaluation.robust_accuracy import attack_names
 from ..recipes import Recipe
-from ..training.optimiser import Optimiser, OptimiserName
+from ..registers import loaders as registered_loaders
+from ..registers import optimisers
+from ..training.optimiser import Optimiser
 from ..training.perturbation import Perturbation
+from ..training.registered import Registered
 from ..training.step import Step
-from .images import Images, classes, extra_set, split, test_images, test_size
+from .images import Images, Split, classes, extra_set, split, test_images, test_size
 from .pretrained import start_from
 
 ALONE: World = World()
 # The schedule is a list of every step's learning rate.
 _MOST_STEPS = 10_000_000
 # For each external optimiser, ours with the same number of moments.
-_OURS: dict[OptimiserName, OptimiserName] = {
+_OURS = {
     "torch-sgd": "sgd",
     "torch-adamw": "adamw",
     "apex-sgd": "sgd",
@@ -79,6 +83,7 @@ def build_model(
         image_size=shape[1:],
         classes=classes,
         width=recipe.model.width,
+        drop_path=recipe.model.drop_path,
         mean=mean,
         std=std,
     )
@@ -100,7 +105,8 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
     _check_device(recipe, device())
     parts = split(recipe)
     images, _ = parts.train
-    build_model(recipe, images, len(parts.classes), images.shape[1:], init=True)
+    model = build_model(recipe, images, len(parts.classes), images.shape[1:], init=True)
+    _check_registered(recipe, model, parts)
     side = min(images.shape[2:])
     if recipe.data.pad >= side:
         raise EngineError(f"data.pad = {recipe.data.pad} is as large as the images")
@@ -114,6 +120,8 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
             "images: lower it"
         )
     World(size=processes).share(recipe.optim.batch_size)
+    if recipe.attack.memory == "host" and processes > 1:
+        raise EngineError("attack.memory = host is for one process: drop --nproc, or take device")
     steps = recipe.optim.epochs * steps_per_epoch(recipe)
     if steps > _MOST_STEPS:
         raise EngineError(
@@ -127,6 +135,16 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
         test_images(recipe)
+
+
+def _check_registered(recipe: Recipe, model: Any, parts: Split) -> None:
+    """Make a registered optimiser and a registered loader once: their makers may be wrong."""
+    if (make := optimisers.maker(recipe.optim.name)) is not None:
+        optim, params = recipe.optim, list(model.parameters())
+        options = {"momentum": optim.momentum, "weight_decay": optim.weight_decay}
+        Registered(make, optim.name, params, optim.lr, **options)
+    if registered_loaders.maker(recipe.data.loader) is not None:
+        _loader_of(recipe, parts, device(), ALONE, None).close()
 
 
 def notes(recipe: Recipe, *, evaluated: bool = True) -> list[str]:
@@ -237,7 +255,8 @@ def without_gpu(recipe: Recipe, target: torch.device) -> Recipe:
     step, name = recipe.step, recipe.optim.name
     meta = target.type == "meta"
     if meta or name.startswith("apex"):
-        name = _OURS.get(name, name)
+        # Most optimisers of others have two moments.
+        name = _OURS.get(name, "adamw" if optimisers.maker(name) else name)
     exact = "fp32" if meta or step.precision == "tf32" else step.precision
     return replace(
         recipe,
@@ -262,23 +281,50 @@ def steps_per_epoch(recipe: Recipe) -> int:
     return len(split(recipe).train[0]) // recipe.optim.batch_size * recipe.optim.replays
 
 
-def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Loader]:
+def prepare(
+    recipe: Recipe, epochs: int, world: World = ALONE, folder: Path | None = None
+) -> tuple[Step, Loader]:
     """Return the recipe's training step and its loader, on the device, for a schedule of `epochs`.
 
     Several processes each take their share of every batch.
+
+    Args:
+        folder: for an adversary memory on the host; None: a temporary one.
     """
     torch.manual_seed(recipe.seed)
     target = device()
     parts = split(recipe)
-    images, labels = parts.train
+    images, _ = parts.train
     model = build_model(recipe, images, len(parts.classes), images.shape[1:], init=True).to(target)
     if recipe.step.sync_batch_norm:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    memory = memory_for(recipe, images, target)
-    loader = loaders.build(
+    on_host = recipe.attack.memory == "host"
+    memory = None if on_host else memory_for(recipe, images, target)
+    loader = _loader_of(recipe, parts, target, world, memory)
+    if on_host:
+        memory = _on_host(recipe, images, target, folder)
+    step = build_step(
+        recipe,
+        model,
+        steps=epochs * len(loader),
+        memory=memory,
+        # The host must know the samples of a step to read their rows.
+        take=None if on_host else loader.take,
+        rank=world.rank,
+    )
+    return step, loader
+
+
+def _loader_of(
+    recipe: Recipe,
+    parts: Split,
+    target: torch.device,
+    world: World,
+    memory: AdversaryMemory | None,
+) -> Loader:
+    return loaders.build(
         recipe.data.loader,
-        images,
-        labels,
+        *parts.train,
         world.share(recipe.optim.batch_size),
         device=target,
         memory=memory,
@@ -289,15 +335,23 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
         world=world.size,
         **sampling_of(recipe),
     )
-    step = build_step(
-        recipe,
-        model,
-        steps=epochs * len(loader),
-        memory=memory,
-        take=loader.take,
-        rank=world.rank,
+
+
+def _on_host(
+    recipe: Recipe, images: Images, target: torch.device, folder: Path | None
+) -> HostMemory:
+    batch = recipe.optim.batch_size
+    if recipe.data.extra is not None:
+        batch -= extras_of(batch, recipe.data.extra_share)
+    return HostMemory(
+        len(images),
+        images.shape[1:],
+        recipe.threat,
+        batch=batch,
+        folder=folder,
+        seed=recipe.seed,
+        device=target,
     )
-    return step, loader
 
 
 def sampling_of(recipe: Recipe) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from .. import files, models, plugins, recipes
+from .. import files, models, plugins, recipes, registers
 from ..device.machine import environment
 from ..errors import EngineError
 from ..recipes import Recipe
@@ -250,14 +250,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _check_known(path: Path) -> None:
-    """Refuse a run whose network or objective is not known here, and say where it came from."""
+    """Refuse a run with a name that is not known here, and say where it came from."""
     tree = recipes.tree(str(path / "recipe.toml"))
-    for section, title, known in (
-        ("objective", "objective", recipes.objectives().__contains__),
-        ("model", "network", models.is_known),
+    for section, key, title, known in (
+        ("objective", "name", "objective", recipes.objectives().__contains__),
+        ("model", "name", "network", models.is_known),
+        ("optim", "name", "optimiser", registers.optimisers.__contains__),
+        ("data", "loader", "loader", registers.loaders.__contains__),
     ):
         table = tree.get(section)
-        name = table.get("name") if isinstance(table, dict) else None
+        name = table.get(key) if isinstance(table, dict) else None
         if not isinstance(name, str) or known(name):
             continue
         if hints := _imports_of(path):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adversary.host_memory import HostMemory
 from ..data.loaders import Loader
 from ..device import distributed, phases
 from ..device.distributed import World
@@ -84,7 +85,7 @@ def train(run: Run, world: World = ALONE) -> Result:
 
 def _train(run: Run, world: World) -> Result:
     recipe = run.recipe
-    step, loader = prepare(recipe, recipe.optim.epochs, world)
+    step, loader = prepare(recipe, recipe.optim.epochs, world, run.path / "memory")
     with (
         contextlib.closing(loader),
         contextlib.closing(step),
@@ -154,12 +155,27 @@ class _Session:
             self._check_extra(found[1].get("extra"))
             self.trainer.load(*found)
             self._saved = self.trainer.step.done
+        if self._memory is not None:
+            self._resume_memory(self._saved)
         if first:
             self.run.cut_log(_logged(found[1]) if found else 0)
             if found is not None:
                 self._note_processes(found[1].get("processes"))
             self.trainer.result.rows = self.run.metrics()
             self._loggers = Loggers(self.run, self.trainer.step.done)
+
+    @property
+    def _memory(self) -> HostMemory | None:
+        memory = self.trainer.step.memory
+        return memory if isinstance(memory, HostMemory) else None
+
+    def _resume_memory(self, saved: int | None) -> None:
+        """Return to the memory of the checkpoint of step `saved`; None: make the memory."""
+        assert self._memory is not None
+        if saved is None:
+            self._memory.begin()
+        elif saved < len(self.trainer.step.optimiser.rates):
+            self._memory.restore(saved)
 
     def _check_extra(self, before: object) -> None:
         """Refuse extra images that are not those that the run began with."""
@@ -206,6 +222,8 @@ class _Session:
         """Save the end: a run that is resumed after it goes on with its evaluation."""
         if self.world.first and self.trainer.step.done != self._saved:
             self.save(self.checkpoints.save)
+        if self._memory is not None:
+            self._memory.remove()
 
     def close(self) -> None:
         """Close the loggers."""
@@ -231,6 +249,8 @@ class _Session:
 
     def save(self, write: Callable[..., None]) -> None:
         """Save all that `resume` needs, by `write`, a method of `Checkpoints`."""
+        if self._memory is not None:
+            self._memory.mark(self.trainer.step.done)
         tensors, about = self.trainer.state()
         about |= {
             "logged": self.run.logged(),
@@ -238,6 +258,8 @@ class _Session:
             "extra": extra_sum(self.run.recipe),
         }
         write(self.trainer.step.done, tensors, about)
+        if self._memory is not None:
+            self._memory.drop_before(min(self.checkpoints.steps(), default=0))
 
     def safe_point(self) -> None:
         """Stop, or save a checkpoint, where a signal or the clock asks for it."""

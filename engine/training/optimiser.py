@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from ..device import apex
 from ..device.capture import WARM_UP
 from ..device.phases import BOOKKEEPING, phase
 from ..device.precision import LossScale
+from ..registers import optimisers
+from .registered import Registered
 
-OptimiserName = Literal[
-    "sgd", "adamw", "torch-sgd", "torch-adamw", "apex-sgd", "apex-adam", "apex-lamb"
-]
+# The names of a registered optimiser's state begin with it.
+_REGISTERED = "registered."
 _BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8
 
 
@@ -28,7 +29,7 @@ class Optimiser:
 
     `sgd` and `adamw` are ours: one op updates weights and average in one pass over memory.
     `torch-*` are torch's fused optimisers; `apex-*` are NVIDIA's, where apex is built (in a
-    captured step Adam alone).
+    captured step Adam alone). Any other name is a registered optimiser's.
 
     Args:
         model: the network; its parameters that require gradients are trained.
@@ -48,7 +49,7 @@ class Optimiser:
         model: nn.Module,
         *,
         lr: Sequence[float],
-        name: OptimiserName = "sgd",
+        name: str = "sgd",
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         ema: float = 0.0,
@@ -80,7 +81,13 @@ class Optimiser:
 
         moments = {"sgd": 1, "adamw": 2}.get(name, 0)
         self._moments = [[torch.zeros_like(p) for p in self.params] for _ in range(moments)]
-        self._external = None if moments else self._foreign(name)
+        self._registered = self._external = None
+        if (make := optimisers.maker(name)) is not None:
+            rate = self.rates[0]
+            options = {"momentum": momentum, "weight_decay": weight_decay}
+            self._registered = Registered(make, name, self.params, rate, **options)
+        elif not moments:
+            self._external = self._foreign(name)
 
     def zero_grad(self) -> None:
         for p in self.params:
@@ -91,6 +98,8 @@ class Optimiser:
         """Return why a step with this optimiser cannot be captured in a CUDA graph, or None."""
         if self.name in ("apex-sgd", "apex-lamb"):
             return f"optim.name = {self.name} takes its learning rate from the host"
+        if self._registered is not None:
+            return f"optim.name = {self.name} is registered: its state may move or grow"
         return None
 
     @torch.no_grad()
@@ -110,7 +119,11 @@ class Optimiser:
             if scale is not None and not self.name.startswith("apex"):
                 scale.unscale_(grads)
                 self._count.sub_(scale.found_inf)
-        if self._external is None:
+        if self._registered is not None:
+            found_inf = None if scale is None else scale.found_inf
+            self._registered.step(self.rates[self.steps], found_inf)
+            self._average_by_hand(scale)
+        elif self._external is None:
             self._ours(used, grads, self._never if scale is None else scale.found_inf)
         else:
             self._others(scale)
@@ -126,15 +139,26 @@ class Optimiser:
     @torch.no_grad()
     def restart(self) -> None:
         """Clear momentum and moments, after the weights were replaced."""
+        if self._registered is not None:
+            self._registered.clear()
         for name, t in self.tensors().items():
-            if not name.startswith(("plan", "now", "never", "average.")):
+            if not name.startswith(("plan", "now", "never", "average.", _REGISTERED)):
                 t.zero_()
+
+    def adopt(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make the state of a registered optimiser that a checkpoint holds, see `tensors`."""
+        if self._registered is not None:
+            cut = len(_REGISTERED)
+            own = {k[cut:]: t for k, t in tensors.items() if k.startswith(_REGISTERED)}
+            self._registered.adopt(own)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors that change, without the model's own."""
         found = {"plan": self._plan, "now": self._now, "count": self._count, "never": self._never}
         for number, moments in enumerate(self._moments):
             found |= {f"moment{number}.{i}": m for i, m in enumerate(moments)}
+        if self._registered is not None:
+            found |= {f"{_REGISTERED}{k}": t for k, t in self._registered.tensors().items()}
         if self._external is not None:
             for i, p in enumerate(self.params):
                 for key, value in self._external.state[p].items():
@@ -208,6 +232,10 @@ class Optimiser:
             for group in self._external.param_groups:
                 group |= {"lr": self.rates[self.steps], "step": self.steps}
         self._external.step()
+        self._average_by_hand(scale)
+
+    def _average_by_hand(self, scale: LossScale | None) -> None:
+        """Move the average towards the weights, unless the step was skipped."""
         if self._averages:
             towards = self._towards
             if scale is not None:

@@ -20,6 +20,7 @@ from .. import rng
 from ..adversary.ascent import random_point
 from ..adversary.attack import Attack
 from ..adversary.held import Points
+from ..adversary.host_memory import HostMemory
 from ..adversary.memory import AdversaryMemory
 from ..data.loaders import Batch
 from ..device import apex, distributed
@@ -219,6 +220,11 @@ class Step:
             # Another step begins here: it is recorded anew.
             self._replay = None
         self.capture(batch)
+        host = self.memory if isinstance(self.memory, HostMemory) else None
+        if host is not None:
+            if batch is None:
+                raise EngineError("attack.memory = host needs a loader that hands over batches")
+            host.fetch(_samples(batch))
         if self._replay is None:
             images = self._eagerly(batch)
         elif self._fill(batch):
@@ -227,6 +233,8 @@ class Step:
             images = len(self._static.y)
         else:
             images = self._eagerly(batch)
+        if host is not None:
+            host.store()
         self.optimiser.steps = self.done = self.done + 1
         self.batches += 1
         self.images += images
@@ -285,6 +293,10 @@ class Step:
         Raises:
             EngineError: for tensors of another step.
         """
+        own = "optimiser."
+        self.optimiser.adopt(
+            {name.removeprefix(own): t for name, t in tensors.items() if name.startswith(own)}
+        )
         mine = self.tensors()
         different = mine.keys() ^ tensors.keys() or {
             name for name, t in mine.items() if t.shape != tensors[name].shape
@@ -400,6 +412,8 @@ class Step:
         if self._recorder is not None:
             self._recorder.close()
         self._recorder = None
+        if isinstance(self.memory, HostMemory):
+            self.memory.close()
 
 
 def _samples(batch: Batch) -> Tensor:

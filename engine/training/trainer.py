@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adversary.host_memory import HostMemory, ahead
 from ..data.loaders import Loader
 from ..device import distributed
 from ..errors import EngineError
@@ -215,7 +216,10 @@ class Trainer:
         step.train()
         # An earlier process may have done the first part of the epoch.
         first, images = step.done - epoch * len(self.loader), step.images
-        for batch in self.loader.feed(epoch, first, taken=step.take is not None):
+        batches = self.loader.feed(epoch, first, taken=step.take is not None)
+        if isinstance(step.memory, HostMemory):
+            batches = ahead(batches, step.memory.prefetch)
+        for batch in batches:
             if batch is not None and not self._checked:
                 check_pixels(batch.x)
                 self._checked = True

@@ -1,10 +1,12 @@
 """The loader benchmark: rows that say what was measured."""
 
 import json
+from dataclasses import replace
 
 from engine import cli
 from engine.benchmarks import loaders, tables
 from engine.data.loaders.dali import unavailable
+from engine.models import sources
 
 
 def test_rows_compare_every_loader_with_torchs(monkeypatch, capsys):
@@ -16,6 +18,7 @@ def test_rows_compare_every_loader_with_torchs(monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     rows = {row["loader"]: row for row in found if not row["shape"].startswith("JPEG")}
     names = {"null", "resident", "resident, with the attack's start"}
+    names.add("resident, memory on the host")
     names |= {"torch, 0 workers", "torch, 2 workers"}
     if unavailable() is None:
         names.add("dali")
@@ -37,3 +40,13 @@ def test_rows_compare_every_loader_with_torchs(monkeypatch, capsys):
     }
     assert all(row["images_per_s"] > 0 and row["share_of_step"] is None for row in jpeg.values())
     assert "| JPEG 80x60 to 32x32x3, batch 8" in tables.loaders(found)
+
+
+def test_the_share_of_a_step_on_a_batch_of_jpegs():
+    jpegs = loaders.Jpegs(count=1, size=(8, 8), side=16, batch=6, stretch=1, step="tiny-imagenet")
+    step_ms, name = loaders._jpeg_step(jpegs)
+    assert name == "tiny-imagenet"
+    assert step_ms > 0
+    assert loaders._jpeg_step(replace(jpegs, step=None)) == (None, "")
+    if sources.unavailable("torchvision/resnet50"):
+        assert loaders._jpeg_step(replace(jpegs, step="imagenet-resnet50")) == (None, "")

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from engine import cli, data, recipes
 from engine.data import datasets, loaders
-from engine.data.loaders import dali
+from engine.data.loaders import dali, streamed_dali
 from engine.data.photos import Framing, Photos, decode, index_of, of_index
 from engine.errors import EngineError
 
@@ -549,3 +549,17 @@ def test_a_size_is_one_side_or_two():
     assert written.data.size == (224, 224)
     assert written.data.resized == 256
     assert recipes.parse({"data": {"name": "./a", "size": [64, 96], "scale": [0.2, 1]}}).data.scale
+
+
+def test_an_array_is_given_again_only_when_nobody_holds_it():
+    outputs = streamed_dali._Recycled()
+    first = torch.from_numpy(outputs.take((2, 3)))
+    place, view = first.data_ptr(), first[1:]
+    second = outputs.take((2, 3))
+    assert second.ctypes.data != place
+    del first
+    # A view of the tensor still holds the array.
+    assert torch.from_numpy(outputs.take((2, 3))).data_ptr() not in (place, second.ctypes.data)
+    del view
+    assert outputs.take((2, 3)).ctypes.data == place
+    assert outputs.take((3, 3)).shape == (3, 3)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import engine
-from engine import Attack, Linf, models, recipes
+from engine import Attack, Linf, models, recipes, registers
 from engine.compare import protocol
 from engine.kernels import audit, backends
 from engine.objectives import base
@@ -63,6 +63,8 @@ def test_the_example_method_works_and_declares_its_passes(batch, monkeypatch):
     module = types.ModuleType("mynets")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(models, "_registered", {})
+    for register in (registers.optimisers, registers.loaders):
+        monkeypatch.setattr(register, "_makers", {})
     monkeypatch.setattr(base, "OBJECTIVES", dict(base.OBJECTIVES))
     exec(compile(source, "adding-a-method.md", "exec"), vars(module))
     objective, attack = module.Pairing(weight=0.5), Attack(steps=3)
@@ -279,8 +281,9 @@ def test_names_on_the_api_page_can_be_imported():
 def test_every_public_name_is_on_the_api_page():
     """Check the names; tests/docs/test_site.py (slow) checks the docstrings in the built site."""
     shown = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
-    # Of these two modules the page shows the functions.
-    names = set(engine.__all__) - {"models", "objectives"}
+    # Of these modules and registers the page shows the functions.
+    names = set(engine.__all__) - {"models", "objectives", "optimisers", "loaders"}
     assert {f"engine.{name}" for name in names} <= set(shown)
     assert {"engine.models.register", "engine.objectives.register"} <= set(shown)
+    assert "engine.registers.Register.register" in shown
     assert len(shown) == len(set(shown))

@@ -26,6 +26,11 @@ def fresh(monkeypatch):
     monkeypatch.setattr(foreign, "_announced", set())
 
 
+def test_the_engines_networks_have_no_drop_path():
+    with pytest.raises(EngineError, match="model tiny-cnn has no drop-path"):
+        models.build("tiny-cnn", in_channels=1, image_size=8, classes=4, drop_path=0.1)
+
+
 def head(channels: int, classes: int) -> list[nn.Module]:
     return [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, classes)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -336,6 +337,22 @@ def test_gradients_of_images_and_weights_are_those_of_double_precision(name):
         assert one.dtype == torch.float32
         error = (one.double() - other).norm() / other.norm()
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact-resnet18"])
+def test_gradient_of_a_narrow_shortcut_in_channels_last(name):
+    """oneDNN's weight gradient of a strided 1x1 convolution of few channels crashes here."""
+    torch.manual_seed(0)
+    network = build(name, in_channels=3, image_size=64, classes=4, width=4)
+    conv = network.layer2[0].shortcut[0].to(memory_format=torch.channels_last)
+    assert (conv.in_channels, conv.stride) == (4, (2, 2))
+    exact = copy.deepcopy(conv).double()
+    x = torch.rand(20, 4, 64, 64).to(memory_format=torch.channels_last)
+    h, wanted = conv(x), torch.conv2d(x.double(), exact.weight, stride=2)
+    torch.testing.assert_close(h.double(), wanted, rtol=1e-5, atol=1e-5)
+    h.square().sum().backward()
+    wanted.square().sum().backward()
+    torch.testing.assert_close(conv.weight.grad.double(), exact.weight.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_torch_func_differentiates_by_the_image():

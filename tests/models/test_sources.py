@@ -9,6 +9,7 @@ import json
 
 import pytest
 import torch
+from pyautoattack import AutoAttack
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,18 +17,11 @@ from engine import cli, kernels, models
 from engine.adversary.ascent import ForwardPass
 from engine.errors import EngineError
 from engine.models import sources, stem_of
+from engine.runs.folder import Run
+from engine.runs.images import test_set as images_of
 
-
-def _missing() -> str | None:
-    try:
-        for package in sources.SOURCES:
-            sources._package(package)
-    except EngineError as error:
-        return str(error)
-    return None
-
-
-pytestmark = pytest.mark.skipif(_missing() is not None, reason=f"needs {_missing()}")
+_MISSING = sources.unavailable("timm/resnet18") or sources.unavailable("torchvision/alexnet")
+pytestmark = pytest.mark.skipif(_MISSING is not None, reason=f"needs {_MISSING}")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +92,36 @@ def test_one_run_starts_where_another_ended(tmp_path, monkeypatch, capsys):
     net.load_state_dict({k: v for k, v in exported.items() if k not in ("mu", "sigma")})
 
 
+@pytest.mark.slow
+def test_the_authors_autoattack_gives_the_figure_of_a_fine_tuned_network(
+    tmp_path, monkeypatch, capsys
+):
+    """By the package alone, on timm's own network with the exported weights."""
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "quickstart", "--model.name", "timm/resnet18", "--threat.eps", "0.02"]
+    words += ["--data.train_examples", "512", "--optim.batch_size", "64", "--optim.epochs", "3"]
+    words += ["--data.validation", "16", "--validation.steps", "1", "--evaluation.pgd_steps", "2"]
+    words += ["--evaluation.examples", "8", "--evaluation.pgd_restarts", "1", "--json"]
+    words += ["--evaluation.judge", "pyautoattack"]
+    assert cli.run([*words, "--run-dir", "a", "--no-eval"]) == 0
+    tuned = ["--model.pretrained", "a/best.safetensors", "--optim.lr", "1e-4"]
+    assert cli.run([*words, *tuned, "--run-dir", "b"]) == 0
+    assert cli.run(["export", "b"]) == 0
+    capsys.readouterr()
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("resnet18", num_classes=10, in_chans=1).eval()
+    network.load_state_dict(load_file(tmp_path / "b" / "export" / "model.safetensors"))
+    run = Run.open(tmp_path / "b")
+    x, y = images_of(run.recipe)
+    judge = AutoAttack(network, norm="Linf", eps=0.02, seed=run.recipe.seed)
+    adversaries, _ = judge.run_standard_evaluation(x, y, batch_size=500)
+    with torch.no_grad():
+        robust = float((network(adversaries).argmax(1) == y).double().mean())
+    claim = json.loads((tmp_path / "b" / "export" / "claim.json").read_text())
+    assert f"{100 * robust:.2f}" == claim["autoattack_acc"]
+    assert 0 < robust <= 1
+
+
 @pytest.mark.parametrize("name", ["timm/resnet18", "timm/vit_tiny_patch16_224"])
 def test_the_step_can_be_captured(name):
     from engine import recipes
@@ -105,6 +129,29 @@ def test_the_step_can_be_captured(name):
 
     found = capture_audit.audit(recipes.load("cifar10", {"model.name": name}))
     assert found.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "rates"),
+    [
+        # timm's rates grow with the depth, from 0; torchvision's swin has 0.2 by itself.
+        ("timm/vit_tiny_patch16_224", 32, {0.3}),
+        ("torchvision/swin_t", 32, {0.3}),
+    ],
+)
+def test_drop_path_is_a_field(name, size, rates):
+    from engine.models.dropout import DropPath
+
+    model = models.build(name, in_channels=3, image_size=size, classes=4, drop_path=0.3)
+    found = {round(m.p, 6) for m in model.modules() if isinstance(m, DropPath)}
+    assert max(found) == max(rates)
+    assert len(found) > 2
+
+
+@pytest.mark.parametrize("name", ["timm/vgg11", "torchvision/alexnet"])
+def test_a_network_without_drop_path_gives_one_line(name):
+    with pytest.raises(EngineError, match=f"network {name} has no drop-path"):
+        models.build(name, in_channels=3, image_size=64, classes=4, drop_path=0.3)
 
 
 def test_drop_path_takes_its_masks_from_the_steps_state():

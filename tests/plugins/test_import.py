@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from engine import cli, models, objectives, plugins, recipes
+from engine import cli, models, objectives, plugins, recipes, registers
 from engine.errors import EngineError
 from engine.models import foreign
 from engine.objectives import base
@@ -39,6 +41,8 @@ def forget(monkeypatch):
         monkeypatch.setattr(models, "_registered", {})
         monkeypatch.setattr(foreign, "_known", {})
         monkeypatch.setattr(plugins, "_imported", [])
+        for register in (registers.optimisers, registers.loaders):
+            monkeypatch.setattr(register, "_makers", {})
         sys.modules.pop("mynets", None)
         for name in base.OBJECTIVES.keys() - before.keys():
             del base.OBJECTIVES[name]
@@ -122,6 +126,11 @@ def test_options_and_help_of_a_registered_objective(outside, forget, capsys):
         ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("import engine\nengine.models.register('resnet18')(print)", "there is a network 'res"),
         ("import engine\nengine.objectives.register(int)", "is no objective"),
+        (
+            "import engine\nengine.optimisers.register('sgd')(print)",
+            "the optimiser 'sgd' exists already",
+        ),
+        ("import engine\nengine.loaders.register(' ')(print)", "name of a loader is a plain word"),
     ],
 )
 def test_an_import_that_fails_gives_one_line(text, said, outside, capsys):
@@ -193,3 +202,93 @@ def test_the_capture_audit_of_a_registered_network(part, forget):
         assert any(said[part] in line for line in found.complaints), found.complaints
     else:
         assert found.complaints == []
+
+
+LION = ["--optim.name", "lion", "--optim.lr", "1e-3", "--data.loader", "in-order"]
+
+
+def test_an_optimiser_and_a_loader_of_ones_own_resume_bit_for_bit(outside, forget, capsys):
+    words = ["train", "quickstart", *FLAGS, *LION, *SHORT, "--no-eval", "--threads", "1"]
+    words += ["--optim.ema", "0.9", "--checkpoint.seconds", "0", "--checkpoint.keep", "3"]
+    assert cli.run([*words, "--run-dir", "whole"]) == 0
+    assert cli.run([*words, "--run-dir", "cut"]) == 0
+    cut = outside / "cut"
+    # As if it had been stopped after its first step.
+    steps = sorted((cut / "checkpoints").glob("*.json"))
+    for path in steps[1:]:
+        path.unlink()
+    (cut / "summary.json").unlink()
+    forget()
+    capsys.readouterr()
+    assert cli.run(["train", "--resume", "cut", "--no-eval"]) == 2
+    assert "optimiser 'lion' is not known: it came from --import mynets" in capsys.readouterr().err
+    forget()
+    assert cli.run(["train", "--resume", "cut", "--no-eval", *FLAGS]) == 0
+    a, b = (load_file(outside / run / "last.safetensors") for run in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_name_that_nobody_registered(outside, capsys):
+    for option, given, said in (
+        ("optim.name", "adamv", "did you mean 'adamw'?"),
+        ("data.loader", "in-order", "must be one of auto, resident, dali, torch, null"),
+    ):
+        assert cli.run(["train", "quickstart", f"--{option}", given, "--run-dir", "no"]) == 2
+        assert said in capsys.readouterr().err
+    plugins.load(["mynets"])
+    assert cli.run(["train", "quickstart", "--help", "optim"]) == 0
+    assert "lion" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("register", "option", "said"),
+    [
+        ("optimisers", "optim.name", "returned no torch.optim.Optimizer"),
+        ("loaders", "data.loader", "returned no engine.data.loaders.Loader"),
+    ],
+)
+def test_a_maker_that_returns_something_else(outside, capsys, register, option, said):
+    (outside / "wrong.py").write_text(
+        f"import engine\nengine.{register}.register('odd')(lambda *a, **k: 3)\n"
+    )
+    sys.modules.pop("wrong", None)
+    words = ["train", "quickstart", "--import", "wrong", f"--{option}", "odd", *SHORT]
+    assert cli.run([*words, "--run-dir", "run"]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_foreign_network_is_planned_and_profiled(outside, capsys):
+    assert cli.run(["plan", "quickstart", *FLAGS, *MINE, "--gpu", "h100", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["step_ms"] > 0
+    assert cli.run(["plan", "quickstart", *FLAGS, "--optim.name", "lion", "--gpu", "h100"]) == 0
+    assert "optim.name = lion at the price of adamw" in capsys.readouterr().out
+    words = ["quickstart", *FLAGS, *MINE, *SHORT[:4], "--steps", "2", "--json"]
+    assert cli.run(["profile", *words]) == 0
+    assert min(json.loads(capsys.readouterr().out)["step_ms"]) > 0
+
+
+def test_methods_of_ones_own_are_compared(outside, capsys):
+    """Each training of a comparison is a process of its own, which must import the module too."""
+    (outside / "mine.toml").write_text(
+        'extends = "quickstart"\nname = "mine"\n[model]\nname = "my-net"\n'
+        '[objective]\nname = "pairing"\n[optim]\nname = "lion"\nlr = 1e-3\n'
+    )
+    words = ["compare", "mine.toml", *FLAGS, "--seeds", "1", "--out", "compared", *SHORT]
+    assert cli.run(words) == 0
+    runs = [path.parent for path in (outside / "compared").rglob("recipe.toml")]
+    assert runs
+    text = (runs[0] / "recipe.toml").read_text()
+    assert 'name = "pairing"' in text
+    assert 'name = "lion"' in text
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_run_import_the_module_too(outside):
+    words = ["train", "quickstart", *FLAGS, *MINE, *LION, *SHORT, "--nproc", "2", "--no-eval"]
+    command = [sys.executable, "-m", "engine", *words, "--run-dir", "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=outside)
+    assert done.returncode == 0, done.stderr
+    assert (outside / "run" / "best.safetensors").exists()

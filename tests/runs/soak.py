@@ -54,6 +54,21 @@ VARIANTS: list[list[str]] = [
 ]
 _CLOCK = {"train_seconds", "images_per_second"}
 
+# A program that trains, and kills its own process after KILL_AT steps.
+KILLED = """
+import os, signal, sys
+from engine import cli
+from engine.training.step import Step
+run, left = Step.__call__, [int(os.environ["KILL_AT"])]
+def counted(self, *arguments):
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    return run(self, *arguments)
+Step.__call__ = counted
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
 
 def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "engine", "train", *words, "--no-eval", "--json"]

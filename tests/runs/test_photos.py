@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,16 @@ from safetensors.torch import load_file
 from engine import cli
 from engine.data.loaders import dali
 from engine.evaluation import robust_accuracy
+from engine.models import sources
 from engine.runs import evaluate, images
 from engine.runs.folder import Run
 
 from ..data.generated import folder
-from .soak import differing, rows
+from .soak import KILLED, differing, rows
 
 needs_dali = pytest.mark.skipif(dali.unavailable() is not None, reason="DALI is not installed")
+NO_TIMM = sources.unavailable("timm/resnet18")
+needs_timm = pytest.mark.skipif(NO_TIMM is not None, reason=str(NO_TIMM))
 LOADERS = [pytest.param("dali", marks=needs_dali), "torch"]
 SMALL = [
     *("--attack.start", "random", "--attack.steps", "1", "--objective.name", "n-fgsm"),
@@ -48,26 +52,65 @@ def words(photos: Path, run: Path, size: int, *more: str) -> list[str]:
     return [*start, *SMALL, "--run-dir", str(run), *more]
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("size", [64, 224])
-def test_a_folder_of_jpegs_trains_to_its_report(photos, tmp_path, capsys, size, loader):
-    options = ["--data.loader", loader, "--data.scale", "0.25,1", "--data.jitter", "0.2"]
-    options += ["--optim.epochs", "1", "--model.normalise", "true"]
-    # The report's pictures take as long as all the rest.
-    examples = 6 if size == 64 else 2
-    options += ["--evaluation.examples", str(examples), "--evaluation.batch_size", "4"]
-    if size == 224:
-        options += ["--evaluation.autoattack", "none"]
-    run = tmp_path / "run"
+def _cases(*cases: tuple[str, int, str], slow: bool = False) -> list[Any]:
+    """Return the parameters of cases (network, size, loader) with their marks."""
+    found = []
+    for case in cases:
+        marks = [pytest.mark.slow] if slow else []
+        marks += [needs_dali] if case[2] == "dali" else []
+        found.append(pytest.param(*case, marks=marks))
+    return found
+
+
+def trains_to_its_report(
+    photos: Path, run: Path, capsys: pytest.CaptureFixture[str], *more: str, size: int, steps: int
+) -> None:
+    """Train on the folder, evaluate, and look at what the run leaves."""
+    options = ["--data.scale", "0.25,1", "--data.jitter", "0.2", "--optim.epochs", "1"]
+    options += ["--model.normalise", "true", "--evaluation.batch_size", "4", *more]
     assert cli.run(["train", *words(photos, run, size, *options), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["steps"] == 9
-    assert found["examples"] == examples
+    assert found["steps"] == steps
     assert 0 <= found["pgd"] <= found["clean"] <= 1
     (row,) = rows(run)
     assert 0 <= row["val_pgd"] <= row["val_clean"] <= 1
     assert (run / "report.html").stat().st_size > 10_000
     assert "flowers" in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("network", "size", "loader"),
+    [
+        # Each pair of two choices is among the first four.
+        *_cases(("photo-conv", 64, "dali"), ("photo-conv", 224, "torch")),
+        *_cases(("photo-vit", 64, "torch"), ("photo-vit", 224, "dali")),
+        *_cases(("photo-conv", 64, "torch"), ("photo-conv", 224, "dali"), slow=True),
+        *_cases(("photo-vit", 64, "dali"), ("photo-vit", 224, "torch"), slow=True),
+    ],
+)
+def test_a_folder_of_jpegs_trains_to_its_report(photos, tmp_path, capsys, network, size, loader):
+    # The report's pictures take as long as all the rest.
+    examples, attack = ("6", "apgd") if size == 64 else ("2", "none")
+    options = ["--data.loader", loader, "--model.name", network]
+    options += ["--import", "tests.runs.photo_nets"]
+    options += ["--evaluation.examples", examples, "--evaluation.autoattack", attack]
+    trains_to_its_report(photos, tmp_path / "run", capsys, *options, size=size, steps=9)
+
+
+@needs_timm
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("size", [64, 224])
+@pytest.mark.parametrize("network", ["timm/resnet18", "timm/test_vit"])
+def test_a_folder_of_jpegs_trains_timms_networks(photos, tmp_path, capsys, network, size, loader):
+    options = ["--data.loader", loader, "--model.name", network]
+    options += ["--evaluation.examples", "2", "--evaluation.autoattack", "none"]
+    options += ["--data.validation", "20"]
+    steps = 9
+    if size == 224:
+        # A step of resnet18 on 20 such images takes seconds.
+        options += ["--data.train_examples", "40", "--data.validation", "4"]
+        steps = 2
+    trains_to_its_report(photos, tmp_path / "run", capsys, *options, size=size, steps=steps)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -78,7 +121,7 @@ def test_a_run_that_is_killed_in_mid_epoch_goes_on_with_the_same_batches(
     options += ["--optim.epochs", "2", "--no-eval", "--checkpoint.seconds", "0"]
     assert cli.run(["train", *words(photos, tmp_path / "whole", 64, *options)]) == 0
     cut = tmp_path / "cut"
-    command = [sys.executable, "-c", _KILLED, "train", *words(photos, cut, 64, *options)]
+    command = [sys.executable, "-c", KILLED, "train", *words(photos, cut, 64, *options)]
     environment = {**os.environ, "KILL_AT": "12"}
     killed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -89,22 +132,6 @@ def test_a_run_that_is_killed_in_mid_epoch_goes_on_with_the_same_batches(
     assert not differing(rows(tmp_path / "whole"), rows(cut))
     a, b = (load_file(p / "last.safetensors") for p in (tmp_path / "whole", cut))
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-# Trains, and kills its own process after some steps.
-_KILLED = """
-import os, signal, sys
-from engine import cli
-from engine.training.step import Step
-run, left = Step.__call__, [int(os.environ["KILL_AT"])]
-def counted(self, *arguments):
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left[0] -= 1
-    return run(self, *arguments)
-Step.__call__ = counted
-sys.exit(cli.run(sys.argv[1:]))
-"""
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...adversary.memory import AdversaryMemory
 from ...errors import EngineError
+from ...registers import loaders as register
 from ..photos import Photos
 from .base import Batch, Loader, Sampling
 from .dali import DaliLoader
@@ -25,14 +26,11 @@ from .workers import TensorLoader, WorkerLoader
 
 log = logging.getLogger(__name__)
 
-LoaderName = Literal["auto", "resident", "dali", "torch", "null"]
-
 __all__ = [
     "Batch",
     "DaliLoader",
     "DaliPhotoLoader",
     "Loader",
-    "LoaderName",
     "NullLoader",
     "PhotoLoader",
     "ResidentLoader",
@@ -61,7 +59,7 @@ class NullLoader(Loader):
             yield self._batch
 
 
-def choose(images: Tensor, device: torch.device | str) -> LoaderName:
+def choose(images: Tensor, device: torch.device | str) -> str:
     """Return the fastest loader for a set: resident, unless the device has no room for the set.
 
     Measured (docs/performance.md): on the CPU the resident loader makes batches several times as
@@ -83,7 +81,7 @@ def _dali_missing() -> str | None:
 
 
 def build(
-    name: LoaderName,
+    name: str,
     images: Tensor | Photos,
     labels: Tensor,
     batch_size: int,
@@ -106,7 +104,8 @@ def build(
         sampling: options as `Sampling` has them; for pictures, as `Framing` does too.
     Raises:
         EngineError: where DALI is asked for and missing; for a set smaller than a batch, or of
-            another type; for pictures where the resident loader is asked for.
+            another type; for pictures where the resident loader is asked for; where a registered
+            maker returns no `Loader`.
     """
     if isinstance(images, Photos):
         return _of_photos(name, images, batch_size, device=device, workers=workers, **sampling)
@@ -114,6 +113,9 @@ def build(
         name = choose(images, device)
     if extra is not None and name in ("dali", "torch"):
         raise EngineError(f"data.extra with the {name} loader: it needs data.loader = resident")
+    if (make := register.maker(name)) is not None:
+        made = make(images, labels, batch_size, device=device, workers=workers, **sampling)
+        return _checked(name, made)
     if name == "dali":
         return DaliLoader(images, labels, batch_size, device=device, workers=workers, **sampling)
     if name == "torch":
@@ -131,8 +133,17 @@ def build(
     return NullLoader(resident) if name == "null" else resident
 
 
+def _checked(name: str, made: object) -> Loader:
+    if not isinstance(made, Loader):
+        raise EngineError(
+            f"data.loader = {name}: its maker returned no engine.data.loaders.Loader, but "
+            f"{made!r:.60}"
+        )
+    return made
+
+
 def _of_photos(
-    name: LoaderName, photos: Photos, batch_size: int, *, workers: int, **options: Any
+    name: str, photos: Photos, batch_size: int, *, workers: int, **options: Any
 ) -> Loader:
     shares = {
         key: options.pop(key) for key in ("device", "replays", "rank", "world") if key in options
@@ -147,6 +158,9 @@ def _of_photos(
         if missing := _dali_missing():
             log.warning("torch's DataLoader reads the pictures: %s", missing)
             name = "torch"
+    if (make := register.maker(name)) is not None:
+        made = make(photos, photos.labels, batch_size, workers=workers, **shares)
+        return _checked(name, made)
     kind = DaliPhotoLoader if name == "dali" else WorkerPhotoLoader
     loader = kind(photos, batch_size, workers=0 if name == "null" else workers, **shares)
     return NullLoader(loader) if name == "null" else loader

@@ -28,6 +28,7 @@ from engine.adversary.memory import AdversaryMemory
 from engine.data.loaders import Batch, ResidentLoader
 from engine.device import phases
 from engine.evaluation import robust_accuracy
+from engine.models import sources
 from engine.objectives import LocalBall
 from engine.recipes import Recipe
 from engine.runs import build
@@ -289,13 +290,17 @@ def cases() -> dict[str, Case]:
     named = {
         f"{name} {precision}": Case(name, step, {"step.precision": precision})
         for name in recipes.names()
-        # The network of another package may be absent.
-        if "/" not in recipes.load(name).model.name
         for precision in ("bf16", "fp16", "tf32")
     }
     named |= VARIANTS
     named |= {f"fault: {name}": Case(_SMALL, partial(faulty, name)) for name in FAULTS}
     return named
+
+
+def missing(name: str) -> str | None:
+    """Return why the network of a case cannot be made here, or None."""
+    recipe = cases()[name].recipe
+    return sources.unavailable(recipes.load(recipe).model.name)
 
 
 def _ran(names: list[str]) -> Iterator[dict[str, Any]]:

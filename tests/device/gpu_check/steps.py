@@ -24,6 +24,7 @@ from engine import recipes
 from engine.data.loaders import ResidentLoader
 from engine.device import capture
 from engine.device.machine import device, peak_memory_mb
+from engine.models import sources
 from engine.performance.capture_audit import Tape
 from engine.recipes import Recipe
 from engine.runs import build
@@ -129,9 +130,7 @@ def check(recipe: Recipe, batch: int) -> dict[str, Any]:
 def wanted(names: list[str], precision: str | None) -> Iterator[Recipe]:
     """Yield the recipes to check: small networks in every precision, where there is a GPU."""
     gpu = torch.cuda.is_available()
-    # The network of another package may be absent.
-    known = [n for n in recipes.names() if "/" not in recipes.load(n).model.name]
-    for name in names or known:
+    for name in names or recipes.names():
         small = name.startswith(("fashion-mnist", "quickstart"))
         precisions = ("bf16", "fp16", "tf32") if gpu and small else ("bf16",)
         for each in [precision] if precision else precisions:
@@ -149,6 +148,9 @@ def main() -> int:
     torch.backends.cudnn.deterministic = True
     bad = 0
     for recipe in wanted(options.recipes, options.precision):
+        if not options.recipes and (missing := sources.unavailable(recipe.model.name)):
+            print(json.dumps({"recipe": recipe.name, "skipped": missing}), flush=True)
+            continue
         try:
             row = check(recipe, options.batch)
         except Exception as error:
