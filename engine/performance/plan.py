@@ -20,7 +20,7 @@ from ..device import phases
 from ..errors import EngineError
 from ..objectives import PGD
 from ..recipes import Recipe
-from ..runs import build
+from ..runs import synthetic
 from ..runs.images import facts
 from ..training.step import Step
 from .dispatch import GATHERS, Call, Spy
@@ -322,8 +322,8 @@ def measured(recipe: Recipe) -> float | None:
     if not torch.cuda.is_available():
         return None
     device = torch.device("cuda")
-    step = _step(recipe, device, steps=200)
-    batch = _batch(recipe, device)
+    step = synthetic.step(recipe, device, steps=200)
+    batch = synthetic.batch(recipe, device)
     times = []
     for _ in range(60):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -346,33 +346,7 @@ def _dispatch(step: Step, batch: Batch) -> list[_Op]:
 
 def _on_meta(recipe: Recipe) -> tuple[Step, Batch]:
     meta = torch.device("meta")
-    return _step(recipe, meta, steps=1), _batch(recipe, meta)
-
-
-def _step(recipe: Recipe, device: torch.device, steps: int) -> Step:
-    about = facts(recipe)
-    images = torch.empty((recipe.optim.batch_size, *about.shape), dtype=torch.uint8)
-    with device:
-        model = build.build_model(recipe, None, about.classes, images.shape[1:])
-    memory = build.memory_for(recipe, images, device)
-    if device.type == "meta":
-        # The meta step runs in float32; `_price` applies the precision.
-        recipe = build.without_gpu(recipe, device)
-    step = build.build_step(recipe, model, steps=steps, memory=memory)
-    step.train()
-    return step
-
-
-def _batch(recipe: Recipe, device: torch.device) -> Batch:
-    about, n = facts(recipe), recipe.optim.batch_size
-    index = torch.arange(n, device=device)
-    return Batch(
-        torch.zeros((n, *about.shape), device=device),
-        index % about.classes,
-        index,
-        torch.zeros((n, 3), dtype=torch.int32, device=device),
-        torch.zeros((n, *about.shape), device=device) if recipe.attack.start == "memory" else None,
-    )
+    return synthetic.step(recipe, meta, steps=1), synthetic.batch(recipe, meta)
 
 
 def _traffic(op: _Op, precision: str) -> int:
