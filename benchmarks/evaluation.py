@@ -14,7 +14,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,9 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", choices=[[], *FULL], metavar="NAME", help=", ".join(FULL)
     )
+    parser.add_argument(
+        "--images", type=int, default=1000, help="of each network at most so many [count]"
+    )
     parser.add_argument("--store", action="store_true", help="keep the rows in benchmarks/results")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -170,7 +173,8 @@ def main() -> None:
         if any(row["setting"] == name for row in stored):
             stderr.print(f"{name} is stored already")
             continue
-        rows = [{"setting": name, **row} for row in _rows(FULL[name])]
+        setting = replace(FULL[name], examples=min(FULL[name].examples, chosen.images))
+        rows = [{"setting": name, **row} for row in _rows(setting)]
         stderr.print(str(rows[-1]), highlight=False, soft_wrap=True)
         if chosen.store:
             command = "python -m engine.benchmarks.evaluation --store"

@@ -348,7 +348,7 @@ def stored() -> dict[str, tuple[str, str]]:
             tables[path.stem] = ("docs/kernels.md", audit(rows))
         elif path.stem == "validation":
             tables[path.stem] = ("docs/results-mnist.md", validation(rows))
-        elif path.stem == "evaluation":
+        elif path.stem in ("evaluation", "agreement"):
             tables[path.stem] = ("docs/autoattack.md", evaluation(rows))
         elif path.stem in makers:
             tables[path.stem] = ("docs/performance.md", makers[path.stem](rows))

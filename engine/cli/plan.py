@@ -55,7 +55,7 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> int:
         "launches": f"{cost.launches} kernels eager, 1 graph captured: {_most(cost.kernels)}",
         "step": f"{cost.step_ms:.3g} ms captured, {cost.eager_ms:.3g} ms eager (predicted)",
         "bound by": bound,
-        "fusion": f"{cost.fused_ms:.3g} ms with step.compile = true, if it saves what it can: "
+        "fusion": f"{cost.fused_ms:.3g} ms with step.compile = on, if it saves what it can: "
         f"{saved}; convolutions and products alone {cost.products_ms:.3g} ms",
         "images": f"{cost.images_per_second:,.0f} a second",
         "training": f"{cost.train_minutes:.3g} minutes, evaluation excluded",

@@ -51,7 +51,7 @@ _OF_AN_ADDITION = 2 / 3
 def fusions(ops: Iterable[tuple[str, str, bool, float]]) -> dict[str, float]:
     """Return the time that each fusion would save, by its name [the unit of the times].
 
-    The fusions are those that torch.compile makes: ReLU inside the kernel of the BatchNorm before
+    The fusions are those that torch.compile makes: ReLU inside the kernel before
     it, additions of images inside the next kernel. Folding a BatchNorm into a convolution or a
     fused kernel of the engine's own would save no more.
 
@@ -62,9 +62,9 @@ def fusions(ops: Iterable[tuple[str, str, bool, float]]) -> dict[str, float]:
     saved: dict[str, float] = {}
     for name, phase, images, seconds in ops:
         if images and (kind := _RELU.get(name, {}).get(phase)):
-            key, share = f"ReLU in BatchNorm's kernel, {kind} passes", 1.0
+            key, share = f"ReLU in the kernel before it, {kind} passes", 1.0
         elif images and (kind := _ADD.get(name, {}).get(phase)):
-            key, share = f"additions in the next kernel, {kind} passes", _OF_AN_ADDITION
+            key, share = f"additions in the kernel after them, {kind} passes", _OF_AN_ADDITION
         else:
             continue
         saved[key] = saved.get(key, 0.0) + share * seconds
