@@ -33,7 +33,7 @@ def folded(model: nn.Module, example: Tensor) -> nn.Module:
     if not _norms(model):
         return model
     try:
-        form = copy.deepcopy(model).requires_grad_(False)
+        form: Any = copy.deepcopy(model).requires_grad_(False)
         for conv, norm in _pairs(form, example[:2]):
             together = fuse_conv_bn_eval(form.get_submodule(conv), form.get_submodule(norm))
             _replace(form, conv, together)
@@ -63,9 +63,9 @@ def _pairs(model: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
     def match(name: str) -> Any:
         def matched(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            conv, _, version = made.get(id(inputs[0]), ("", None, -1))
-            if version == inputs[0]._version:
-                pairs.append((conv, name))
+            found = made.get(id(inputs[0]))
+            if found is not None and found[2] == inputs[0]._version:
+                pairs.append((found[0], name))
 
         return matched
 
