@@ -320,9 +320,15 @@ def evaluation(rows: list[dict[str, Any]]) -> str:
             f"{row['norm']}, {row['eps']:g}",
             row["images"],
             row["attack"],
-            f"{row['seconds_pyautoattack']:.1f}",
-            f"{row['seconds_engine']:.1f}",
-            f"{row['ratio']:.2f}",
+            *(
+                # Judges that did not run one after the other have no seconds to compare.
+                "" if row[key] is None else f"{row[key]:{spec}}"
+                for key, spec in (
+                    ("seconds_pyautoattack", ".1f"),
+                    ("seconds_engine", ".1f"),
+                    ("ratio", ".2f"),
+                )
+            ),
             percent(row["robust_pyautoattack"]),
             percent(row["robust_engine"]),
             "" if agreement is None else f"{agreement:.1%}",
