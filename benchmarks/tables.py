@@ -316,7 +316,7 @@ def evaluation(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         agreement = row.get("agreement")
         cells = [
-            row["network"],
+            f"{row['network']}, `{row['recipe']}`",
             f"{row['norm']}, {row['eps']:g}",
             row["images"],
             row["attack"],
