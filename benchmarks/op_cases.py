@@ -79,6 +79,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
     index = torch.randperm(n)[:b]
     _, crops, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
     eps, alpha = torch.tensor(EPS), torch.tensor(ALPHA)
+    sizes, gaps = torch.rand(b), 5 * torch.randn(b)
 
     def check_augment() -> None:
         out = kernels.augment(data, index, rng, pad=pad, flip=True)[:2]
@@ -119,6 +120,24 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
             reference.attack_step,
             (x, z, grad, eps, alpha, "L2"),
             _against_reference(step, x, z, grad, eps, alpha, norm="L2"),
+            4 * size,
+        ),
+        Case(
+            "apgd_step",
+            name,
+            lambda: kernels.apgd_step(x, z, x, grad, sizes, eps=eps, momentum=0.75),
+            reference.apgd_step,
+            (x, z, x, grad, sizes, eps, 0.75, "Linf"),
+            _against_reference(kernels.apgd_step, x, z, x, grad, sizes, eps=eps, momentum=0.75),
+            5 * size,
+        ),
+        Case(
+            "fab_step",
+            name,
+            lambda: kernels.fab_step(x, z, grad, gaps),
+            reference.fab_step,
+            (x, z, grad, gaps, "Linf"),
+            _against_reference(kernels.fab_step, x, z, grad, gaps),
             4 * size,
         ),
         Case(

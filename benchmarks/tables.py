@@ -316,13 +316,19 @@ def evaluation(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         agreement = row.get("agreement")
         cells = [
-            row["network"],
+            f"{row['network']}, `{row['recipe']}`",
             f"{row['norm']}, {row['eps']:g}",
             row["images"],
             row["attack"],
-            f"{row['seconds_pyautoattack']:.1f}",
-            f"{row['seconds_engine']:.1f}",
-            f"{row['ratio']:.2f}",
+            *(
+                # Judges that did not run one after the other have no seconds to compare.
+                "" if row[key] is None else f"{row[key]:{spec}}"
+                for key, spec in (
+                    ("seconds_pyautoattack", ".1f"),
+                    ("seconds_engine", ".1f"),
+                    ("ratio", ".2f"),
+                )
+            ),
             percent(row["robust_pyautoattack"]),
             percent(row["robust_engine"]),
             "" if agreement is None else f"{agreement:.1%}",
@@ -348,7 +354,7 @@ def stored() -> dict[str, tuple[str, str]]:
             tables[path.stem] = ("docs/kernels.md", audit(rows))
         elif path.stem == "validation":
             tables[path.stem] = ("docs/results-mnist.md", validation(rows))
-        elif path.stem == "evaluation":
+        elif path.stem in ("evaluation", "agreement"):
             tables[path.stem] = ("docs/autoattack.md", evaluation(rows))
         elif path.stem in makers:
             tables[path.stem] = ("docs/performance.md", makers[path.stem](rows))

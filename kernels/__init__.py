@@ -5,7 +5,8 @@
 
 from . import backends, ops, reference
 from .backends import capturing
+from .layout import outputs_innermost
 from .ops import *  # noqa: F403
 
-__all__ = ["backends", "capturing", "ops", "reference"]
+__all__ = ["backends", "capturing", "ops", "outputs_innermost", "reference"]
 __all__ += ops.__all__

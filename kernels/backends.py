@@ -28,6 +28,8 @@ OPS = (
     "uniform_start",
     "attack_step",
     "attack_step_",
+    "apgd_step",
+    "fab_step",
     "cross_entropy_grad",
     "kl_grad",
     "input_grad_step",

@@ -53,7 +53,7 @@ class Example:
 
 def examples() -> list[Example]:
     """Return an example of every kernel."""
-    return [*_attack(), *_logits(), *_stem(), *_loss(), *_data(), *_optimisers()]
+    return [*_attack(), *_autoattack(), *_logits(), *_stem(), *_loss(), *_data(), *_optimisers()]
 
 
 def _attack() -> list[Example]:
@@ -76,6 +76,24 @@ def _attack() -> list[Example]:
         Example("linf_step_bf16_grad", "attack_step", step(half), _PIXELS, 14, flat=True),
         Example("l2_step", "attack_step", step(x, "L2"), _PIXELS, 16),
         Example("linf_step_in_place", "attack_step_", in_place, _PIXELS, 16, flat=True),
+    ]
+
+
+def _autoattack() -> list[Example]:
+    x, one, numbers = torch.zeros(_SHAPE), torch.ones(()), torch.zeros(_BATCH)
+
+    def apgd(norm: str) -> Callable[[], object]:
+        return lambda: ops.apgd_step(x, x, x, x, numbers, eps=one, momentum=0.75, norm=norm)
+
+    def fab(norm: str) -> Callable[[], object]:
+        return lambda: ops.fab_step(x, x, x, numbers, norm=norm)
+
+    sample = 4 / _SAMPLE
+    return [
+        Example("linf_apgd", "apgd_step", apgd("Linf"), _PIXELS, 20 + sample, counted=False),
+        Example("l2_apgd", "apgd_step", apgd("L2"), _PIXELS, 20 + sample, counted=False),
+        Example("linf_fab", "fab_step", fab("Linf"), _PIXELS, 16 + sample, counted=False),
+        Example("l2_fab", "fab_step", fab("L2"), _PIXELS, 16 + sample, counted=False),
     ]
 
 

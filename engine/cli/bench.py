@@ -67,8 +67,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         from ..benchmarks import clones
 
         options["cloned"] = clones.parse(arguments.clone)
-    if arguments.what in ("step", "loaders", "scaling", "end-to-end", "accuracy"):
-        # `engine train` does so as well.
+    if arguments.what in ("step", "loaders", "scaling", "end-to-end", "accuracy", "evaluation"):
+        # `engine train` and `engine eval` do so as well.
         keep_freed_memory()
     module = import_module(f"engine.benchmarks.{BENCHMARKS[arguments.what]}")
     rows = module.run(quick=arguments.quick, **options)

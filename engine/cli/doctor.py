@@ -37,12 +37,14 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     from ..device import apex
     from ..device.machine import environment
     from ..progress import stdout
+    from ..runs import tuning
 
     about: dict[str, Any] = {
         "environment": {**environment(), "apex": apex.status()},
         "kernels": kernels.backends.table(),
         "models": sorted(models.names()),
         "recipes": recipes.names(),
+        "step_forms": tuning.remembered(),
     }
     if arguments.json:
         print(json.dumps(about, indent=2))
@@ -55,6 +57,8 @@ def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:
     stdout.print(table)
     stdout.print("models:", ", ".join(about["models"]), highlight=False, soft_wrap=True)
     stdout.print("recipes:", ", ".join(about["recipes"]), highlight=False, soft_wrap=True)
+    for line in about["step_forms"]:
+        stdout.print("step.compile = auto:", line, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -164,6 +164,9 @@ def stem_of(model: nn.Module) -> Stem | None:
     if not is_plain(conv):
         return None
     weight = conv.weight.detach()
+    if weight.is_cuda:
+        # Once here, and not in every attack step.
+        weight = kernels.outputs_innermost(weight)
     sigma = getattr(model, "sigma", None)
     stride, padding = conv.stride[0], cast(int, conv.padding[0])
     return Stem(weight if sigma is None else weight / sigma, stride, padding)

@@ -20,10 +20,11 @@ from ..device import phases
 from ..errors import EngineError
 from ..objectives import PGD
 from ..recipes import Recipe
-from ..runs import build
+from ..runs import synthetic
 from ..runs.images import facts
 from ..training.step import Step
 from .dispatch import GATHERS, Call, Spy
+from .kernel_count import fusions, kernels_of
 
 # Count the convolution inside the stem's ops, as PyTorch counts its own; the arguments are shapes.
 # The formulas do not lie beside the ops: PyTorch's counter imports Triton, which
@@ -91,6 +92,8 @@ class _Op:
     flops: int
     bytes: int
     saved: int  # bytes of results
+    kernels: int
+    images: bool  # the result is [B, C, H, W]
 
 
 class _Priced(Spy):
@@ -106,7 +109,11 @@ class _Priced(Spy):
         formula = flop_registry.get(call.op._overloadpacket)
         flops = formula(*call.args, **call.kwargs, out_val=call.result) if formula else 0
         saved = sum(t.numel() * t.itemsize for t in call.written)
-        self.ops.append(_Op(call.name, call.phase, int(flops), _bytes_moved(call), saved))
+        images = bool(call.written) and all(
+            t.dim() == 4 and t.is_floating_point() for t in call.written
+        )
+        moved, kernels = _bytes_moved(call), kernels_of(call)
+        self.ops.append(_Op(call.name, call.phase, int(flops), moved, saved, kernels, images))
 
 
 def _bytes_moved(call: Call) -> int:
@@ -123,18 +130,22 @@ class Price:
     """Hold what one step should cost on a GPU.
 
     Attributes:
-        flops, bytes, launches: of an eager step; a captured step has one launch.
+        flops, bytes: of a step; kernels: launches by operator, most first.
         seconds: of a captured step; eager_seconds: of an eager step, bound by the host where the
             launches take longer.
         bound_by: share of the operators' time bound by compute, memory, a kernel's least time.
+        fusions: what fusing kernels would save, by name [s]; products: the time of convolutions
+            and matrix products alone [s].
     """
 
     flops: int
     bytes: int
-    launches: int
+    kernels: dict[str, int]
     seconds: float
     eager_seconds: float
     bound_by: dict[str, float]
+    fusions: dict[str, float]
+    products: float
 
 
 @dataclass(frozen=True)
@@ -143,10 +154,14 @@ class Plan:
 
     Attributes:
         passes: of the whole batch, by kind.
-        flops, bytes, launches: of an eager step; a captured step has one launch.
+        flops, bytes: of a step; launches: kernels, which a captured step launches at once.
+        kernels: launches by operator, most first.
         step_ms: a captured step; eager_ms: an eager step, bound by the host where the launches take
             longer.
         bound_by: share of `step_ms` in operators bound by compute, memory, a kernel's least time.
+        fusions: what fused kernels (`step.compile`) would save of `step_ms`, by name; fused_ms:
+            `step_ms` less all of that; products_ms: convolutions and matrix products alone, the
+            bound of all fusions.
         memory_gb: weights with optimiser state, activations, dataset, adversary memory.
         share_of_pgd10: `step_ms` over that of PGD-10 on the same network and batch.
         measured_ms: on this machine's GPU; None without a GPU.
@@ -160,9 +175,13 @@ class Plan:
     flops: int
     bytes: int
     launches: int
+    kernels: dict[str, int]
     step_ms: float
     eager_ms: float
     bound_by: dict[str, float]
+    fusions: dict[str, float]
+    fused_ms: float
+    products_ms: float
     images_per_second: float
     train_minutes: float
     memory_gb: dict[str, float]
@@ -200,10 +219,14 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
         passes={**asdict(passes), "total": passes.total},
         flops=cost.flops,
         bytes=cost.bytes,
-        launches=cost.launches,
+        launches=sum(cost.kernels.values()),
+        kernels=cost.kernels,
         step_ms=1e3 * cost.seconds,
         eager_ms=1e3 * cost.eager_seconds,
         bound_by=cost.bound_by,
+        fusions={name: 1e3 * seconds for name, seconds in cost.fusions.items()},
+        fused_ms=1e3 * (cost.seconds - sum(cost.fusions.values())),
+        products_ms=1e3 * cost.products,
         images_per_second=recipe.optim.batch_size / cost.seconds,
         train_minutes=steps * cost.seconds / 60,
         memory_gb=_memory_gb(recipe, step, ops, images, half=precision in ("bf16", "fp16")),
@@ -302,8 +325,8 @@ def measured(recipe: Recipe) -> float | None:
     if not torch.cuda.is_available():
         return None
     device = torch.device("cuda")
-    step = _step(recipe, device, steps=200)
-    batch = _batch(recipe, device)
+    step = synthetic.step(recipe, device, steps=200)
+    batch = synthetic.batch(recipe, device)
     times = []
     for _ in range(60):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -326,33 +349,7 @@ def _dispatch(step: Step, batch: Batch) -> list[_Op]:
 
 def _on_meta(recipe: Recipe) -> tuple[Step, Batch]:
     meta = torch.device("meta")
-    return _step(recipe, meta, steps=1), _batch(recipe, meta)
-
-
-def _step(recipe: Recipe, device: torch.device, steps: int) -> Step:
-    about = facts(recipe)
-    images = torch.empty((recipe.optim.batch_size, *about.shape), dtype=torch.uint8)
-    with device:
-        model = build.build_model(recipe, None, about.classes, images.shape[1:])
-    memory = build.memory_for(recipe, images, device)
-    if device.type == "meta":
-        # The meta step runs in float32; `_price` applies the precision.
-        recipe = build.without_gpu(recipe, device)
-    step = build.build_step(recipe, model, steps=steps, memory=memory)
-    step.train()
-    return step
-
-
-def _batch(recipe: Recipe, device: torch.device) -> Batch:
-    about, n = facts(recipe), recipe.optim.batch_size
-    index = torch.arange(n, device=device)
-    return Batch(
-        torch.zeros((n, *about.shape), device=device),
-        index % about.classes,
-        index,
-        torch.zeros((n, 3), dtype=torch.int32, device=device),
-        torch.zeros((n, *about.shape), device=device) if recipe.attack.start == "memory" else None,
-    )
+    return synthetic.step(recipe, meta, steps=1), synthetic.batch(recipe, meta)
 
 
 def _traffic(op: _Op, precision: str) -> int:
@@ -364,20 +361,28 @@ def _price(ops: list[_Op], device: Gpu, precision: str) -> Price:
     peak = COMPUTE * 1e12 * device.tflops[precision]
     bandwidth = TRAFFIC * 1e9 * device.bandwidth
     bound = {"compute": 0.0, "memory": 0.0, "launch": 0.0}
+    timed: list[tuple[str, str, bool, float]] = []
+    products = 0.0
+    kernels = Counter[str]()
     for op in ops:
         times = {
             "compute": op.flops / peak,
             "memory": _traffic(op, precision) / bandwidth,
-            "launch": SHORTEST,
+            "launch": SHORTEST * op.kernels,
         }
         limit = max(times, key=lambda name: times[name])
         bound[limit] += times[limit]
+        timed.append((op.name, op.phase, op.images, times[limit]))
+        products += times[limit] if op.flops else 0.0
+        kernels[op.name.removeprefix("aten::")] += op.kernels
     busy = sum(bound.values())
     return Price(
         flops=sum(op.flops for op in ops),
         bytes=sum(_traffic(op, precision) for op in ops),
-        launches=len(ops),
+        kernels=dict(kernels.most_common()),
         seconds=busy + REPLAY,
-        eager_seconds=max(busy, LAUNCH * len(ops)),
+        eager_seconds=max(busy, LAUNCH * kernels.total()),
         bound_by={name: seconds / busy for name, seconds in bound.items()},
+        fusions=fusions(timed),
+        products=products,
     )

@@ -32,6 +32,12 @@ from ..training.schedule import Schedule
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
+def _on_or_off(value: object) -> object:
+    """Read true and false as well: run folders of earlier versions hold them."""
+    words = {"true": "on", "false": "off"}
+    return words.get(str(value).lower(), value)
+
+
 def _absolute_path(path: str | None) -> str | None:
     """Make a path absolute: a run can then be resumed from any folder."""
     return path if path is None else str(Path(path).expanduser().absolute())
@@ -297,9 +303,13 @@ class StepOptions:
         Field(description="one CUDA graph for the whole step: auto is on where there is a GPU"),
     ] = "auto"
     compile: Annotated[
-        bool,
-        Field(description="torch.compile the network's passes (slower on the CPUs measured)"),
-    ] = False
+        Literal["auto", "on", "off"],
+        BeforeValidator(_on_or_off),
+        Field(
+            description="torch.compile the network's passes (slower on the CPUs measured): auto "
+            "times a long run's step with and without, and remembers the faster form"
+        ),
+    ] = "off"
     deterministic: Annotated[
         bool,
         Field(

@@ -231,7 +231,7 @@ def build_step(
         seed=recipe.seed,
         rank=rank,
         device=target,
-        compile=recipe.step.compile,
+        compile=recipe.step.compile == "on",
         deterministic=recipe.step.deterministic,
         recorder=recorder,
     )

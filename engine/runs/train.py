@@ -24,6 +24,7 @@ from ..training.checkpoint import Checkpoints, most_bytes
 from ..training.signals import Stopped, Watch
 from ..training.step import Step
 from ..training.trainer import Hooks, Result, Trainer
+from . import tuning
 from .build import ALONE, prepare, step_of
 from .folder import Run
 from .images import Images, extra_sum, parts, split
@@ -85,8 +86,11 @@ def train(run: Run, world: World = ALONE) -> Result:
 
 def _train(run: Run, world: World) -> Result:
     recipe = run.recipe
+    form = tuning.choose(recipe, world)
+    recipe = replace(recipe, step=replace(recipe.step, compile="on" if form.compile else "off"))
     step, loader = prepare(recipe, recipe.optim.epochs, world, run.path / "memory")
     with (
+        form.applied(),
         contextlib.closing(loader),
         contextlib.closing(step),
         # Validation too: it chooses the best epoch, to which training may go back.

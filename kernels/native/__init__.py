@@ -6,6 +6,7 @@ DLPack exchange. The reference serves the cases without a kernel (float64, mixed
 """
 
 from .attack import attack_step, attack_step_, uniform_start
+from .autoattack import apgd_step, fab_step
 from .binding import keep_freed_memory, native
 from .data import augment, recall, remember
 from .logits import cross_entropy_grad, kl_grad, local_ball_loss, local_ball_loss_backward
@@ -17,10 +18,12 @@ ORIGIN = f"C++ with {native.isa()}" + ("" if native.openmp else ", one thread (n
 __all__ = [
     "ORIGIN",
     "adamw_ema_step",
+    "apgd_step",
     "attack_step",
     "attack_step_",
     "augment",
     "cross_entropy_grad",
+    "fab_step",
     "input_grad_step",
     "keep_freed_memory",
     "kl_grad",

@@ -83,8 +83,8 @@ Extent = Literal["kernels", "types", "all"]
 def cases(extent: Extent) -> list[Case]:
     """Return all cases, or the first of each kernel, or the first of each kernel and type."""
     every = itertools.chain(
-        _starts(), _steps(), _steps_in_place(), _logit_gradients(), _stems(), _losses(), _data(),
-        _optimisers(),
+        _starts(), _steps(), _steps_in_place(), _autoattack(), _logit_gradients(), _stems(),
+        _losses(), _data(), _optimisers(),
     )  # fmt: skip
     if extent == "all":
         return list(every)
@@ -129,6 +129,21 @@ def _steps_in_place() -> Iterator[Case]:
         yield Case(kernel, dtype, name, ops.attack_step_, (*args, EPS, ALPHA), {}, None)
         l2 = f"{name}, in place"
         yield Case("l2_step", dtype, l2, ops.attack_step_, (*args, 0.5, 0.2), {"norm": "L2"}, 4)
+
+
+def _autoattack() -> Iterator[Case]:
+    for shape, norm in itertools.product(_SHAPES, ("Linf", "L2")):
+        x, name, options = _images(shape), _name(shape), {"norm": norm}
+        z, last, grad = _near(x), (x + 0.02).clamp(0, 1), _normal(*shape, seed=3)
+        steps, gap = _normal(len(x), seed=4).abs(), _normal(len(x), scale=3, seed=5)
+        bits = None if norm == "Linf" else 8
+        args = (x, z, last, grad, steps)
+        climb = {"eps": EPS, "momentum": 0.75, **options}
+        yield Case(f"{norm.lower()}_apgd", "fp32", name, ops.apgd_step, args, climb, bits)
+        # The sums that Newton's method solves for are rounded in another order.
+        yield Case(
+            f"{norm.lower()}_fab", "fp32", name, ops.fab_step, (x, z, grad, gap), options, 64
+        )
 
 
 def _logits(rows: int, classes: int, dtype: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ numbers in every replay after `rng[1]` was advanced. `stream` separates the draw
 """
 
 from .attack import attack_step, attack_step_, uniform_start
+from .autoattack import apgd_step, fab_step
 from .data import augment, crop, draw_crops, recall, remember
 from .logits import cross_entropy_grad, kl_grad, local_ball_loss, local_ball_loss_backward
 from .optimisers import TINY, adamw_ema_step, perturb_weights, sgd_ema_step
@@ -23,12 +24,14 @@ from .stem import input_grad_step, stem_input_grad, stem_weight_grad
 __all__ = [
     "TINY",
     "adamw_ema_step",
+    "apgd_step",
     "attack_step",
     "attack_step_",
     "augment",
     "crop",
     "cross_entropy_grad",
     "draw_crops",
+    "fab_step",
     "input_grad_step",
     "kl_grad",
     "local_ball_loss",

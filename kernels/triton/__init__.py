@@ -13,6 +13,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from .attack import attack_step, attack_step_, uniform_start
+from .autoattack import apgd_step, fab_step
 from .data import augment, recall, remember
 from .launch import INTERPRETING
 from .logits import cross_entropy_grad, kl_grad, local_ball_loss, local_ball_loss_backward
@@ -35,11 +36,13 @@ __all__ = [
     "ORIGIN",
     "REFUSED",
     "adamw_ema_step",
+    "apgd_step",
     "attack_step",
     "attack_step_",
     "augment",
     "capturing",
     "cross_entropy_grad",
+    "fab_step",
     "input_grad_step",
     "kl_grad",
     "local_ball_loss",

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..layout import outputs_innermost
 from .attack import launch_l2_step
 from .launch import INTERPRETING, flat_tile, on_device
 from .maths import linf_step
@@ -44,7 +45,7 @@ def input_grad_step(
         # In channels_last, lanes over pixels only would read 2 or 4 bytes of each of 32 lines.
         lanes, tile = min(triton.next_power_of_2(o), _CHANNELS), _TILE
         # In this order a thread's weights are adjacent: 6 loads for 16 gradients, not 24.
-        weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+        weight = outputs_innermost(weight)
     block = (flat_tile(pixels * lanes)["BLOCK"] if INTERPRETING else tile) // lanes
     grid = (triton.cdiv(pixels, block), stride * stride, triton.cdiv(c, group))
     with on_device(x):

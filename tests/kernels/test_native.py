@@ -72,6 +72,10 @@ def every_op():
         "attack_step": lambda: kernels.attack_step(x, z, grad, 0.1, 0.05),
         "attack_step L2": lambda: kernels.attack_step(x, z, grad, 0.1, 0.05, norm="L2"),
         "attack_step_": step_in_place,
+        "apgd_step": lambda: kernels.apgd_step(
+            x, z, x, grad, grad[:, 0, 0, 0].abs(), eps=0.1, momentum=0.75, norm="L2"
+        ),
+        "fab_step": lambda: kernels.fab_step(x, z, grad, 3 * grad[:, 0, 0, 0]),
         "cross_entropy_grad": lambda: kernels.cross_entropy_grad(adv, target),
         "kl_grad": lambda: kernels.kl_grad(adv, ball),
         "input_grad_step": lambda: kernels.input_grad_step(x, z, gy, weight, norm="L2", **stem),

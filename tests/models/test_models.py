@@ -391,6 +391,17 @@ class Theirs(nn.Module):
         return self.body(self.stem(x))
 
 
+def test_a_weight_is_laid_out_once_for_several_steps():
+    weight = torch.randn(5, 3, 2, 4)
+    laid_out = kernels.outputs_innermost(weight)
+    assert torch.equal(laid_out, weight)
+    assert laid_out.stride(0) == 1
+    assert kernels.outputs_innermost(laid_out) is laid_out
+    # A division keeps the order: the copy is not made again.
+    scaled = laid_out / torch.ones(1, 3, 1, 1)
+    assert kernels.outputs_innermost(scaled) is scaled
+
+
 def test_stem_of_a_foreign_module_that_exposes_one():
     conv = nn.Conv2d(3, 6, 5, stride=2, padding=2)
     stem = stem_of(Theirs(conv))

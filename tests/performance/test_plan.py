@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine import EngineError, cli, models, recipes
 from engine.device import phases
-from engine.performance import plan
+from engine.performance import dispatch, kernel_count, plan
 from engine.runs import build
 
 
@@ -94,6 +94,52 @@ def test_predictions_are_in_order(cifar):
     small = plan.plan(load("fashion-mnist"), "h100")
     assert small.bound_by["launch"] > 0.5
     assert small.eager_ms > 2 * small.step_ms
+
+
+def test_launches_are_counted_by_kernel(cifar):
+    """A backward pass of a convolution is a kernel for each gradient that somebody needs."""
+    passes = cifar.passes
+    convolutions = 20  # of the PreActResNet-18, three shortcuts included
+    stems = passes["weight_grad"]  # whose images need no gradient
+    counted = cifar.kernels
+    assert counted["convolution"] == convolutions * passes["forward"]
+    gradients = passes["input_grad"] + passes["weight_grad"]
+    attacks = passes["input_grad"] - passes["weight_grad"]
+    # An attack's pass ends at the stem's output; a training pass has no input gradient there.
+    assert counted["convolution_backward"] == convolutions * gradients - attacks - stems
+    assert cifar.launches == sum(counted.values())
+    assert list(counted.values()) == sorted(counted.values(), reverse=True)
+
+
+def test_fusions_save_no_more_than_what_is_not_a_product(cifar):
+    assert len(cifar.fusions) == 4
+    assert all(saved > 0 for saved in cifar.fusions.values())
+    assert cifar.fused_ms == pytest.approx(cifar.step_ms - sum(cifar.fusions.values()))
+    assert cifar.products_ms < cifar.fused_ms < cifar.step_ms
+    # Nothing to fuse where there is no ReLU of its own kernel.
+    plain = [("aten::convolution", phases.ATTACK_FORWARD, True, 1.0)]
+    assert kernel_count.fusions(plain) == {}
+    relu = [("aten::relu", phases.ATTACK_FORWARD, True, 2.0)]
+    assert list(kernel_count.fusions(relu).values()) == [2.0]
+
+
+def test_lists_of_tensors_are_launched_in_parts():
+    spy = Launches()
+    with spy:
+        torch._foreach_add_([torch.zeros(3) for _ in range(111)], 1.0)
+        a, b = ([torch.zeros(3) for _ in range(64)] for _ in range(2))
+        torch._foreach_copy_(a, b)
+    assert spy.launched == [2, 1]
+
+
+class Launches(dispatch.Spy):
+    def __init__(self):
+        super().__init__()
+        self.launched = []
+
+    def heard(self, call):
+        if call.short_name.startswith("_foreach"):
+            self.launched.append(kernel_count.kernels_of(call))
 
 
 def test_memory_is_of_the_set_and_the_weights(cifar):

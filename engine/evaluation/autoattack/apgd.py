@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ... import kernels
 from ...threat import ThreatModel
 from .losses import Loss
 from .oracle import Attacked, Oracle, lengths, per_sample
@@ -26,7 +27,7 @@ class _State(Attacked):
 
     Attributes:
         image: position in the batch that the attack was given, int64.
-        low, high: the intersection of the ball and [0, 1] under Linf; the clean image under L2.
+        clean: the image, centre of the ball.
         point, previous: this iterate and the one before.
         gradient: of the loss at `point`.
         best, best_gradient, best_loss: of the iterate with the highest loss.
@@ -37,8 +38,7 @@ class _State(Attacked):
     """
 
     image: Tensor
-    low: Tensor
-    high: Tensor
+    clean: Tensor
     point: Tensor
     previous: Tensor
     gradient: Tensor
@@ -53,27 +53,17 @@ class _State(Attacked):
 
     def move(self, threat: ThreatModel, *, first: bool) -> None:
         """Take the step with momentum (equation 3), and clip it to the ball and to [0, 1]."""
-        inertia = self.point - self.previous
-        self.previous = self.point
-        length = per_sample(self.step, self.point)
-        weight = 1.0 if first else _MOMENTUM
-        if threat.norm == "Linf":
-            ahead = self.point + length * self.gradient.sign()
-            ahead = ahead.clamp(self.low, self.high)
-        else:
-            norm = per_sample(lengths(self.gradient, "L2") + 1e-12, self.point)
-            ahead = self._into_l2_ball(self.point + length * self.gradient / norm, threat.eps)
-        ahead = self.point + weight * (ahead - self.point) + (1 - weight) * inertia
-        if threat.norm == "Linf":
-            self.point = ahead.clamp(self.low, self.high)
-        else:
-            self.point = self._into_l2_ball(ahead, threat.eps)
-
-    def _into_l2_ball(self, point: Tensor, eps: float) -> Tensor:
-        delta = point - self.low
-        length = lengths(delta, "L2")
-        scale = per_sample(length.clamp(max=eps) / (length + 1e-12), point)
-        return (self.low + scale * delta).clamp(0.0, 1.0)
+        following = kernels.apgd_step(
+            self.clean,
+            self.point,
+            self.previous,
+            self.gradient,
+            self.step,
+            eps=threat.eps,
+            momentum=1.0 if first else _MOMENTUM,
+            norm=threat.norm,
+        )
+        self.previous, self.point = self.point, following
 
     def record(self, loss: Tensor) -> None:
         """Note the loss [B] at `point`, and the point where it is the best so far."""
@@ -162,13 +152,9 @@ def _begin(
     start = random_start(x, threat, draw)
     logits, gradient = oracle.gradient(start, loss.gradient)
     value = loss.value(logits)
-    low, high = x, x
-    if threat.norm == "Linf":
-        low, high = (x - threat.eps).clamp(min=0.0), (x + threat.eps).clamp(max=1.0)
     state = _State(
         image=torch.arange(len(x), device=x.device),
-        low=low,
-        high=high,
+        clean=x,
         point=start,
         previous=start,
         gradient=gradient,

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ... import kernels
 from ...threat import ThreatModel
 from .oracle import Attacked, Oracle, lengths, per_sample
 
-# The paper's constants: the most that the clean image pulls, overshoot, and the way back.
-_PULL, _OVERSHOOT, _BACK = 0.1, 1.05, 0.9
-# Smaller slopes count as none: the point does not move along them.
-_FLAT = {"Linf": 0.0, "L2": 1e-8}
+# The paper's constant: the way back to the clean image from an adversary too far away.
+_BACK = 0.9
 
 
 @dataclass
@@ -72,69 +71,5 @@ def _advance(oracle: Oracle, state: _State, threat: ThreatModel) -> Tensor:
 
     logits, normal = oracle.gradient(state.point, towards)
     at_target, at_label = logits.gather(1, labels).unbind(1)
-    # On the boundary <normal, p - point> = -(z_target - z_label).
     gap = at_target - at_label
-    between = (normal * (state.point - state.clean)).flatten(1).sum(1)
-    both = project_onto_plane(
-        torch.cat([state.point, state.clean]),
-        torch.cat([normal, normal]),
-        torch.cat([gap, gap - between]),
-        threat.norm,
-    )
-    from_point, from_clean = both.chunk(2)
-    near, far = lengths(both, threat.norm).clamp(min=1e-8).chunk(2)
-    pull = per_sample((near / (near + far)).clamp(0.0, _PULL), state.point)
-    ahead = state.point + _OVERSHOOT * from_point
-    around = state.clean + _OVERSHOOT * from_clean
-    return (ahead * (1 - pull) + around * pull).clamp(0.0, 1.0)
-
-
-def project_onto_plane(x: Tensor, normal: Tensor, height: Tensor, norm: str) -> Tensor:
-    """Return the shortest d with <normal, d> = -height and x + d in [0, 1] (section 2.2).
-
-    Where the box does not reach the plane, x + d is the box's nearest point to it. Every coordinate
-    moves by min(s b, room): b = 1 under Linf and |normal| under L2, room the way to the box's edge,
-    and s solves sum |normal| min(s b, room) = |height|. The left side is concave and piecewise
-    linear in s, so Newton's method from 0 reaches the solution from below, in finitely many steps
-    and without the sort that the textbook solution needs.
-
-    Args:
-        x: [B, C, H, W] in [0, 1]; normal: like `x`; height: [B].
-        norm: "Linf" or "L2".
-    Returns:
-        d, like `x`.
-    """
-    flat, slope = x.flatten(1), normal.flatten(1)
-    direction = -slope * height.sign()[:, None]
-    # A height of 0 has no direction: then d = 0.
-    slope = slope.abs()
-    slope = torch.where(slope > _FLAT[norm], slope, torch.zeros_like(slope))
-    room = torch.where(direction > 0, 1 - flat, flat)
-    speed = torch.ones_like(slope) if norm == "Linf" else slope
-    goal = height.abs()
-    reach = _newton(slope, speed, room, goal)
-    moved = torch.minimum(reach[:, None] * speed, room)
-    moved = torch.where(slope > 0, moved, torch.zeros_like(moved))
-    return (direction.sign() * moved).view_as(x)
-
-
-# Newton's steps; each leaves at least one more coordinate behind, and in practice halves the gap.
-_MOST_STEPS = 50
-
-
-def _newton(slope: Tensor, speed: Tensor, room: Tensor, goal: Tensor) -> Tensor:
-    """Solve sum slope min(s speed, room) = goal for s >= 0 in each row; inf: no solution."""
-    rate, reach = slope * speed, slope * room
-    whole = reach.sum(1)
-    s = goal / rate.sum(1)
-    for _ in range(_MOST_STEPS):
-        free = (s[:, None] * speed < room).to(slope.dtype)
-        growth = torch.linalg.vecdot(rate, free)
-        edge = whole - torch.linalg.vecdot(reach, free)
-        # Rounding may turn the last step back; s never falls.
-        following = torch.maximum((goal - edge) / growth, s)
-        following = torch.where(growth > 0, following, torch.inf)
-        if torch.equal(following, s):
-            break
-        s = following
-    return s
+    return kernels.fab_step(state.clean, state.point, normal, gap, norm=threat.norm)

@@ -56,6 +56,11 @@ struct Kernels {
                         uint32_t stream, float eps, bool l2);
   void (*attack_step)(const float* x, const float* z, const void* grad, int dtype, float* out,
                       int64_t b, int64_t d, float eps, float alpha, bool l2);
+  void (*apgd_step)(const float* x, const float* z, const float* last, const float* grad,
+                    const float* step, float* out, int64_t b, int64_t d, float eps, float momentum,
+                    bool l2);
+  void (*fab_step)(const float* x, const float* z, const float* normal, const float* gap, float* out,
+                   int64_t b, int64_t d, bool l2);
   void (*cross_entropy_grad)(Logits logits, const int64_t* target, Gradient out, int64_t b,
                              int64_t classes, float scale);
   void (*kl_grad)(Logits p, Logits q, Gradient out, int64_t b, int64_t classes, float scale);

@@ -109,6 +109,18 @@ void attack_step(Address x, Address z, Address grad, int dtype, Address out, int
                   l2);
 }
 
+void apgd_step(Address x, Address z, Address last, Address grad, Address step, Address out,
+               int64_t b, int64_t d, float eps, float momentum, bool l2) {
+  run.kernels->apgd_step(at<float>(x), at<float>(z), at<float>(last), at<float>(grad),
+                         at<float>(step), at<float>(out), b, d, eps, momentum, l2);
+}
+
+void fab_step(Address x, Address z, Address normal, Address gap, Address out, int64_t b, int64_t d,
+              bool l2) {
+  run.kernels->fab_step(at<float>(x), at<float>(z), at<float>(normal), at<float>(gap),
+                        at<float>(out), b, d, l2);
+}
+
 void cross_entropy_grad(Address logits, int dtype, Address target, Address out, int64_t b,
                         int64_t classes, float scale) {
   check_target(at<int64_t>(target), b, classes);
@@ -245,6 +257,8 @@ NB_MODULE(_native, m) {
 #endif
   m.def("uniform_start", &uniform_start, release);
   m.def("attack_step", &attack_step, release);
+  m.def("apgd_step", &apgd_step, release);
+  m.def("fab_step", &fab_step, release);
   m.def("cross_entropy_grad", &cross_entropy_grad, release);
   m.def("kl_grad", &kl_grad, release);
   m.def("input_grad_step", &input_grad_step, release);

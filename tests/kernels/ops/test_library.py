@@ -45,6 +45,10 @@ def operator_arguments(device):
             (x, x.clone(), grad, small, small, "Linf"),
             (xl, xl.clone(), lay_out(grad, "channels_last"), small, small, "L2"),
         ],
+        "apgd_step": [
+            (x, x, x, grad, small.expand(2).clone(), small, 0.75, norm) for norm in ("Linf", "L2")
+        ],
+        "fab_step": [(x, x, grad, small.expand(2).clone(), norm) for norm in ("Linf", "L2")],
         "cross_entropy_grad": [(adv, target, 1.0)],
         "kl_grad": [(adv, ball, 1.0)],
         "input_grad_step": [
@@ -127,6 +131,23 @@ def bad_calls(device):
         "in place z": (TypeError, "z", lambda: k.attack_step_(x, x.double(), x, 0.1, 0.1)),
         "in place z is x": (ValueError, "z", lambda: k.attack_step_(x, x.detach(), x, 0.1, 0.1)),
         "in place grad": (TypeError, "grad", lambda: k.attack_step_(x, p[0], x.int(), 0.1, 0.1)),
+        "step shape": (
+            ValueError,
+            "step",
+            lambda: k.apgd_step(x, x, x, x, rng[:1], eps=0.1, momentum=1.0),
+        ),
+        "last dtype": (
+            TypeError,
+            "last",
+            lambda: k.apgd_step(x, x, x.double(), x, x[:, 0, 0, 0], eps=0.1, momentum=1.0),
+        ),
+        "momentum": (
+            ValueError,
+            "momentum",
+            lambda: k.apgd_step(x, x, x, x, x[:, 0, 0, 0], eps=0.1, momentum=1.5),
+        ),
+        "gap dtype": (TypeError, "gap", lambda: k.fab_step(x, x, x, rng)),
+        "normal shape": (ValueError, "normal", lambda: k.fab_step(x, x, x[:1], x[:, 0, 0, 0])),
         "logits rank": (ValueError, "logits", lambda: k.cross_entropy_grad(logits[0], target)),
         "logits dtype": (TypeError, "logits", lambda: k.cross_entropy_grad(logits.int(), target)),
         "target dtype": (TypeError, "target", lambda: k.cross_entropy_grad(logits, target.int())),
