@@ -77,7 +77,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
     data = torch.randint(0, 256, (n, *shape[1:]), dtype=torch.uint8)
     memory = torch.randint(-127, 128, (n, *shape[1:]), dtype=torch.int8)
     index = torch.randperm(n)[:b]
-    _, crops, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
+    _, crops, *_ = kernels.augment(data, index, rng, pad=pad, flip=True)
     eps, alpha = torch.tensor(EPS), torch.tensor(ALPHA)
 
     def check_augment() -> None:

@@ -229,7 +229,7 @@ def _data() -> Iterator[Case]:
         yield Case("augment_linf_start", "fp32", name, ops.augment, args, started, None)
         # Each stored sample once: what two samples of a batch remember of one is in no order.
         once = torch.randperm(shape[0], generator=_draws(13))[: min(batch, shape[0])]
-        x, where, _ = ops.augment(images, once, _RNG, **options)
+        x, where, *_ = ops.augment(images, once, _RNG, **options)
         for layout, lay_out in _LAYOUTS.items():
             seen = (memory, once, where, lay_out(x))
             yield Case("linf_recall", "fp32", name + layout, ops.recall, (*seen, 0.3), {}, None)

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from .attack import attack_step
-from .philox import random_words
+from .philox import philox, random_words
+
+# The first block of the second draw of each sample.
+CHANGES = 1 << 31
 
 
 def augment(
@@ -20,20 +23,71 @@ def augment(
     memory: Tensor | None,
     eps: Tensor | None,
     norm: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    cutmix: bool = False,
+    erase: int = 0,
+    jitter: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_range(index, images)
-    h, w = images.shape[2:]
-    drawn = draw_crops(rng, index.shape[0], pad, flip, stream, h, w)
-    crops = drawn[:, :3].contiguous()
+    b, (h, w) = index.shape[0], images.shape[2:]
+    drawn = draw_crops(rng, b, pad, flip, stream, h, w)
+    crops, centre = drawn[:, :3].contiguous(), drawn[:, 3:].long()
     x = crop(images, index, crops).to(torch.float32) / 255.0
+    blocks = torch.arange(b, device=rng.device) + CHANGES
+    words = torch.stack(philox(rng, stream, blocks), dim=1)
+    share = x.new_empty(0)
+    if jitter:
+        # Pixels outside the image stay 0.
+        _, inside = source_pixels(crops, h, w)
+        x = torch.where(inside.view(b, 1, h, w), _jittered(x, words, jitter), 0.0)
+    if cutmix:
+        box = _mixed_box(words, h, w)
+        x = torch.where(box[:, None], x.roll(-1, 0), x)
+        share = (h * w - box.sum((1, 2))).to(x.dtype) / (h * w)
     if cutout:
-        rows = torch.arange(h, device=x.device) - (drawn[:, 3, None] - cutout // 2)
-        columns = torch.arange(w, device=x.device) - (drawn[:, 4, None] - cutout // 2)
-        inside_y, inside_x = (rows >= 0) & (rows < cutout), (columns >= 0) & (columns < cutout)
-        x = x.masked_fill((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)
+        x = x.masked_fill(_box(centre, centre.new_full((b, 2), cutout), h, w)[:, None], 0.0)
+    if erase:
+        bits = random_words(rng, stream, 4 * b).view(b, 4)[:, 2]
+        sides = torch.stack([bits & 0xFF, (bits >> 8) & 0xFF], dim=1)
+        sides = 1 + ((sides * sides.new_tensor([h // 2, w // 2])) >> 8)
+        chosen = (words[:, 3] >> 16) < erase
+        x = x.masked_fill((_box(centre, sides, h, w) & chosen[:, None, None])[:, None], 0.0)
     if memory is None or eps is None:
-        return x, crops, x.new_empty(0)
-    return x, crops, recall(memory, index, crops, x, eps, norm)
+        return x, crops, x.new_empty(0), share
+    return x, crops, recall(memory, index, crops, x, eps, norm), share
+
+
+def _box(centre: Tensor, sides: Tensor, h: int, w: int) -> Tensor:
+    """Return a mask bool [B, h, w] of the boxes with `sides` around `centre`, int64 [B, 2] each."""
+    corner = centre - sides // 2
+    rows = torch.arange(h, device=centre.device) - corner[:, :1]
+    columns = torch.arange(w, device=centre.device) - corner[:, 1:]
+    inside_y = (rows >= 0) & (rows < sides[:, :1])
+    inside_x = (columns >= 0) & (columns < sides[:, 1:])
+    return inside_y[:, :, None] & inside_x[:, None, :]
+
+
+def _mixed_box(words: Tensor, h: int, w: int) -> Tensor:
+    """Return the mask bool [B, h, w] of the pixels that come from the next sample.
+
+    The larger of two uniform numbers has a uniform square: so is the box's share of the area.
+    """
+    size = torch.tensor([h, w], device=words.device)
+    part = torch.maximum(words[:, 0] & 0xFFFF, words[:, 0] >> 16)
+    sides = (part[:, None] * size + 0x8000) >> 16
+    centre = (torch.stack([words[:, 1] & 0xFFFF, words[:, 1] >> 16], dim=1) * size) >> 16
+    return _box(centre, sides, h, w)
+
+
+def _jittered(x: Tensor, words: Tensor, jitter: float) -> Tensor:
+    """Change brightness, contrast and saturation of images [B, 3, H, W], each by a factor."""
+    halves = torch.stack([words[:, 2] & 0xFFFF, words[:, 2] >> 16, words[:, 3] & 0xFFFF])
+    most = torch.tensor(jitter, dtype=x.dtype, device=x.device)
+    factors = 1.0 + most * ((halves - 0x8000).to(x.dtype) * 2.0**-15)
+    brightness, contrast, saturation = factors[:, :, None, None, None]
+    x = 0.5 + contrast * (brightness * x - 0.5)
+    red, green, blue = x.split(1, dim=1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    return (grey + saturation * (x - grey)).clamp(0.0, 1.0)
 
 
 def draw_crops(rng: Tensor, b: int, pad: int, flip: bool, stream: int, h: int, w: int) -> Tensor:

@@ -30,12 +30,12 @@ def every_op():
 
     def remember():
         stored = memory.clone()
-        _, crops, _ = kernels.augment(data, torch.arange(64), rng, pad=4, flip=True)
+        _, crops, *_ = kernels.augment(data, torch.arange(64), rng, pad=4, flip=True)
         kernels.remember(stored, torch.arange(64), crops, x, z, 0.1)
         return stored
 
     def recall():
-        _, crops, _ = kernels.augment(data, index, rng, pad=4, flip=True)
+        _, crops, *_ = kernels.augment(data, index, rng, pad=4, flip=True)
         return kernels.recall(memory, index, crops, x, 0.1, norm="L2")
 
     def step_in_place():

@@ -28,7 +28,7 @@ def test_augment_has_the_reference_bits(backend, device, shape, pad, batch, flip
     args = (dataset(shape, device), indices(shape[0], batch, device))
     args = (*args, rng_state(device, seed=-1, step=1 << 40))
     options = {"pad": pad, "flip": flip, "cutout": min(cutout, shape[2]), "stream": 5}
-    *outputs, start = kernels.augment(*args, **options)
+    *outputs, start, share = kernels.augment(*args, **options)
     for out, expected in zip(outputs, plainly("augment", *args, **options)[:2], strict=True):
         assert torch.equal(out.cpu(), expected)
     assert start is None
@@ -43,7 +43,7 @@ def test_augment_forms_the_start_that_recall_gives(backend, device, shape, pad, 
     # Twice the same sample under two crops is no rarity here.
     data, index = dataset(shape, device), indices(shape[0], batch, device)
     options = {"pad": pad, "flip": True, "cutout": min(3, shape[2]), "stream": 5}
-    x, crops, start = kernels.augment(
+    x, crops, start, _ = kernels.augment(
         data, index, rng_state(device), memory=memory, eps=eps, norm=norm, **options
     )
     alone = kernels.augment(data, index, rng_state(device), **options)
@@ -54,7 +54,7 @@ def test_augment_forms_the_start_that_recall_gives(backend, device, shape, pad, 
 
 def test_augment_draws_every_shift_and_both_mirrors(backend, device):
     data, index = dataset((4, 1, 8, 8), device), indices(4, 256, device)
-    _, crops, _ = kernels.augment(data, index, rng_state(device), pad=1, flip=True)
+    _, crops, *_ = kernels.augment(data, index, rng_state(device), pad=1, flip=True)
     crops = crops.cpu()
     assert {tuple(w) for w in crops[:, :2].tolist()} == {
         (dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)
@@ -67,7 +67,7 @@ def test_cutout_is_a_square_that_lies_anywhere(backend, device):
         torch.full((1, 2, 8, 8), 255, dtype=torch.uint8, device=device),
         indices(1, 400, device),
     )
-    x, _, _ = kernels.augment(data, index, rng_state(device), cutout=3)
+    x, *_ = kernels.augment(data, index, rng_state(device), cutout=3)
     holes = (x.cpu() == 0).all(dim=1)
     assert torch.equal(holes, (x.cpu() == 0).any(dim=1))  # in all channels alike
     sizes = holes.flatten(1).sum(1)
