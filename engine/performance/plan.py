@@ -349,6 +349,7 @@ def _batch(recipe: Recipe, device: torch.device) -> Batch:
         index,
         torch.zeros((n, 3), dtype=torch.int32, device=device),
         torch.zeros((n, *about.shape), device=device) if recipe.attack.start == "memory" else None,
+        *((index % about.classes, torch.ones(n, device=device)) if recipe.data.cutmix else ()),
     )
 
 

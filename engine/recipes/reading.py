@@ -105,6 +105,8 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
                 f'{recipe.threat.eps:g}/255 is written "{recipe.threat.eps:g}/255"'
             )
         _check_weights(recipe)
+        if recipe.data.cutmix:
+            _check_cutmix(recipe)
         apex.check_precision(recipe.optim.name, recipe.step.precision)
         evaluation = recipe.evaluation
         check_precision(evaluation.precision, evaluation.judge, evaluation.autoattack)
@@ -126,6 +128,15 @@ def _check_weights(recipe: Recipe) -> None:
     if weights.from_epoch > optim.epochs:
         raise EngineError(
             f"weights.from_epoch = {weights.from_epoch}, but the run has {optim.epochs} epochs"
+        )
+
+
+def _check_cutmix(recipe: Recipe) -> None:
+    recipe.objective.check_mixes()
+    if recipe.attack.start == "memory":
+        raise EngineError(
+            "data.cutmix with attack.start = memory: a mixed image has no place in the adversary "
+            "memory: set attack.start = random"
         )
 
 

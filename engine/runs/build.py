@@ -106,6 +106,7 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError(f"data.pad = {recipe.data.pad} is as large as the images")
     if recipe.data.cutout > 2 * side:
         raise EngineError(f"data.cutout = {recipe.data.cutout} is more than the whole image")
+    _check_changes(recipe, images.shape[1])
     if recipe.data.loader == "dali" and (missing := loaders.dali.unavailable()):
         raise EngineError(f"data.loader = dali: {missing}")
     if recipe.optim.batch_size > len(images):
@@ -127,6 +128,17 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
         test_images(recipe)
+
+
+def _check_changes(recipe: Recipe, channels: int) -> None:
+    data = recipe.data
+    if data.size is not None:
+        return
+    if data.jitter and channels != 3:
+        raise EngineError(f"data.jitter needs images of 3 channels; {data.name} has {channels}")
+    for name in ("cutmix", "erase", "jitter"):
+        if getattr(data, name) and data.loader in ("dali", "torch"):
+            raise EngineError(f"data.{name} with data.loader = {data.loader}: take resident")
 
 
 def notes(recipe: Recipe, *, evaluated: bool = True) -> list[str]:
@@ -303,7 +315,12 @@ def prepare(recipe: Recipe, epochs: int, world: World = ALONE) -> tuple[Step, Lo
 def sampling_of(recipe: Recipe) -> dict[str, Any]:
     """Return a loader's options for the recipe's draws."""
     data = recipe.data
-    drawn: dict[str, Any] = {"cutout": data.cutout}
+    drawn: dict[str, Any] = {
+        "cutout": data.cutout,
+        "cutmix": data.cutmix,
+        "erase": data.erase,
+        "jitter": data.jitter,
+    }
     if data.size is not None:
         drawn = {"scale": data.scale, "jitter": data.jitter}
     return {

@@ -30,7 +30,7 @@ def augment(
     _check_range(index, images)
     b, (h, w) = index.shape[0], images.shape[2:]
     drawn = draw_crops(rng, b, pad, flip, stream, h, w)
-    crops, centre = drawn[:, :3].contiguous(), drawn[:, 3:].long()
+    crops, centre = drawn[:, :3].contiguous(), drawn[:, 3:].long().unbind(1)
     x = crop(images, index, crops).to(torch.float32) / 255.0
     blocks = torch.arange(b, device=rng.device) + CHANGES
     words = torch.stack(philox(rng, stream, blocks), dim=1)
@@ -44,26 +44,28 @@ def augment(
         x = torch.where(box[:, None], x.roll(-1, 0), x)
         share = (h * w - box.sum((1, 2))).to(x.dtype) / (h * w)
     if cutout:
-        x = x.masked_fill(_box(centre, centre.new_full((b, 2), cutout), h, w)[:, None], 0.0)
+        x = x.masked_fill(_box(*centre, cutout, cutout, h, w)[:, None], 0.0)
     if erase:
         bits = random_words(rng, stream, 4 * b).view(b, 4)[:, 2]
-        sides = torch.stack([bits & 0xFF, (bits >> 8) & 0xFF], dim=1)
-        sides = 1 + ((sides * sides.new_tensor([h // 2, w // 2])) >> 8)
-        chosen = (words[:, 3] >> 16) < erase
-        x = x.masked_fill((_box(centre, sides, h, w) & chosen[:, None, None])[:, None], 0.0)
+        tall = 1 + (((bits & 0xFF) * (h // 2)) >> 8)
+        wide = 1 + ((((bits >> 8) & 0xFF) * (w // 2)) >> 8)
+        chosen = ((words[:, 3] >> 16) < erase)[:, None, None]
+        x = x.masked_fill((_box(*centre, tall, wide, h, w) & chosen)[:, None], 0.0)
     if memory is None or eps is None:
         return x, crops, x.new_empty(0), share
     return x, crops, recall(memory, index, crops, x, eps, norm), share
 
 
-def _box(centre: Tensor, sides: Tensor, h: int, w: int) -> Tensor:
-    """Return a mask bool [B, h, w] of the boxes with `sides` around `centre`, int64 [B, 2] each."""
-    corner = centre - sides // 2
-    rows = torch.arange(h, device=centre.device) - corner[:, :1]
-    columns = torch.arange(w, device=centre.device) - corner[:, 1:]
-    inside_y = (rows >= 0) & (rows < sides[:, :1])
-    inside_x = (columns >= 0) & (columns < sides[:, 1:])
-    return inside_y[:, :, None] & inside_x[:, None, :]
+def _box(y: Tensor, x: Tensor, tall: Tensor | int, wide: Tensor | int, h: int, w: int) -> Tensor:
+    """Return a mask bool [B, h, w] of the boxes of `tall` x `wide` pixels around (y, x), [B]."""
+
+    def within(centre: Tensor, side: Tensor | int, pixels: int) -> Tensor:
+        first = centre - side // 2
+        last = first + side
+        at = torch.arange(pixels, device=centre.device)
+        return (at >= first[:, None]) & (at < last[:, None])
+
+    return within(y, tall, h)[:, :, None] & within(x, wide, w)[:, None, :]
 
 
 def _mixed_box(words: Tensor, h: int, w: int) -> Tensor:
@@ -71,17 +73,16 @@ def _mixed_box(words: Tensor, h: int, w: int) -> Tensor:
 
     The larger of two uniform numbers has a uniform square: so is the box's share of the area.
     """
-    size = torch.tensor([h, w], device=words.device)
     part = torch.maximum(words[:, 0] & 0xFFFF, words[:, 0] >> 16)
-    sides = (part[:, None] * size + 0x8000) >> 16
-    centre = (torch.stack([words[:, 1] & 0xFFFF, words[:, 1] >> 16], dim=1) * size) >> 16
-    return _box(centre, sides, h, w)
+    tall, wide = (part * h + 0x8000) >> 16, (part * w + 0x8000) >> 16
+    y, x = ((words[:, 1] & 0xFFFF) * h) >> 16, ((words[:, 1] >> 16) * w) >> 16
+    return _box(y, x, tall, wide, h, w)
 
 
 def _jittered(x: Tensor, words: Tensor, jitter: float) -> Tensor:
     """Change brightness, contrast and saturation of images [B, 3, H, W], each by a factor."""
     halves = torch.stack([words[:, 2] & 0xFFFF, words[:, 2] >> 16, words[:, 3] & 0xFFFF])
-    most = torch.tensor(jitter, dtype=x.dtype, device=x.device)
+    most = torch.full((), jitter, dtype=x.dtype, device=x.device)
     factors = 1.0 + most * ((halves - 0x8000).to(x.dtype) * 2.0**-15)
     brightness, contrast, saturation = factors[:, :, None, None, None]
     x = 0.5 + contrast * (brightness * x - 0.5)

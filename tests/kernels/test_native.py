@@ -92,6 +92,9 @@ def every_op():
         ),
         "loss": loss,
         "augment": lambda: kernels.augment(data, index, rng, pad=4, flip=True)[0],
+        "augment changed": lambda: kernels.augment(
+            data, index, rng, pad=4, flip=True, cutmix=True, erase=0.5, jitter=0.4
+        )[0],
         "augment start": lambda: kernels.augment(
             data, index, rng, pad=4, flip=True, memory=memory, eps=0.1
         )[2],

@@ -28,7 +28,7 @@ from engine.adversary.memory import AdversaryMemory
 from engine.data.loaders import Batch, ResidentLoader
 from engine.device import phases
 from engine.evaluation import robust_accuracy
-from engine.objectives import LocalBall
+from engine.objectives import OBJECTIVES, LocalBall
 from engine.recipes import Recipe
 from engine.runs import build
 from engine.runs.images import as_floats, facts, in_memory
@@ -254,6 +254,25 @@ VARIANTS: dict[str, Case] = {
     ),
     "cutout": Case(_SMALL, step, {"data.cutout": "8"}),
     "cutout, random start": Case(_SMALL, step, {"data.cutout": "8", "attack.start": "random"}),
+    "mixed, erased and recoloured": Case(
+        "cifar10",
+        step,
+        {
+            "data.cutmix": "true",
+            "data.erase": "0.25",
+            "data.jitter": "0.4",
+            "attack.start": "random",
+        },
+    ),
+    **{
+        f"mixed labels, {name}": Case(
+            _SMALL,
+            step,
+            {"objective.name": name, "data.cutmix": "true", "attack.start": "random"},
+        )
+        for name, kind in OBJECTIVES.items()
+        if kind.mixes
+    },
     "batch statistics in attacks": Case("cifar10", step, {"attack.batch_norm": "batch"}),
     "no steps of attack": Case(_SMALL, step, {"attack.steps": "0", "attack.start": "memory"}),
     "adamw": Case(_SMALL, step, {"optim.name": "adamw"}),
