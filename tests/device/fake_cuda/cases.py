@@ -110,7 +110,14 @@ def built(recipe: Recipe, *, takes: bool = True) -> tuple[Step, ResidentLoader]:
     recipe = in_memory(recipe)
     memory = build.memory_for(recipe, images, DEVICE)
     loader = ResidentLoader(
-        images, labels, BATCH, device=DEVICE, memory=memory, **build.sampling_of(recipe)
+        images,
+        labels,
+        BATCH,
+        device=DEVICE,
+        memory=memory,
+        extra=None if recipe.data.extra is None else (images, labels),
+        share=recipe.data.extra_share,
+        **build.sampling_of(recipe),
     )
     take = loader.take if takes else None
     # torch's optimisers look at the learning rate when they are made: SGD refuses where lr < 0 is
@@ -282,6 +289,18 @@ VARIANTS: dict[str, Case] = {
     "perturbed weights, fp16": Case(
         "cifar10", step, {"weights.perturb": "0.005", "step.precision": "fp16"}
     ),
+    # The files of recipes do not exist here: `built` makes the images.
+    "extra images, perturbed weights, mixed labels": Case(
+        _SMALL,
+        step,
+        {
+            "data.extra": "extra.npz",
+            "weights.perturb": "0.005",
+            "data.cutmix": "true",
+            "attack.start": "random",
+        },
+    ),
+    "extra images beside a memory": Case(_SMALL, step, {"data.extra": "extra.npz"}),
     "no average": Case(_SMALL, step, {"optim.ema": "0"}),
     "dropout": Case(_SMALL, step, {"model.name": "small-cnn"}),
     "a batch of DALI's": Case(_SMALL, fed),
