@@ -30,7 +30,8 @@ def augment(
     _check_range(index, images)
     b, (h, w) = index.shape[0], images.shape[2:]
     drawn = draw_crops(rng, b, pad, flip, stream, h, w)
-    crops, centre = drawn[:, :3].contiguous(), drawn[:, 3:].long().unbind(1)
+    crops = drawn[:, :3].contiguous()
+    middle_y, middle_x = drawn[:, 3].long(), drawn[:, 4].long()
     x = crop(images, index, crops).to(torch.float32) / 255.0
     blocks = torch.arange(b, device=rng.device) + CHANGES
     words = torch.stack(philox(rng, stream, blocks), dim=1)
@@ -44,13 +45,13 @@ def augment(
         x = torch.where(box[:, None], x.roll(-1, 0), x)
         share = (h * w - box.sum((1, 2))).to(x.dtype) / (h * w)
     if cutout:
-        x = x.masked_fill(_box(*centre, cutout, cutout, h, w)[:, None], 0.0)
+        x = x.masked_fill(_box(middle_y, middle_x, cutout, cutout, h, w)[:, None], 0.0)
     if erase:
         bits = random_words(rng, stream, 4 * b).view(b, 4)[:, 2]
         tall = 1 + (((bits & 0xFF) * (h // 2)) >> 8)
         wide = 1 + ((((bits >> 8) & 0xFF) * (w // 2)) >> 8)
         chosen = ((words[:, 3] >> 16) < erase)[:, None, None]
-        x = x.masked_fill((_box(*centre, tall, wide, h, w) & chosen)[:, None], 0.0)
+        x = x.masked_fill((_box(middle_y, middle_x, tall, wide, h, w) & chosen)[:, None], 0.0)
     if memory is None or eps is None:
         return x, crops, x.new_empty(0), share
     return x, crops, recall(memory, index, crops, x, eps, norm), share

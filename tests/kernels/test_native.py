@@ -66,6 +66,16 @@ def every_op():
             [value.detach().view(1), torch.stack(stats), *(t.grad.flatten() for t in leaves)]
         )
 
+    def perturb():
+        shapes = [(300, 200), (7,), (64, 3, 3, 3), (50_000,)]
+        params, grads, copies = (
+            [shared.normal(s, "cpu", seed=i) for s in shapes] for i in range(3)
+        )
+        kernels.perturb_weights(params, grads, copies, gamma=0.01)
+        moved = torch.cat([t.flatten() for t in (*params, *copies)])
+        kernels.restore_weights(params, copies)
+        return torch.cat([moved, *(t.flatten() for t in params)])
+
     return {
         "uniform_start": lambda: kernels.uniform_start(x, 0.1, rng),
         "uniform_start L2": lambda: kernels.uniform_start(x, 0.1, rng, norm="L2"),
@@ -102,6 +112,7 @@ def every_op():
         "remember": remember,
         "sgd_ema_step": optimise,
         "adamw_ema_step": adamw,
+        "perturb_weights": perturb,
     }
 
 

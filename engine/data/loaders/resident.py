@@ -57,6 +57,11 @@ class ResidentLoader(Loader):
         self._extra = extra
         if extra is not None:
             check_images(*extra)
+            if extra[0].shape[1:] != images.shape[1:]:
+                raise EngineError(
+                    f"extra images of {'x'.join(map(str, extra[0].shape[1:]))}, where the training "
+                    f"images are {'x'.join(map(str, images.shape[1:]))}: bring them to one shape"
+                )
             if _fits(extra[0], device):
                 self._extra = extra[0].to(device), extra[1].to(device)
             else:

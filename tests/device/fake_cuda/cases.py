@@ -65,6 +65,7 @@ def pretend() -> None:
     torch.cuda.is_bf16_supported = lambda *_, **__: True  # type: ignore[method-assign]
     torch.cuda.get_device_capability = lambda *_, **__: (9, 0)
     torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.mem_get_info = lambda *_: (1 << 36, 1 << 37)
     common.amp_definitely_not_available = lambda: False
     # Copying a module copies the mode that its fake tensors carry.
     FakeTensorMode.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
