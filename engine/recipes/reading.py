@@ -48,6 +48,14 @@ def names() -> list[str]:
     )
 
 
+def _families() -> list[str]:
+    """Return the recipes' names, with "cifar10-*" for all that begin so."""
+    known = names()
+    heads = [n for n in known if not any(n.startswith(f"{other}-") for other in known)]
+    variants = [f"{n}-*" for n in heads if any(other.startswith(f"{n}-") for other in known)]
+    return sorted([*heads, *variants])
+
+
 def load(name_or_path: str, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Return a recipe by name or by path, with `overrides` ("attack.steps" -> "2") on top.
 
@@ -155,7 +163,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     else:
         raise EngineError(
             f"unknown recipe {name_or_path!r}{nearest(name_or_path, names())}; "
-            f"recipes: {', '.join(names())}, or a path ending in .toml"
+            f"recipes: {', '.join(_families())}, or a path ending in .toml"
         )
     tree.setdefault("name", path.stem)
     parent = tree.pop("extends", None)
