@@ -363,7 +363,9 @@ def _perturb_cases(label: str, shapes: list[tuple[int, ...]]) -> list[Case]:
         wide = [[t.double() for t in ts] for ts in (params, grads, copies)]
         narrow = [[t.clone() for t in ts] for ts in (params, grads, copies)]
         kernels.perturb_weights(*narrow, gamma=0.01)
-        reference.perturb_weights(*wide, torch.tensor(0.01, dtype=torch.float64))
+        reference.perturb_weights(
+            wide[0], wide[1], wide[2], torch.tensor(0.01, dtype=torch.float64)
+        )
         for a, e in zip(narrow[0], wide[0], strict=True):
             _close(a, e)
         kernels.restore_weights(narrow[0], narrow[2])
