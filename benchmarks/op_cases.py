@@ -77,7 +77,7 @@ def _pixel_cases(shape: tuple[int, ...]) -> list[Case]:
     data = torch.randint(0, 256, (n, *shape[1:]), dtype=torch.uint8)
     memory = torch.randint(-127, 128, (n, *shape[1:]), dtype=torch.int8)
     index = torch.randperm(n)[:b]
-    _, crops, _ = kernels.augment(data, index, rng, pad=pad, flip=True)
+    _, crops, *_ = kernels.augment(data, index, rng, pad=pad, flip=True)
     eps, alpha = torch.tensor(EPS), torch.tensor(ALPHA)
     sizes, gaps = torch.rand(b), 5 * torch.randn(b)
 
@@ -372,6 +372,48 @@ def _adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
     )
 
 
+def _perturb_cases(label: str, shapes: list[tuple[int, ...]]) -> list[Case]:
+    params, grads = ([torch.randn(s) for s in shapes] for _ in range(2))
+    copies = [torch.empty_like(p) for p in params]
+    # No step of this size changes a float32, so the weights stay what they are from call to call.
+    gamma, count = torch.tensor(1e-12), sum(p.numel() for p in params)
+
+    def check_perturb() -> None:
+        wide = [[t.double() for t in ts] for ts in (params, grads, copies)]
+        narrow = [[t.clone() for t in ts] for ts in (params, grads, copies)]
+        kernels.perturb_weights(*narrow, gamma=0.01)
+        reference.perturb_weights(
+            wide[0], wide[1], wide[2], torch.tensor(0.01, dtype=torch.float64)
+        )
+        for a, e in zip(narrow[0], wide[0], strict=True):
+            _close(a, e)
+        kernels.restore_weights(narrow[0], narrow[2])
+        assert all(torch.equal(a, p) for a, p in zip(narrow[0], params, strict=True))
+
+    name = f"{label} ({count} parameters)"
+    return [
+        Case(
+            "perturb_weights",
+            name,
+            lambda: kernels.perturb_weights(params, grads, copies, gamma=gamma),
+            reference.perturb_weights,
+            (params, grads, copies, gamma),
+            check_perturb,
+            # The norms are read first.
+            24 * count,
+        ),
+        Case(
+            "restore_weights",
+            name,
+            lambda: kernels.restore_weights(params, copies),
+            op_eager.restore_weights,
+            (params, copies),
+            check_perturb,
+            8 * count,
+        ),
+    ]
+
+
 SMALL_CNN = [
     (32, 1, 3, 3), (32,), (32, 32, 3, 3), (32,), (64, 32, 3, 3), (64,), (64, 64, 3, 3), (64,),
     (200, 1024), (200,), (200, 200), (200,), (10, 200), (10,),
@@ -398,6 +440,7 @@ def _cases(quick: bool) -> list[Case]:
     cases.append(_weight_case("ResNet", CIFAR, 64, 3, 1, 1))
     cases.append(_sgd_case("SmallCNN", SMALL_CNN))
     cases.append(_adamw_case("SmallCNN", SMALL_CNN))
+    cases += _perturb_cases("SmallCNN", SMALL_CNN)
     if not quick:
         cases += _logit_cases(128, 100) + _logit_cases(256, 1000)
         cases.append(_sgd_case("Fast-AT", FAST_AT))

@@ -66,3 +66,8 @@ def augment_with_start(
 ) -> tuple[Tensor, Tensor]:
     made = augment(images, index, pad)
     return made, reference.recall(memory, index, crops, x, eps, "Linf")
+
+
+def restore_weights(params: list[Tensor], copies: list[Tensor]) -> None:
+    for p, copy in zip(params, copies, strict=True):
+        p.copy_(copy)

@@ -24,6 +24,7 @@ from .objectives import LocalBall, Objective
 from .registers import optimisers
 from .threat import ThreatModel, check_pixels
 from .training.optimiser import Optimiser
+from .training.perturbation import Perturbation
 from .training.schedule import Schedule
 from .training.step import Step
 from .training.trainer import Hooks, Result, Trainer
@@ -49,6 +50,12 @@ def train(
     validation: tuple[Tensor, Tensor] | None = None,
     pad: int = 0,
     flip: bool = False,
+    cutmix: bool = False,
+    erase: float = 0.0,
+    jitter: float = 0.0,
+    extra: tuple[Tensor, Tensor] | tuple[np.ndarray, np.ndarray] | None = None,
+    extra_share: float = 0.7,
+    perturb: float = 0.0,
     precision: Precision = "auto",
     seed: int = 0,
     hooks: Hooks | None = None,
@@ -74,7 +81,11 @@ def train(
         schedule: course of the learning rate and of eps over the run, default one cycle at constant
             eps.
         validation: held-out (x, y), floats in [0, 1], to choose `Result.best`.
-        pad, flip: random crop and mirroring of uint8 images.
+        pad, flip, cutmix, erase, jitter: changes of uint8 images, see `kernels.augment`; cutmix
+            needs an attack from a random start.
+        extra: more images and labels, like `data`, in `extra_share` of every batch (0..1).
+        perturb: gamma of adversarial weight perturbation, in [0, 1); 0: none. Not with apex's
+            optimisers.
         precision: of the network's passes: "fp32", "tf32", "bf16", "fp16", or "auto" (bf16 on GPUs
             that have it).
         seed: of batches, crops, attacks and dropout.
@@ -92,6 +103,11 @@ def train(
             f"optimiser must be a name, not {given}: one of "
             f"{', '.join(optimisers.names())}; lr, momentum and weight_decay are arguments"
         )
+    if perturb and (not 0 <= perturb < 1 or optimiser.startswith("apex")):
+        raise EngineError(
+            f"perturb = {perturb} must be in [0, 1), with sgd, adamw or torch's optimisers, not "
+            f"{optimiser}"
+        )
     attack, objective = attack or Attack(), objective or LocalBall()
     if validation is not None:
         validation = arrays.pair(validation, device) or validation
@@ -105,6 +121,11 @@ def train(
         if attack.start == "memory":
             if images.dim() != 4:
                 raise EngineError("the adversary memory holds images [N, C, H, W] only")
+            if cutmix:
+                raise EngineError(
+                    "cutmix with attack.start = memory: a mixed image has no place in the "
+                    "adversary memory: take start = random"
+                )
             memory = AdversaryMemory(
                 len(images), images.shape[1:], threat, seed=seed, device=device
             )
@@ -115,8 +136,17 @@ def train(
             seed=seed,
             pad=pad,
             flip=flip,
+            cutmix=cutmix,
+            erase=erase,
+            jitter=jitter,
+            extra=None if extra is None else arrays.pair(extra, device),
+            share=extra_share,
             device=device,
             memory=memory,
+        )
+    elif cutmix or erase or jitter or extra is not None:
+        raise EngineError(
+            "cutmix, erase, jitter and extra need (images, labels) tensors, not a loader"
         )
     elif attack.start == "memory":
         raise EngineError("attack.start = memory needs (images, labels) tensors, not a loader")
@@ -137,6 +167,7 @@ def train(
         ),
         memory=memory,
         radii=schedule.radii(threat.eps, steps),
+        perturbation=Perturbation(model, perturb) if perturb else None,
         take=None if loader is None else loader.take,
         precision=precision,
         seed=seed,

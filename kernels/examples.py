@@ -100,12 +100,21 @@ def _autoattack() -> list[Example]:
 def _logits() -> list[Example]:
     p, target = torch.zeros(_BATCH, _CLASSES), torch.zeros(_BATCH, dtype=torch.int64)
 
-    def cross_entropy() -> object:
-        return ops.cross_entropy_grad(p, target)
+    mixed = ops.MixedLabels(target, target, torch.ones(_BATCH))
+
+    def cross_entropy(labels: ops.Labels = target) -> object:
+        return ops.cross_entropy_grad(p, labels)
 
     labels = 8 / _CLASSES
     return [
         Example("cross_entropy_grad", "cross_entropy_grad", cross_entropy, _LOGITS, 8 + labels),
+        Example(
+            "cross_entropy_grad_mixed",
+            "cross_entropy_grad",
+            lambda: cross_entropy(mixed),
+            _LOGITS,
+            8 + 20 / _CLASSES,
+        ),
         Example("kl_grad", "kl_grad", lambda: ops.kl_grad(p, p), _LOGITS, 12),
     ]
 
@@ -142,21 +151,34 @@ def _loss() -> list[Example]:
     p, target = torch.zeros(_BATCH, _CLASSES), torch.zeros(_BATCH, dtype=torch.int64)
     many, labels_of_many = torch.zeros(_MANY, _CLASSES), torch.zeros(_MANY, dtype=torch.int64)
     one, labels, elements = torch.ones(()), 8 / _CLASSES, _MANY * _CLASSES
+    both = 20 / _CLASSES
 
-    def small() -> object:
-        return ops.local_ball_loss(p, target, p, p)
+    mixed = ops.MixedLabels(target, target, torch.ones(_BATCH))
+
+    def small(labels: ops.Labels = target) -> object:
+        return ops.local_ball_loss(p, labels, p, p)
 
     def large() -> object:
         return ops.local_ball_loss(many, labels_of_many, many, many)
 
-    def backward() -> object:
-        return torch.ops.engine.local_ball_loss_backward(one, p, target, p, p, one, one, 0.0)
+    def backward(*labels: Tensor) -> object:
+        return torch.ops.engine.local_ball_loss_backward(
+            one, p, target, p, p, one, one, 0.0, *labels
+        )
 
     return [
         Example("loss", "local_ball_loss", small, _LOGITS, 12 + labels),
         Example("loss_partial", "local_ball_loss", large, elements, 12 + labels),
         Example("loss_finish", "local_ball_loss", large, elements, 0, position=1),
         Example("loss_backward", "local_ball_loss_backward", backward, _LOGITS, 24 + labels),
+        Example("loss_mixed", "local_ball_loss", lambda: small(mixed), _LOGITS, 12 + both),
+        Example(
+            "loss_backward_mixed",
+            "local_ball_loss_backward",
+            lambda: backward(*mixed[1:]),
+            _LOGITS,
+            24 + both,
+        ),
     ]
 
 
@@ -168,9 +190,14 @@ def _data() -> list[Example]:
     # Index and crop offsets, bytes an element.
     offsets = (8 + 12) / _SAMPLE
 
-    def augment(memory: Tensor | None = None) -> Callable[[], object]:
+    def augment(memory: Tensor | None = None, **changes: Any) -> Callable[[], object]:
         eps = None if memory is None else one
-        return lambda: ops.augment(images, index, rng, pad=4, flip=True, memory=memory, eps=eps)
+        return lambda: ops.augment(
+            images, index, rng, pad=4, flip=True, memory=memory, eps=eps, **changes
+        )
+
+    # A pixel's colours change together: three bytes for each.
+    changed = augment(cutmix=True, erase=0.5, jitter=0.4)
 
     def recall(norm: str) -> Callable[[], object]:
         return lambda: ops.recall(memory, index, crops, x, one, norm=norm)
@@ -180,6 +207,7 @@ def _data() -> list[Example]:
 
     return [
         Example("augment", "augment", augment(), _PIXELS, 5 + offsets),
+        Example("augment_changed", "augment", changed, _PIXELS, 7 + offsets),
         Example("augment_linf_start", "augment", augment(memory), _PIXELS, 10 + offsets),
         Example("linf_recall", "recall", recall("Linf"), _PIXELS, 9 + offsets),
         Example("l2_recall", "recall", recall("L2"), _PIXELS, 9 + offsets),

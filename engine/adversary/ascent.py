@@ -19,6 +19,8 @@ from ..device.phases import (
     TRAIN_FORWARD,
     phase,
 )
+from ..kernels import Labels
+from ..labels import probabilities
 from ..models import Network, Stem, stem_of
 from ..threat import Ball
 from .held import once
@@ -32,8 +34,8 @@ AscentStep = Callable[[Ball, float | Tensor], Tensor]
 _SCALE = {torch.float16: 128.0}
 
 
-def towards_errors(y: Tensor, label_smoothing: float = 0.0) -> LogitsGrad:
-    """Return the cross-entropy's gradient at labels `y` int64 [B], a function of logits [B, K].
+def towards_errors(y: Labels, label_smoothing: float = 0.0) -> LogitsGrad:
+    """Return the cross-entropy's gradient at labels `y` [B], a function of logits [B, K].
 
     The gradient's scale is arbitrary: an ascent step uses its sign or direction only.
     """
@@ -44,7 +46,7 @@ def towards_errors(y: Tensor, label_smoothing: float = 0.0) -> LogitsGrad:
         if not label_smoothing:
             return hard
         # softmax - smoothed label = (softmax - label) + smoothing (label - 1 / K)
-        label = torch.zeros_like(hard).scatter_(1, y[:, None], 1.0)
+        label = probabilities(y, hard)
         return hard + scale * label_smoothing * (label - 1 / logits.shape[1])
 
     return gradient
@@ -217,7 +219,7 @@ def ascend(
 
 
 def ascend_from_training(
-    model: nn.Module, z: Tensor, y: Tensor, *, label_smoothing: float = 0.0
+    model: nn.Module, z: Tensor, y: Labels, *, label_smoothing: float = 0.0
 ) -> tuple[Tensor, AscentStep]:
     """Run a training pass at `z` and compute the input gradient of its cross-entropy.
 

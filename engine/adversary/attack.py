@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
+from ..kernels import Labels
 from ..threat import Number, ThreatModel
 from .ascent import climb, random_point, towards_errors
 
@@ -70,7 +71,7 @@ class Attack:
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         *,
         start: Tensor | None = None,
@@ -80,7 +81,7 @@ class Attack:
 
         Args:
             model: [0, 1] images to logits [B, K].
-            x: float32 [B, ...] in [0, 1]; y: int64 [B].
+            x: float32 [B, ...] in [0, 1]; y: int64 [B], or mixed labels.
             start: the starting point, like `x`; default a uniform random point of the ball.
             state: int64 [2] random state (see `engine.rng`), read only.
         Returns:

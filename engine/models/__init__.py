@@ -19,7 +19,7 @@ from .network import Network, Stem, stem_of
 from .resnet import PreActResNet18, ResNet18
 from .small import FastAtMnist, SmallCnn, TinyCnn
 from .sources import DROP_PATH, SOURCES
-from .wide_resnet import WideResNet34x10
+from .wide_resnet import WideResNet28x10, WideResNet34x10
 
 __all__ = ["MODELS", "Network", "Stem", "build", "is_known", "names", "register", "stem_of"]
 
@@ -30,6 +30,7 @@ MODELS: dict[str, Callable[..., Network]] = {
     "small-cnn": SmallCnn,
     "resnet18": ResNet18,
     "preact-resnet18": PreActResNet18,
+    "wide-resnet28-10": WideResNet28x10,
     "wide-resnet34-10": WideResNet34x10,
 }
 _WIDE = ("resnet18", "preact-resnet18")

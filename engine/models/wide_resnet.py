@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -29,8 +30,8 @@ class _Block(nn.Module):
         return out
 
 
-class WideResNet34x10(Network):
-    """Build WRN-34-10 for any image size (32 in the literature).
+class WideResNet(Network):
+    """Build a WideResNet of width 10 for any image size (32 in the literature).
 
     Names and initialisation are RobustBench's. Checkpoints of RobustBench entries with
     `sub_block1=True` (such as Zhang2019Theoretically) hold a block that no forward pass uses.
@@ -38,11 +39,16 @@ class WideResNet34x10(Network):
     that block to load a checkpoint:
 
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith("sub_block1.")})
+
+    Attributes:
+        depth: number of layers; a subclass sets it.
     """
+
+    depth: ClassVar[int]
 
     def __init__(self, in_channels: int, size: tuple[int, int], classes: int) -> None:
         super().__init__()
-        blocks, widths = (34 - 4) // 6, (160, 320, 640)
+        blocks, widths = (self.depth - 4) // 6, (160, 320, 640)
         channels = 16
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         for number, width in enumerate(widths, start=1):
@@ -63,3 +69,15 @@ class WideResNet34x10(Network):
         for name in ("block1", "block2", "block3"):
             h = self.get_submodule(name)(h)
         return self.fc(self.bn1(h).relu_().mean((2, 3)))
+
+
+class WideResNet34x10(WideResNet):
+    """Build WRN-34-10, the large network of most comparisons."""
+
+    depth = 34
+
+
+class WideResNet28x10(WideResNet):
+    """Build WRN-28-10, the network of the comparisons with extra images."""
+
+    depth = 28

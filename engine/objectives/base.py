@@ -6,17 +6,24 @@ import abc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
-from typing import ClassVar, TypeVar
+from typing import Annotated, ClassVar, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..adversary.ascent import ascend_after_training, random_point
 from ..adversary.attack import Attack
 from ..device.phases import ATTACK_START, TRAIN_FORWARD, phase
 from ..errors import EngineError
+from ..kernels import Labels, MixedLabels
 from ..rng import state as rng_state
 from ..threat import Ball, ThreatModel, check_pixels
+
+# The option of every objective that smooths its labels.
+Smoothing = Annotated[
+    float, Field(ge=0, lt=1, description="label smoothing of the cross-entropy [0..1)")
+]
 
 
 @dataclass(frozen=True)
@@ -108,10 +115,12 @@ class Objective(abc.ABC):
     Attributes:
         name: what recipes call the objective.
         free_step: whether the objective can train at the remembered adversary (`attack.steps` = 0).
+        mixes: whether the objective takes mixed labels, those of CutMix.
     """
 
     name: str
     free_step: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     def check(self, attack: Attack) -> None:
         """Raise an EngineError for an attack that this objective cannot use."""
@@ -119,6 +128,15 @@ class Objective(abc.ABC):
             raise EngineError(
                 "attack.steps = 0 trains at remembered adversaries: it needs attack.start = "
                 "memory, and the objective pgd or local-ball"
+            )
+
+    def check_mixes(self) -> None:
+        """Raise an EngineError if this objective takes no mixed labels."""
+        if not self.mixes:
+            known = ", ".join(name for name, kind in OBJECTIVES.items() if kind.mixes)
+            raise EngineError(
+                f"data.cutmix mixes labels, and the objective {self.name} needs one label for each "
+                f"image: take one of {known}"
             )
 
     @abc.abstractmethod
@@ -134,7 +152,7 @@ class Objective(abc.ABC):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,
@@ -146,7 +164,7 @@ class Objective(abc.ABC):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         *,
@@ -157,13 +175,16 @@ class Objective(abc.ABC):
 
         Args:
             model: [0, 1] images to logits [B, K], in training mode.
-            x: float32 [B, ...] in [0, 1]; y: int64 [B].
+            x: float32 [B, ...] in [0, 1]; y: int64 [B], or mixed labels where `mixes`.
             start: the attack's starting point (from an `AdversaryMemory`); default a random point.
             state: random state int64 [2], read only. The default is a state of the device, which
                 has its seed from `torch.initial_seed()` and which every call advances.
         Raises:
-            EngineError: for a model's first batch, called without a state, outside [0, 1].
+            EngineError: for a model's first batch, called without a state, outside [0, 1]; for
+                mixed labels that the objective does not take.
         """
+        if isinstance(y, MixedLabels):
+            self.check_mixes()
         if state is None and model not in _checked:
             check_pixels(x)
             _checked.add(model)

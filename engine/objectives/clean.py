@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels
 from ..adversary.attack import Attack
 from ..device.phases import LOSS, phase
+from ..kernels import Labels
 from ..threat import ThreatModel
-from .base import Objective, Outcome, Passes, trained_pass, trained_passes
+from .base import Objective, Outcome, Passes, Smoothing, trained_pass, trained_passes
 
 
 @dataclass(frozen=True)
 class Clean(Objective):
     """Minimise E[CE(f(x), y)] without an attack; `adv_accuracy` is the accuracy on clean images."""
 
+    mixes: ClassVar[bool] = True
+
     name: Literal["clean"] = "clean"
-    label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="label smoothing of the cross-entropy [0..1)")
-    ] = 0.0
+    label_smoothing: Smoothing = 0.0
 
     def passes(self, attack: Attack) -> Passes:
         return self.loss_passes()
@@ -34,7 +34,7 @@ class Clean(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,

@@ -16,7 +16,7 @@ It needs a second memory and is left out.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -26,6 +26,7 @@ from .. import kernels
 from ..adversary.ascent import ascend_from_training, random_point
 from ..adversary.attack import Attack
 from ..device.phases import LOSS, phase
+from ..kernels import Labels
 from ..threat import ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
@@ -33,6 +34,8 @@ from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 @dataclass(frozen=True)
 class FGSMPGI(Objective):
     """Tie the logits at both ends of one step from the prior; `attack.steps` has no effect."""
+
+    mixes: ClassVar[bool] = True
 
     name: Literal["fgsm-pgi"] = "fgsm-pgi"
     weight: Annotated[
@@ -55,7 +58,7 @@ class FGSMPGI(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,

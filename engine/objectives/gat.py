@@ -11,7 +11,7 @@ and loss; the authors' code makes two.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -21,11 +21,14 @@ from .. import kernels
 from ..adversary.ascent import LogitsGrad, climb
 from ..adversary.attack import Attack
 from ..device.phases import LOSS, phase
+from ..kernels import Labels
+from ..labels import correct
 from ..threat import ThreatModel
 from .base import (
     Objective,
     Outcome,
     Passes,
+    Smoothing,
     attack_passes,
     bernoulli_start,
     trained_pass,
@@ -36,6 +39,8 @@ from .base import (
 @dataclass(frozen=True)
 class GAT(Objective):
     """Add the distance of the guided adversary's probabilities to the clean cross-entropy."""
+
+    mixes: ClassVar[bool] = True
 
     name: Literal["gat"] = "gat"
     weight: Annotated[
@@ -48,6 +53,7 @@ class GAT(Objective):
         Literal["alternate", "always"],
         Field(description="steps whose attack follows the distance too: every other one, or all"),
     ] = "alternate"
+    label_smoothing: Smoothing = 0.0
 
     def passes(self, attack: Attack) -> Passes:
         return attack_passes(attack.steps) + self.loss_passes()
@@ -59,7 +65,7 @@ class GAT(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,
@@ -82,16 +88,16 @@ class GAT(Objective):
         )
         adv = trained_pass(model, adversary)
         with phase(LOSS):
-            ce, stats = kernels.local_ball_loss(clean, y)
+            ce, stats = kernels.local_ball_loss(clean, y, label_smoothing=self.label_smoothing)
             distance = (p - adv.float().softmax(1)).square().sum(1).mean()
             loss = ce + self.weight * distance
-            correct = (adv.detach().argmax(1) == y).sum()
+            right = correct(adv, y)
         return Outcome(
-            loss, adversary, {"ce": stats.cross_entropy, "distance": distance.detach()}, correct
+            loss, adversary, {"ce": stats.cross_entropy, "distance": distance.detach()}, right
         )
 
 
-def _guided(p: Tensor, y: Tensor, weight: Tensor | float) -> LogitsGrad:
+def _guided(p: Tensor, y: Labels, weight: Tensor | float) -> LogitsGrad:
     """Return the gradient of CE + weight ||p - q||^2 in the logits of q = softmax(logits)."""
 
     def grad(logits: Tensor) -> Tensor:

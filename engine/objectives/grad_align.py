@@ -13,10 +13,9 @@ the cosine. The derivative of the other gradient costs a double backward pass.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -26,8 +25,10 @@ from ..adversary.ascent import random_point
 from ..adversary.attack import Attack
 from ..adversary.held import once
 from ..device.phases import ATTACK_BACKWARD, ATTACK_STEP, LOSS, phase
+from ..kernels import Labels
+from ..labels import cross_entropy
 from ..threat import ThreatModel
-from .base import Objective, Outcome, Passes, trained_pass, trained_passes
+from .base import Objective, Outcome, Passes, Smoothing, trained_pass, trained_passes
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,13 @@ class GradAlign(Objective):
     `attack.steps` and `attack.start` have no effect.
     """
 
+    mixes: ClassVar[bool] = True
+
     name: Literal["grad-align"] = "grad-align"
     weight: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="lambda, weight of the alignment")
     ] = 0.2
+    label_smoothing: Smoothing = 0.0
 
     def passes(self, attack: Attack) -> Passes:
         # The gradient at the noise, then a backward pass through it: about one more of each.
@@ -53,7 +57,7 @@ class GradAlign(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,
@@ -67,17 +71,17 @@ class GradAlign(Objective):
         at_noise = input_gradient(model, noisy, y, create_graph=True)
         logits = trained_pass(model, adversary)
         with phase(LOSS):
-            ce, stats = kernels.local_ball_loss(logits, y)
+            ce, stats = kernels.local_ball_loss(logits, y, label_smoothing=self.label_smoothing)
             alignment = 1 - _cosine(at_clean.flatten(1), at_noise.flatten(1)).mean()
             loss = ce + self.weight * alignment
         terms = {"ce": stats.cross_entropy, "alignment": alignment.detach()}
         return Outcome(loss, adversary, terms, stats.correct_adv)
 
 
-def input_gradient(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool = False) -> Tensor:
+def input_gradient(model: nn.Module, x: Tensor, y: Labels, *, create_graph: bool = False) -> Tensor:
     """Return the gradient of every image's cross-entropy at `x` with labels `y`, like `x`."""
     point = x.detach().requires_grad_()
-    total = F.cross_entropy(trained_pass(model, point).float(), y, reduction="sum")
+    total = cross_entropy(trained_pass(model, point).float(), y).sum()
     with phase(ATTACK_BACKWARD):
         (grad,) = torch.autograd.grad(total, point, create_graph=create_graph)
     return grad

@@ -38,6 +38,7 @@ from ..adversary.ascent import (
 from ..adversary.attack import Attack
 from ..device.phases import ATTACK_START, LOSS, phase
 from ..errors import EngineError
+from ..kernels import Labels
 from ..threat import Ball, ThreatModel
 from .base import Objective, Outcome, Passes, trained_pass, trained_passes
 
@@ -86,12 +87,13 @@ class LIET(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,
         state: Tensor,
     ) -> Outcome:
+        assert isinstance(y, Tensor)
         if start is None:
             start = self._start(model, x, y, threat, state)
         at_start, step = ascend_from_training(model, start, y, label_smoothing=self.label_smoothing)

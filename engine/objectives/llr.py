@@ -12,10 +12,9 @@ the clean gradient.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -25,13 +24,17 @@ from ..adversary.ascent import passes_without_training, random_point
 from ..adversary.attack import Attack
 from ..adversary.held import once
 from ..device.phases import ATTACK_BACKWARD, ATTACK_FORWARD, ATTACK_STEP, LOSS, phase
+from ..kernels import Labels
+from ..labels import correct, cross_entropy
 from ..threat import ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+from .base import Objective, Outcome, Passes, Smoothing, attack_passes, trained_pass, trained_passes
 
 
 @dataclass(frozen=True)
 class LLR(Objective):
     """Penalise the curvature and the slope of the cross-entropy within the ball."""
+
+    mixes: ClassVar[bool] = True
 
     name: Literal["llr"] = "llr"
     linearity: Annotated[
@@ -41,6 +44,7 @@ class LLR(Objective):
     slope: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="mu, weight of the linear change")
     ] = 3.0
+    label_smoothing: Smoothing = 0.0
 
     def passes(self, attack: Attack) -> Passes:
         return attack_passes(attack.steps) + self.loss_passes()
@@ -53,14 +57,14 @@ class LLR(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,
         state: Tensor,
     ) -> Outcome:
         point = x.detach().requires_grad_()
-        at_clean = F.cross_entropy(trained_pass(model, point).float(), y, reduction="none")
+        at_clean = cross_entropy(trained_pass(model, point).float(), y, self.label_smoothing)
         with phase(ATTACK_BACKWARD):
             (slope,) = torch.autograd.grad(at_clean.sum(), point, create_graph=True)
         if start is None:
@@ -73,21 +77,21 @@ class LLR(Objective):
         logits = trained_pass(model, worst).float()
         with phase(LOSS):
             linear = ((worst - x) * slope).flatten(1).sum(1)
-            bend = F.cross_entropy(logits, y, reduction="none") - at_clean - linear
+            bend = cross_entropy(logits, y, self.label_smoothing) - at_clean - linear
             terms = {
                 "ce": at_clean.mean(),
                 "linearity": bend.abs().mean(),
                 "slope": linear.abs().mean(),
             }
             loss = terms["ce"] + self.linearity * terms["linearity"] + self.slope * terms["slope"]
-            correct = (logits.detach().argmax(1) == y).sum()
-        return Outcome(loss, worst, {k: v.detach() for k, v in terms.items()}, correct)
+            right = correct(logits, y)
+        return Outcome(loss, worst, {k: v.detach() for k, v in terms.items()}, right)
 
     def _least_linear(
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         z: Tensor,
         at_clean: Tensor,
         slope: Tensor,
@@ -104,7 +108,7 @@ class LLR(Objective):
             for _ in range(attack.steps):
                 point = z.detach().requires_grad_()
                 with phase(ATTACK_FORWARD):
-                    loss = F.cross_entropy(model(point).float(), y, reduction="none")
+                    loss = cross_entropy(model(point).float(), y, self.label_smoothing)
                 with phase(ATTACK_BACKWARD):
                     (grad,) = torch.autograd.grad(loss.sum(), point)
                 with phase(ATTACK_STEP):

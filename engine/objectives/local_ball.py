@@ -26,11 +26,14 @@ from ..adversary.ascent import ascend_from_training, away_from, climb, random_po
 from ..adversary.attack import Attack
 from ..device.phases import LOSS, phase
 from ..errors import EngineError
+from ..kernels import Labels
+from ..labels import cross_entropy
 from ..threat import Ball, ThreatModel
 from .base import (
     Objective,
     Outcome,
     Passes,
+    Smoothing,
     attack_passes,
     attacked_pass,
     trained_pass,
@@ -62,6 +65,7 @@ class LocalBall(Objective):
     """
 
     free_step: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
 
     name: Literal["local-ball"] = "local-ball"
     local_weight: Annotated[
@@ -101,9 +105,7 @@ class LocalBall(Objective):
             "logits are there already (held constant: no pass)"
         ),
     ] = "clean"
-    label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="label smoothing of the cross-entropy [0..1)")
-    ] = 0.0
+    label_smoothing: Smoothing = 0.0
 
     def check(self, attack: Attack) -> None:
         super().check(attack)
@@ -139,7 +141,7 @@ class LocalBall(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,
@@ -200,7 +202,7 @@ class LocalBall(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         adversary: Tensor,
         threat: ThreatModel,
         attack: Attack,
@@ -216,7 +218,7 @@ class LocalBall(Objective):
         return _Centre(logits, keep, ball)
 
     def _first_order(
-        self, model: nn.Module, y: Tensor, adversary: Tensor, threat: ThreatModel
+        self, model: nn.Module, y: Labels, adversary: Tensor, threat: ThreatModel
     ) -> _Centre:
         """Bound the growth of CE in the local ball to first order: rho eps ||grad CE(a)||_dual.
 
@@ -224,13 +226,13 @@ class LocalBall(Objective):
         """
         point = adversary.detach().requires_grad_()
         logits = trained_pass(model, point)
-        total = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+        total = cross_entropy(logits, y).sum()
         (grad,) = torch.autograd.grad(total, point, create_graph=True)
         norm = grad.flatten(1).norm(p=1 if threat.norm == "Linf" else 2, dim=1)
         return _Centre(logits, adversary, slope=self.rho * threat.eps * norm.mean())
 
     def _kl_loss(
-        self, centre: _Centre, anchor: Tensor | None, y: Tensor
+        self, centre: _Centre, anchor: Tensor | None, y: Labels
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return CE + lambda KL(p(a) || p(b)) + mu KL(p(anchor) || p(a)), terms, correct count."""
         ball, share = _whole_batch(centre)
@@ -251,7 +253,7 @@ class LocalBall(Objective):
         return loss, terms, stats.correct_adv
 
     def _squared_loss(
-        self, centre: _Centre, anchor: Tensor | None, y: Tensor
+        self, centre: _Centre, anchor: Tensor | None, y: Labels
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
         """Return CE + lambda (f(a) - f(b))^2 + mu (f(anchor) - f(a))^2, terms and correct count.
 

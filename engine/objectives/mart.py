@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -23,8 +22,10 @@ from torch import Tensor, nn
 from ..adversary.ascent import random_point
 from ..adversary.attack import Attack
 from ..device.phases import LOSS, phase
+from ..kernels import Labels
+from ..labels import correct, cross_entropy
 from ..threat import Ball, ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+from .base import Objective, Outcome, Passes, Smoothing, attack_passes, trained_pass, trained_passes
 
 _NEAR = 1e-3
 
@@ -37,6 +38,7 @@ class MART(Objective):
     weight: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="lambda, weight of the divergence")
     ] = 5.0
+    label_smoothing: Smoothing = 0.0
 
     def passes(self, attack: Attack) -> Passes:
         return attack_passes(attack.steps) + self.loss_passes()
@@ -48,32 +50,36 @@ class MART(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,
         state: Tensor,
     ) -> Outcome:
+        assert isinstance(y, Tensor)
         if start is None:
             start = random_point(Ball(x, threat.at_most(_NEAR), threat.norm), state)
         adversary, _ = attack(model, x, y, threat, start=start, state=state)
         clean, adv = trained_pass(model, x).float(), trained_pass(model, adversary).float()
         with phase(LOSS):
-            boosted = boosted_cross_entropy(adv, y).mean()
+            boosted = boosted_cross_entropy(adv, y, self.label_smoothing).mean()
             log_p, log_q = clean.log_softmax(1), adv.log_softmax(1)
             p = log_p.exp()
             misread = 1 - p.gather(1, y[:, None]).squeeze(1)
             divergence = ((p * (log_p - log_q)).sum(1) * misread).mean()
             loss = boosted + self.weight * divergence
-            correct = (adv.detach().argmax(1) == y).sum()
+            right = correct(adv, y)
         stats = {"boosted_ce": boosted.detach(), "divergence": divergence.detach()}
-        return Outcome(loss, adversary, stats, correct)
+        return Outcome(loss, adversary, stats, right)
 
 
-def boosted_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return -log p_y - log(1 - max_{k != y} p_k), [B], of logits [B, K] at labels int64 [B]."""
+def boosted_cross_entropy(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return -log p_y - log(1 - max_{k != y} p_k), [B], of logits [B, K] at labels int64 [B].
+
+    Smoothing changes the first term only.
+    """
     rest = logits.scatter(1, y[:, None], -torch.inf)
     rival = rest.argmax(1, keepdim=True)
     # 1 - p is the sum of the other classes: this avoids a difference of nearly equal numbers.
     others = logits.scatter(1, rival, -torch.inf).logsumexp(1)
-    return F.cross_entropy(logits, y, reduction="none") - (others - logits.logsumexp(1))
+    return cross_entropy(logits, y, label_smoothing) - (others - logits.logsumexp(1))

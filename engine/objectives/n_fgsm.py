@@ -9,7 +9,7 @@ to [0, 1] only.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -19,8 +19,9 @@ from .. import kernels
 from ..adversary.ascent import climb, random_point, towards_errors
 from ..adversary.attack import Attack
 from ..device.phases import LOSS, phase
+from ..kernels import Labels
 from ..threat import Ball, ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+from .base import Objective, Outcome, Passes, Smoothing, attack_passes, trained_pass, trained_passes
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,13 @@ class NFGSM(Objective):
     The default of `attack.alpha` is eps.
     """
 
+    mixes: ClassVar[bool] = True
+
     name: Literal["n-fgsm"] = "n-fgsm"
     noise: Annotated[
         float, Field(gt=0, allow_inf_nan=False, description="radius of the noise [fraction of eps]")
     ] = 2.0
+    label_smoothing: Smoothing = 0.0
 
     def passes(self, attack: Attack) -> Passes:
         return attack_passes(attack.steps) + self.loss_passes()
@@ -45,7 +49,7 @@ class NFGSM(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,
@@ -66,5 +70,5 @@ class NFGSM(Objective):
         )
         logits = trained_pass(model, adversary)
         with phase(LOSS):
-            loss, stats = kernels.local_ball_loss(logits, y)
+            loss, stats = kernels.local_ball_loss(logits, y, label_smoothing=self.label_smoothing)
         return Outcome(loss, adversary, {"ce": stats.cross_entropy}, stats.correct_adv)

@@ -13,7 +13,7 @@ their code makes it twice.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,11 +24,14 @@ from .. import kernels
 from ..adversary.ascent import LogitsGrad, climb
 from ..adversary.attack import Attack
 from ..device.phases import LOSS, phase
+from ..kernels import Labels
+from ..labels import correct
 from ..threat import ThreatModel
 from .base import (
     Objective,
     Outcome,
     Passes,
+    Smoothing,
     attack_passes,
     bernoulli_start,
     trained_pass,
@@ -44,6 +47,8 @@ _NEWTON_SCHULZ = 22
 class NuAT(Objective):
     """Train on the clean cross-entropy and the nuclear norm of the logit differences."""
 
+    mixes: ClassVar[bool] = True
+
     name: Literal["nuat"] = "nuat"
     weight: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="lambda, weight of the nuclear norm")
@@ -51,6 +56,7 @@ class NuAT(Objective):
     noise: Annotated[
         float, Field(ge=0, le=1, description="size of the start's noise [fraction of eps]")
     ] = 0.5
+    label_smoothing: Smoothing = 0.0
 
     def passes(self, attack: Attack) -> Passes:
         return attack_passes(attack.steps) + self.loss_passes()
@@ -62,7 +68,7 @@ class NuAT(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,
@@ -84,18 +90,18 @@ class NuAT(Objective):
         )
         adv = trained_pass(model, adversary)
         with phase(LOSS):
-            ce, stats = kernels.local_ball_loss(clean, y)
+            ce, stats = kernels.local_ball_loss(clean, y, label_smoothing=self.label_smoothing)
             apart = clean.float() - adv.float()
             # The norm and its gradient: the unitary factor is the derivative.
             nuclear = (unitary_factor(apart.detach()) * apart).sum() / len(x)
             loss = ce + self.weight * nuclear
-            correct = (adv.detach().argmax(1) == y).sum()
+            right = correct(adv, y)
         return Outcome(
-            loss, adversary, {"ce": stats.cross_entropy, "nuclear": nuclear.detach()}, correct
+            loss, adversary, {"ce": stats.cross_entropy, "nuclear": nuclear.detach()}, right
         )
 
 
-def _guided(clean: Tensor, y: Tensor, weight: Tensor) -> LogitsGrad:
+def _guided(clean: Tensor, y: Labels, weight: Tensor) -> LogitsGrad:
     """Return the gradient of summed CE + weight ||clean - logits||_* with respect to the logits."""
 
     def grad(logits: Tensor) -> Tensor:

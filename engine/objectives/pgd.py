@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from .. import kernels
 from ..adversary.attack import Attack
 from ..device.phases import LOSS, phase
+from ..kernels import Labels
 from ..threat import ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, attacked_pass, trained_passes
+from .base import (
+    Objective,
+    Outcome,
+    Passes,
+    Smoothing,
+    attack_passes,
+    attacked_pass,
+    trained_passes,
+)
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,10 @@ class PGD(Objective):
     """
 
     free_step: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
 
     name: Literal["pgd"] = "pgd"
-    label_smoothing: Annotated[
-        float, Field(ge=0, lt=1, description="label smoothing of the cross-entropy [0..1)")
-    ] = 0.0
+    label_smoothing: Smoothing = 0.0
 
     def passes(self, attack: Attack) -> Passes:
         return attack_passes(attack.steps) + self.loss_passes()
@@ -41,7 +48,7 @@ class PGD(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,

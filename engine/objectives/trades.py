@@ -8,7 +8,7 @@ come from one pass in evaluation mode, the authors' mode; their code makes a pas
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -19,8 +19,9 @@ from ..adversary.ascent import away_from, climb, passes_without_training, random
 from ..adversary.attack import Attack
 from ..adversary.held import once
 from ..device.phases import ATTACK_FORWARD, LOSS, phase
+from ..kernels import Labels
 from ..threat import Ball, ThreatModel
-from .base import Objective, Outcome, Passes, attack_passes, trained_pass, trained_passes
+from .base import Objective, Outcome, Passes, Smoothing, attack_passes, trained_pass, trained_passes
 
 # The attack's gradient is zero at the clean image. The authors' code starts from normal noise of
 # 0.001.
@@ -31,10 +32,13 @@ _NEAR = 1e-3
 class TRADES(Objective):
     """Add the divergence of the prediction over the ball to the clean cross-entropy."""
 
+    mixes: ClassVar[bool] = True
+
     name: Literal["trades"] = "trades"
     beta: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="weight of the divergence")
     ] = 6.0
+    label_smoothing: Smoothing = 0.0
 
     def passes(self, attack: Attack) -> Passes:
         return Passes(1, 0, 0) + attack_passes(attack.steps) + self.loss_passes()
@@ -46,7 +50,7 @@ class TRADES(Objective):
         self,
         model: nn.Module,
         x: Tensor,
-        y: Tensor,
+        y: Labels,
         threat: ThreatModel,
         attack: Attack,
         start: Tensor | None,
@@ -69,7 +73,9 @@ class TRADES(Objective):
         at_clean, at_adversary = trained_pass(model, x), trained_pass(model, adversary)
         with phase(LOSS):
             # CE(clean) + beta KL(clean || adversary): the local-ball loss around the clean image.
-            loss, stats = kernels.local_ball_loss(at_clean, y, at_adversary, lam=self.beta)
+            loss, stats = kernels.local_ball_loss(
+                at_clean, y, at_adversary, lam=self.beta, label_smoothing=self.label_smoothing
+            )
         return Outcome(
             loss,
             adversary,

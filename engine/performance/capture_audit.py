@@ -191,7 +191,15 @@ def _train(recipe: Recipe, tape: Tape | None) -> tuple[Step, list[str]]:
     torch.manual_seed(0)
     model = build.build_model(recipe, images, about.classes, images.shape[1:])
     memory = build.memory_for(recipe, images)
-    loader = ResidentLoader(images, labels, _BATCH, memory=memory, **build.sampling_of(recipe))
+    loader = ResidentLoader(
+        images,
+        labels,
+        _BATCH,
+        memory=memory,
+        extra=None if recipe.data.extra is None else (images, labels),
+        share=recipe.data.extra_share,
+        **build.sampling_of(recipe),
+    )
     step = build.build_step(
         recipe, model, steps=len(images), memory=memory, take=loader.take, recorder=tape
     )

@@ -21,7 +21,7 @@ from ..errors import EngineError
 from ..objectives import PGD
 from ..recipes import Recipe
 from ..runs import synthetic
-from ..runs.images import facts
+from ..runs.images import extra_set, facts
 from ..training.step import Step
 from .dispatch import GATHERS, Call, Spy
 from .kernel_count import fusions, kernels_of
@@ -162,7 +162,8 @@ class Plan:
         fusions: what fused kernels (`step.compile`) would save of `step_ms`, by name; fused_ms:
             `step_ms` less all of that; products_ms: convolutions and matrix products alone, the
             bound of all fusions.
-        memory_gb: weights with optimiser state, activations, dataset, adversary memory.
+        memory_gb: weights with optimiser state, activations, dataset, adversary memory, extra
+            images (which a device with too little memory leaves on the host).
         share_of_pgd10: `step_ms` over that of PGD-10 on the same network and batch.
         measured_ms: on this machine's GPU; None without a GPU.
     """
@@ -208,6 +209,11 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
     images = _training_images(recipe)
     passes = recipe.passes()
     basis = assumptions(device, precision)
+    extra = _extra_pixels(recipe)
+    if extra is None:
+        basis.append(
+            f"data.extra = {recipe.data.extra} cannot be read here: its memory is not counted"
+        )
     if step.optimiser.name != recipe.optim.name:
         basis.append(f"optim.name = {recipe.optim.name} at the price of {step.optimiser.name}")
     steps = recipe.optim.epochs * (images // recipe.optim.batch_size)
@@ -229,7 +235,10 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
         products_ms=1e3 * cost.products,
         images_per_second=recipe.optim.batch_size / cost.seconds,
         train_minutes=steps * cost.seconds / 60,
-        memory_gb=_memory_gb(recipe, step, ops, images, half=precision in ("bf16", "fp16")),
+        memory_gb={
+            **_memory_gb(recipe, step, ops, images, half=precision in ("bf16", "fp16")),
+            "extra images": (extra or 0) / 1e9,
+        },
         pgd10_ms=1e3 * pgd10.seconds,
         share_of_pgd10=cost.seconds / pgd10.seconds,
         assumptions=basis,
@@ -247,6 +256,17 @@ def _training_images(recipe: Recipe) -> int:
     about = facts(recipe)
     left = about.train - recipe.data.held_out(about.train)
     return min(left, recipe.data.train_examples or about.train)
+
+
+def _extra_pixels(recipe: Recipe) -> int | None:
+    """Return the number of pixels of the recipe's extra images; None where they are not here."""
+    if recipe.data.extra is None:
+        return 0
+    try:
+        extra = extra_set(recipe)
+    except EngineError:
+        return None
+    return extra[0].numel() if extra is not None else 0
 
 
 def _memory_gb(

@@ -108,6 +108,18 @@ class Data:
     cutout: Annotated[
         int, Field(ge=0, description="side of a random square set to 0; 0: none [pixels]")
     ] = 0
+    cutmix: Annotated[
+        bool,
+        Field(description="replace a random box of every image by another image's; mixes labels"),
+    ] = False
+    erase: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="share of the images of which a random rectangle is set to 0 [0..1]",
+        ),
+    ] = 0.0
     extra: Annotated[
         str | None,
         AfterValidator(lambda name: name if name is None else absolute(name)),
@@ -149,7 +161,7 @@ class Data:
         Field(
             ge=0,
             lt=1,
-            description="with size: brightness, contrast and saturation change by up to this share",
+            description="brightness, contrast and saturation change by up to this share [0..1)",
         ),
     ] = 0.0
     damaged: Annotated[
@@ -183,10 +195,14 @@ class Data:
             EngineError: names the option and the remedy.
         """
         if self.size is None:
-            options = ("resize", "scale", "jitter")
+            options = ("resize", "scale")
             if given := [name for name in options if getattr(self, name)]:
                 raise EngineError(
                     f"data.{given[0]} is for a folder of pictures that is streamed: set data.size"
+                )
+            if self.erase and self.cutout:
+                raise EngineError(
+                    "data.erase and data.cutout both set a part of an image to 0: drop one"
                 )
             return
         if self.resized < min(self.size):
@@ -202,8 +218,8 @@ class Data:
             raise EngineError(
                 "data.pad shifts the centre crop, and data.scale draws another: drop one"
             )
-        if self.cutout:
-            raise EngineError("data.cutout is for images in memory: drop it, or data.size")
+        if given := [name for name in ("cutout", "cutmix", "erase") if getattr(self, name)]:
+            raise EngineError(f"data.{given[0]} is for images in memory: drop it, or data.size")
         if self.loader == "resident":
             raise EngineError(
                 "data.loader = resident is for images in memory: pictures are streamed by dali or "

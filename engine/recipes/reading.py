@@ -48,6 +48,14 @@ def names() -> list[str]:
     )
 
 
+def _families() -> list[str]:
+    """Return the recipes' names, with "cifar10-*" for all that begin so."""
+    known = names()
+    heads = [n for n in known if not any(n.startswith(f"{other}-") for other in known)]
+    variants = [f"{n}-*" for n in heads if any(other.startswith(f"{n}-") for other in known)]
+    return sorted([*heads, *variants])
+
+
 def load(name_or_path: str, overrides: Mapping[str, str] | None = None) -> Recipe:
     """Return a recipe by name or by path, with `overrides` ("attack.steps" -> "2") on top.
 
@@ -107,6 +115,8 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
                 f'{recipe.threat.eps:g}/255 is written "{recipe.threat.eps:g}/255"'
             )
         _check_weights(recipe)
+        if recipe.data.cutmix:
+            _check_cutmix(recipe)
         apex.check_precision(recipe.optim.name, recipe.step.precision)
         evaluation = recipe.evaluation
         check_precision(evaluation.precision, evaluation.judge, evaluation.autoattack)
@@ -131,6 +141,15 @@ def _check_weights(recipe: Recipe) -> None:
         )
 
 
+def _check_cutmix(recipe: Recipe) -> None:
+    recipe.objective.check_mixes()
+    if recipe.attack.start == "memory":
+        raise EngineError(
+            "data.cutmix with attack.start = memory: a mixed image has no place in the adversary "
+            "memory: set attack.start = random"
+        )
+
+
 def dump(recipe: Recipe) -> str:
     """Return the recipe as TOML, every field written out."""
     return tomli_w.dumps(_without_none(_ADAPTER.dump_python(recipe, mode="json")))
@@ -146,7 +165,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     else:
         raise EngineError(
             f"unknown recipe {name_or_path!r}{nearest(name_or_path, names())}; "
-            f"recipes: {', '.join(names())}, or a path ending in .toml"
+            f"recipes: {', '.join(_families())}, or a path ending in .toml"
         )
     tree.setdefault("name", path.stem)
     parent = tree.pop("extends", None)

@@ -112,6 +112,7 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         raise EngineError(f"data.pad = {recipe.data.pad} is as large as the images")
     if recipe.data.cutout > 2 * side:
         raise EngineError(f"data.cutout = {recipe.data.cutout} is more than the whole image")
+    _check_changes(recipe, images.shape[1])
     if recipe.data.loader == "dali" and (missing := loaders.dali.unavailable()):
         raise EngineError(f"data.loader = dali: {missing}")
     if recipe.optim.batch_size > len(images):
@@ -145,6 +146,17 @@ def _check_registered(recipe: Recipe, model: Any, parts: Split) -> None:
         Registered(make, optim.name, params, optim.lr, **options)
     if registered_loaders.maker(recipe.data.loader) is not None:
         _loader_of(recipe, parts, device(), ALONE, None).close()
+
+
+def _check_changes(recipe: Recipe, channels: int) -> None:
+    data = recipe.data
+    if data.size is not None:
+        return
+    if data.jitter and channels != 3:
+        raise EngineError(f"data.jitter needs images of 3 channels; {data.name} has {channels}")
+    for name in ("cutmix", "erase", "jitter"):
+        if getattr(data, name) and data.loader in ("dali", "torch"):
+            raise EngineError(f"data.{name} with data.loader = {data.loader}: take resident")
 
 
 def notes(recipe: Recipe, *, evaluated: bool = True) -> list[str]:
@@ -357,7 +369,12 @@ def _on_host(
 def sampling_of(recipe: Recipe) -> dict[str, Any]:
     """Return a loader's options for the recipe's draws."""
     data = recipe.data
-    drawn: dict[str, Any] = {"cutout": data.cutout}
+    drawn: dict[str, Any] = {
+        "cutout": data.cutout,
+        "cutmix": data.cutmix,
+        "erase": data.erase,
+        "jitter": data.jitter,
+    }
     if data.size is not None:
         drawn = {"scale": data.scale, "jitter": data.jitter}
     return {

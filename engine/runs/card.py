@@ -24,6 +24,10 @@ _ARCHITECTURES = {
         "architectures/resnet.py",
         "PreActResNet(PreActBlock, [2, 2, 2, 2], num_classes={})",
     ),
+    "wide-resnet28-10": (
+        "architectures/wide_resnet.py",
+        "WideResNet(depth=28, widen_factor=10, num_classes={})",
+    ),
     "wide-resnet34-10": (
         "architectures/wide_resnet.py",
         "WideResNet(depth=34, widen_factor=10, num_classes={})",

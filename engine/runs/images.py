@@ -104,6 +104,8 @@ def in_memory(recipe: Recipe) -> Recipe:
 
     Pictures reach a captured step as copies of batches, so the step is the same.
     """
+    if recipe.data.size is None:
+        return recipe
     data = replace(recipe.data, size=None, resize=None, scale=None, jitter=0.0)
     return replace(recipe, data=data)
 

@@ -41,4 +41,5 @@ def batch(recipe: Recipe, device: torch.device) -> Batch:
         index,
         torch.zeros((n, 3), dtype=torch.int32, device=device),
         x.clone() if recipe.attack.start == "memory" else None,
+        *((index % about.classes, torch.ones(n, device=device)) if recipe.data.cutmix else ()),
     )

@@ -28,6 +28,7 @@ from ..device.capture import WARM_UP, Recorder
 from ..device.phases import BOOKKEEPING, DATA, OPTIMISER, TRAIN_BACKWARD, phase
 from ..device.precision import LossScale, arithmetic, passes, repeatable, resolve
 from ..errors import EngineError
+from ..kernels import Labels
 from ..models import dropout
 from ..models.compiled import compiled
 from ..objectives import Objective, Outcome
@@ -134,7 +135,7 @@ class Step:
             self._run(batch)
 
     def _run(self, batch: Batch) -> None:
-        x, y = batch.x, batch.y
+        x, y = batch.x, batch.labels
         start = batch.start
         if start is None and self.memory is not None:
             start = self.memory.recall(_samples(batch), x[: len(_samples(batch))], batch.crops)
@@ -163,7 +164,7 @@ class Step:
         """Return whether the next step perturbs the weights."""
         return self.perturbation is not None and self.done >= self.perturbation.first
 
-    def _gradients(self, x: Tensor, y: Tensor, start: Tensor | None) -> tuple[Outcome, Tensor]:
+    def _gradients(self, x: Tensor, y: Labels, start: Tensor | None) -> tuple[Outcome, Tensor]:
         """Compute the loss and its gradients; return its outcome and adversary."""
         with passes(self.precision, self.device):
             outcome: Outcome = self._compute(
@@ -176,7 +177,7 @@ class Step:
         return outcome, adversary if isinstance(adversary, Tensor) else adversary()
 
     def _perturbed_gradients(
-        self, x: Tensor, y: Tensor, start: Tensor | None
+        self, x: Tensor, y: Labels, start: Tensor | None
     ) -> tuple[Outcome, Tensor]:
         """Compute the gradients at perturbed weights; the outcome is that of the weights proper.
 

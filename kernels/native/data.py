@@ -20,11 +20,15 @@ def augment(
     memory: Tensor | None,
     eps: Tensor | None,
     norm: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    cutmix: bool,
+    erase: int,
+    jitter: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b = index.shape[0]
     x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
     crops = images.new_empty((b, 3), dtype=torch.int32)
     start = x.new_empty(0) if memory is None else torch.empty_like(x)
+    share = x.new_empty(b if cutmix else 0)
     seed, step = rng.tolist()
     native.augment(
         images.data_ptr(),
@@ -43,8 +47,11 @@ def augment(
         start.data_ptr(),
         0.0 if eps is None else eps.item(),
         norm == "L2",
+        share.data_ptr() if cutmix else 0,
+        erase,
+        jitter,
     )
-    return x, crops, start
+    return x, crops, start, share
 
 
 def recall(

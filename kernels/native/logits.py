@@ -13,12 +13,25 @@ def _logits_served(*logits: Tensor | None) -> bool:
     return all(t is None or (t.dtype in DTYPES and t.is_contiguous()) for t in logits)
 
 
-def cross_entropy_grad(logits: Tensor, target: Tensor, scale: float) -> Tensor:
+def _labels(target: Tensor, second: Tensor | None, share: Tensor | None) -> tuple[int, int, int]:
+    """Return the addresses of the labels; 0 for those that are not given."""
+    if second is None or share is None:
+        return target.data_ptr(), 0, 0
+    return target.data_ptr(), second.data_ptr(), share.data_ptr()
+
+
+def cross_entropy_grad(
+    logits: Tensor,
+    target: Tensor,
+    scale: float,
+    second: Tensor | None = None,
+    share: Tensor | None = None,
+) -> Tensor:
     if not _logits_served(logits):
-        return reference.cross_entropy_grad(logits, target, scale)
+        return reference.cross_entropy_grad(logits, target, scale, second, share)
     out = torch.empty_like(logits)
     native.cross_entropy_grad(
-        *address(logits), target.data_ptr(), out.data_ptr(), *logits.shape, scale
+        *address(logits), *_labels(target, second, share), out.data_ptr(), *logits.shape, scale
     )
     return out
 
@@ -39,14 +52,18 @@ def local_ball_loss(
     lam: Tensor,
     mu: Tensor,
     label_smoothing: float,
+    second: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not _logits_served(adv, ball, clean):
-        return reference.local_ball_loss(adv, target, ball, clean, lam, mu, label_smoothing)
+        return reference.local_ball_loss(
+            adv, target, ball, clean, lam, mu, label_smoothing, second, share
+        )
     loss = adv.new_empty((), dtype=torch.float32)
     stats = adv.new_empty(6, dtype=torch.float32)
     native.local_ball_loss(
         *address(adv),
-        target.data_ptr(),
+        *_labels(target, second, share),
         *address(ball),
         *address(clean),
         lam.item(),
@@ -68,10 +85,12 @@ def local_ball_loss_backward(
     lam: Tensor,
     mu: Tensor,
     label_smoothing: float,
+    second: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not _logits_served(adv, ball, clean):
         return reference.local_ball_loss_backward(
-            grad_loss, adv, target, ball, clean, lam, mu, label_smoothing
+            grad_loss, adv, target, ball, clean, lam, mu, label_smoothing, second, share
         )
     grad_adv = torch.empty_like(adv)
     grad_ball = adv.new_empty(0) if ball is None else torch.empty_like(ball)
@@ -79,7 +98,7 @@ def local_ball_loss_backward(
     native.local_ball_loss_backward(
         grad_loss.item(),
         *address(adv),
-        target.data_ptr(),
+        *_labels(target, second, share),
         *address(ball),
         *address(clean),
         lam.item(),

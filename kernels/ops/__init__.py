@@ -12,13 +12,23 @@ explains its use.
 
 from .attack import attack_step, attack_step_, uniform_start
 from .autoattack import apgd_step, fab_step
-from .data import augment, recall, remember
-from .logits import LossStats, cross_entropy_grad, kl_grad, local_ball_loss
+from .data import Augmented, augment, recall, remember
+from .logits import (
+    Labels,
+    LossStats,
+    MixedLabels,
+    cross_entropy_grad,
+    kl_grad,
+    local_ball_loss,
+)
 from .optimisers import adamw_ema_step, perturb_weights, restore_weights, sgd_ema_step
 from .stem import input_grad_step, stem_input_grad, stem_weight_grad
 
 __all__ = [
+    "Augmented",
+    "Labels",
     "LossStats",
+    "MixedLabels",
     "adamw_ema_step",
     "apgd_step",
     "attack_step",

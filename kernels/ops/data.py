@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,19 +18,42 @@ from .checks import (
 )
 from .define import define
 
+# The op compares 16 random bits with this part of `erase`.
+ERASE_UNIT = 1 << 16
+
 _augment = define(
     "augment",
     "(Tensor images, Tensor index, Tensor rng, int pad, bool flip, int cutout, int stream, "
-    "Tensor? memory, Tensor? eps, str norm) -> (Tensor, Tensor, Tensor)",
+    "Tensor? memory, Tensor? eps, str norm, bool cutmix, int erase, float jitter) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("engine::augment")
-def _(images, index, rng, pad, flip, cutout, stream, memory, eps, norm):
+def _(images, index, rng, pad, flip, cutout, stream, memory, eps, norm, cutmix, erase, jitter):
     b = index.shape[0]
     x = images.new_empty((b, *images.shape[1:]), dtype=torch.float32)
     crops = images.new_empty((b, 3), dtype=torch.int32)
-    return x, crops, x.new_empty(0) if memory is None else torch.empty_like(x)
+    start = x.new_empty(0) if memory is None else torch.empty_like(x)
+    return x, crops, start, x.new_empty(b if cutmix else 0)
+
+
+class Augmented(NamedTuple):
+    """Hold a batch that `augment` made.
+
+    Attributes:
+        x: float32 [B, C, H, W] in [0, 1].
+        crops: int32 [B, 3], (dy, dx, mirrored) of every sample, for `recall` and `remember`.
+        start: float32 [B, C, H, W], `recall(memory, index, crops, x, eps, norm=norm)` bit for bit;
+            None without a memory.
+        share: float32 [B], the share of each image's pixels that are its own; the others come from
+            the next sample, the last sample's from the first. None without CutMix.
+    """
+
+    x: Tensor
+    crops: Tensor
+    start: Tensor | None
+    share: Tensor | None
 
 
 def augment(
@@ -43,7 +68,10 @@ def augment(
     memory: Tensor | None = None,
     eps: Scalar | None = None,
     norm: str = "Linf",
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    cutmix: bool = False,
+    erase: float = 0.0,
+    jitter: float = 0.0,
+) -> Augmented:
     """Make a training batch of a resident uint8 dataset: gather, crop, mirror, scale to [0, 1].
 
     With an adversary memory, also return the attack's start (Linf: in the same pass over memory).
@@ -59,11 +87,14 @@ def augment(
         memory: int8 [N, C, H, W], contiguous, as for `recall`.
         eps: radius in pixel units, >= 0; needed with a memory.
         norm: "Linf" or "L2", the norm of the start's ball.
-    Returns:
-        x: float32 [B, C, H, W] in [0, 1].
-        crops: int32 [B, 3], (dy, dx, mirrored) of every sample, for `recall` and `remember`.
-        start: float32 [B, C, H, W], `recall(memory, index, crops, x, eps, norm=norm)` bit for bit;
-            None without a memory.
+        cutmix: replace a box of every image by the same box of the next sample's (Yun et al., arXiv
+            1905.04899). The box's share of the area is uniform in [0, 1) and its centre uniform in
+            the image, which cuts it off. Not with a memory, which holds no mixed images.
+        erase: share of the samples, in [0, 1], of which a rectangle is set to 0, after Zhong et al.
+            (arXiv 1708.04896). Its sides are uniform up to half the image's, and its centre is as
+            cutout's; not with cutout.
+        jitter: largest relative change, in [0, 1), of brightness, contrast (around 0.5) and
+            saturation, in this order; three channels.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
@@ -75,6 +106,7 @@ def augment(
         raise ValueError(f"pad must be in [0, {min(images.shape[2:])}): {pad}")
     if not (0 <= cutout <= 2 * min(images.shape[2:])):
         raise ValueError(f"cutout must be in [0, {2 * min(images.shape[2:])}]: {cutout}")
+    _check_changes(images, cutout, cutmix, erase, jitter, memory)
     check_rng(rng, images)
     check_norm(norm)
     index = check_index(index, images, "images")
@@ -88,10 +120,26 @@ def augment(
         if eps is None:
             raise ValueError("eps is missing: memory holds steps of eps / 127")
         radius = check_scalar("eps", eps, images)
-    x, crops, start = _augment(
-        images, index, rng, int(pad), bool(flip), int(cutout), stream, memory, radius, norm
-    )
-    return x, crops, None if memory is None else start
+    x, crops, start, share = _augment(
+        images, index, rng, int(pad), bool(flip), int(cutout), stream, memory, radius, norm,
+        bool(cutmix), round(erase * ERASE_UNIT), float(jitter),
+    )  # fmt: skip
+    return Augmented(x, crops, None if memory is None else start, share if cutmix else None)
+
+
+def _check_changes(
+    images: Tensor, cutout: int, cutmix: bool, erase: float, jitter: float, memory: Tensor | None
+) -> None:
+    if cutmix and memory is not None:
+        raise ValueError("cutmix: a memory holds no mixed images")
+    if not (0.0 <= erase <= 1.0):
+        raise ValueError(f"erase must be in [0, 1]: {erase}")
+    if erase and cutout:
+        raise ValueError("erase and cutout both set a part of the image to 0: take one")
+    if not (0.0 <= jitter < 1.0):
+        raise ValueError(f"jitter must be in [0, 1): {jitter}")
+    if jitter and images.shape[1] != 3:
+        raise ValueError(f"jitter needs images of 3 channels, got {images.shape[1]}")
 
 
 _recall = define(

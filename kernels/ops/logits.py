@@ -10,18 +10,37 @@ from torch import Tensor
 from .checks import Scalar, check_like, check_logits, check_scalar, check_target
 from .define import define
 
+
+class MixedLabels(NamedTuple):
+    """Hold two labels for each sample, where a sample is a mix of two images.
+
+    Attributes:
+        first, second: int64 [B], in [0, K). The count of correct predictions takes `first`.
+        share: float [B], in [0, 1], the probability of `first`; `second` has the rest.
+    """
+
+    first: Tensor
+    second: Tensor
+    share: Tensor
+
+
+# One label for each sample, int64 [B], or two.
+Labels = Tensor | MixedLabels
+
+
 _cross_entropy_grad = define(
     "cross_entropy_grad",
-    "(Tensor logits, Tensor target, float scale) -> Tensor",
+    "(Tensor logits, Tensor target, float scale, Tensor? second=None, Tensor? share=None) "
+    "-> Tensor",
 )
 
 
 @torch.library.register_fake("engine::cross_entropy_grad")
-def _(logits, target, scale):
+def _(logits, target, scale, second=None, share=None):
     return torch.empty_like(logits)
 
 
-def cross_entropy_grad(logits: Tensor, target: Tensor, *, scale: float = 1.0) -> Tensor:
+def cross_entropy_grad(logits: Tensor, target: Labels, *, scale: float = 1.0) -> Tensor:
     """Return `scale` times the summed cross-entropy's gradient: softmax(logits) - onehot(target).
 
     As autograd's output gradient, this result starts an attack's backward pass without a loss. The
@@ -29,12 +48,29 @@ def cross_entropy_grad(logits: Tensor, target: Tensor, *, scale: float = 1.0) ->
 
     Args:
         logits: [B, K], float; the op computes in float32 at least.
-        target: int64 [B], in [0, K).
+        target: int64 [B], in [0, K), or mixed labels, whose probabilities take onehot's place.
     Returns:
         [B, K], dtype of `logits`.
     """
     logits = check_logits("logits", logits)
-    return _cross_entropy_grad(logits, check_target(target, logits), float(scale))
+    first, *mixed = _unpacked(target, logits)
+    return _cross_entropy_grad(logits, first, float(scale), *mixed)
+
+
+def _unpacked(target: Labels, logits: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return checked labels: the first ones, the second ones or None, their shares or None."""
+    if isinstance(target, Tensor):
+        return check_target(target, logits), None, None
+    first, second = check_target(target.first, logits), check_target(target.second, logits)
+    share = target.share
+    if share.shape != first.shape or not share.is_floating_point():
+        raise TypeError(
+            f"share must be float [{len(first)}], got {share.dtype} {tuple(share.shape)}"
+        )
+    if share.device != logits.device:
+        raise ValueError(f"share is on {share.device}, not {logits.device}")
+    wide = logits.dtype == torch.float64
+    return first, second, share.to(torch.float64 if wide else torch.float32).contiguous()
 
 
 _kl_grad = define(
@@ -64,12 +100,12 @@ def kl_grad(p_logits: Tensor, q_logits: Tensor, *, scale: float = 1.0) -> Tensor
 _local_ball_loss = define(
     "local_ball_loss",
     "(Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, Tensor mu, "
-    "float label_smoothing) -> (Tensor, Tensor)",
+    "float label_smoothing, Tensor? second=None, Tensor? share=None) -> (Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("engine::local_ball_loss")
-def _(adv, target, ball, clean, lam, mu, label_smoothing):
+def _(adv, target, ball, clean, lam, mu, label_smoothing, second=None, share=None):
     dtype = torch.float64 if adv.dtype == torch.float64 else torch.float32
     return adv.new_empty((), dtype=dtype), adv.new_empty(6, dtype=dtype)
 
@@ -77,12 +113,13 @@ def _(adv, target, ball, clean, lam, mu, label_smoothing):
 _local_ball_loss_backward = define(
     "local_ball_loss_backward",
     "(Tensor grad_loss, Tensor adv, Tensor target, Tensor? ball, Tensor? clean, Tensor lam, "
-    "Tensor mu, float label_smoothing) -> (Tensor, Tensor, Tensor)",
+    "Tensor mu, float label_smoothing, Tensor? second=None, Tensor? share=None) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.register_fake("engine::local_ball_loss_backward")
-def _(grad_loss, adv, target, ball, clean, lam, mu, label_smoothing):
+def _(grad_loss, adv, target, ball, clean, lam, mu, label_smoothing, second=None, share=None):
     def like(t):
         return adv.new_empty(0) if t is None else torch.empty_like(t)
 
@@ -90,25 +127,19 @@ def _(grad_loss, adv, target, ball, clean, lam, mu, label_smoothing):
 
 
 def _loss_setup(ctx, inputs, output) -> None:
-    adv, target, ball, clean, lam, mu, ctx.label_smoothing = inputs
-    ctx.save_for_backward(adv, target, ball, clean, lam, mu)
+    adv, target, ball, clean, lam, mu, ctx.label_smoothing, second, share = inputs
+    ctx.save_for_backward(adv, target, ball, clean, lam, mu, second, share)
     ctx.mark_non_differentiable(output[1])
 
 
 def _loss_backward(ctx, grad_loss, _grad_stats):
-    adv, target, ball, clean, lam, mu = ctx.saved_tensors
+    adv, target, ball, clean, lam, mu, second, share = ctx.saved_tensors
     grad_adv, grad_ball, grad_clean = _local_ball_loss_backward(
-        grad_loss, adv, target, ball, clean, lam, mu, ctx.label_smoothing
+        grad_loss, adv, target, ball, clean, lam, mu, ctx.label_smoothing, second, share
     )
-    return (
-        grad_adv,
-        None,
-        None if ball is None else grad_ball,
-        None if clean is None else grad_clean,
-        None,
-        None,
-        None,
-    )
+    grad_ball = None if ball is None else grad_ball
+    grad_clean = None if clean is None else grad_clean
+    return grad_adv, None, grad_ball, grad_clean, None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -137,7 +168,7 @@ class LossStats(NamedTuple):
 
 def local_ball_loss(
     adv: Tensor,
-    target: Tensor,
+    target: Labels,
     ball: Tensor | None = None,
     clean: Tensor | None = None,
     *,
@@ -153,7 +184,8 @@ def local_ball_loss(
 
     Args:
         adv, ball, clean: logits [B, K], float; the op computes in float32 at least.
-        target: int64 [B], in [0, K).
+        target: int64 [B], in [0, K), or mixed labels: the cross-entropy is then the mean of both
+            labels', weighted by their probabilities.
         lam, mu: weights >= 0.
         label_smoothing: in [0, 1), applied to the cross-entropy only.
     Returns:
@@ -163,7 +195,7 @@ def local_ball_loss(
         TypeError, ValueError: for a wrong argument, which the message names.
     """
     adv = check_logits("adv", adv)
-    target = check_target(target, adv)
+    first, *mixed = _unpacked(target, adv)
     if not (0.0 <= label_smoothing < 1.0):
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     others = {"ball": ball, "clean": clean}
@@ -172,6 +204,6 @@ def local_ball_loss(
             others[name] = check_like(name, check_logits(name, t), adv, "adv")
     lam, mu = check_scalar("lam", lam, adv), check_scalar("mu", mu, adv)
     loss, stats = _local_ball_loss(
-        adv, target, others["ball"], others["clean"], lam, mu, float(label_smoothing)
+        adv, first, others["ball"], others["clean"], lam, mu, float(label_smoothing), *mixed
     )
     return loss, LossStats(*stats.unbind())

@@ -152,12 +152,21 @@ def _logits(rows: int, classes: int, dtype: str) -> tuple[Tensor, Tensor, Tensor
     return adv, target, ball, clean
 
 
+def _mixed(target: Tensor, classes: int) -> ops.MixedLabels:
+    """Draw second labels, some of them the first again, and shares."""
+    second = torch.randint(0, classes, target.shape, generator=_draws(14))
+    second[::3] = target[::3]
+    return ops.MixedLabels(target, second, torch.rand(target.shape, generator=_draws(15)))
+
+
 def _logit_gradients() -> Iterator[Case]:
     for classes, rows, dtype in itertools.product(_CLASSES, (70, 1), TYPES):
         q, target, p, _ = _logits(rows, classes, dtype)
         name = f"{rows}x{classes}"
         scale = {"scale": 3.0}
         yield Case("cross_entropy_grad", dtype, name, ops.cross_entropy_grad, (q, target), scale, 4)
+        mixed = (q, _mixed(target, classes))
+        yield Case("cross_entropy_grad_mixed", dtype, name, ops.cross_entropy_grad, mixed, scale, 4)
         yield Case("kl_grad", dtype, name, ops.kl_grad, (p, q), {"scale": 0.5}, 4)
 
 
@@ -188,6 +197,15 @@ def _loss_cases(
     args = (upstream, *logits, lam, mu, 0.1)
     backward = torch.ops.engine.local_ball_loss_backward
     yield Case("loss_backward", dtype, name, backward, args, {}, 16)
+    adv, target, ball, clean = logits
+    assert adv is not None
+    assert target is not None
+    if "loss" in kernels:
+        labels = _mixed(target, adv.shape[1])
+        mixed = (adv, labels, ball, clean)
+        yield Case("loss_mixed", dtype, name, ops.local_ball_loss, mixed, options, 16)
+        args = (*args, labels.second, labels.share)
+        yield Case("loss_backward_mixed", dtype, name, backward, args, {}, 16)
 
 
 # Channels in and out, kernel height and width, stride, padding, image height and width.
@@ -231,6 +249,12 @@ _DATA = [
 ]
 
 
+def _changes(channels: int) -> list[dict[str, Any]]:
+    """Return the options that take a second draw, together and alone."""
+    colours = {"jitter": 0.4} if channels == 3 else {}
+    return [{"cutmix": True, "erase": 0.5, **colours}, {"cutmix": True}, {"erase": 0.5}]
+
+
 def _data() -> Iterator[Case]:
     for shape, pad, batch, cutout in _DATA:
         images = torch.randint(0, 256, shape, generator=_draws(10), dtype=torch.uint8)
@@ -240,11 +264,17 @@ def _data() -> Iterator[Case]:
         options: dict[str, Any] = {"pad": pad, "flip": True, "cutout": cutout, "stream": 5}
         args = (images, index, _RNG)
         yield Case("augment", "fp32", name, ops.augment, args, options, None)
+        for changes in _changes(shape[1]):
+            changed = {**options, **changes}
+            if "erase" in changes:
+                changed["cutout"] = 0
+            what = f"{name}, {', '.join(changes)}"
+            yield Case("augment_changed", "fp32", what, ops.augment, args, changed, None)
         started = {**options, "memory": memory, "eps": 0.3}
         yield Case("augment_linf_start", "fp32", name, ops.augment, args, started, None)
         # Each stored sample once: what two samples of a batch remember of one is in no order.
         once = torch.randperm(shape[0], generator=_draws(13))[: min(batch, shape[0])]
-        x, where, _ = ops.augment(images, once, _RNG, **options)
+        x, where, *_ = ops.augment(images, once, _RNG, **options)
         for layout, lay_out in _LAYOUTS.items():
             seen = (memory, once, where, lay_out(x))
             yield Case("linf_recall", "fp32", name + layout, ops.recall, (*seen, 0.3), {}, None)

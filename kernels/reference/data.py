@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from .attack import attack_step
-from .philox import random_words
+from .philox import philox, random_words
+
+# The first block of the second draw of each sample.
+CHANGES = 1 << 31
 
 
 def augment(
@@ -20,20 +23,73 @@ def augment(
     memory: Tensor | None,
     eps: Tensor | None,
     norm: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    cutmix: bool = False,
+    erase: int = 0,
+    jitter: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_range(index, images)
-    h, w = images.shape[2:]
-    drawn = draw_crops(rng, index.shape[0], pad, flip, stream, h, w)
+    b, (h, w) = index.shape[0], images.shape[2:]
+    drawn = draw_crops(rng, b, pad, flip, stream, h, w)
     crops = drawn[:, :3].contiguous()
+    middle_y, middle_x = drawn[:, 3].long(), drawn[:, 4].long()
     x = crop(images, index, crops).to(torch.float32) / 255.0
+    blocks = torch.arange(b, device=rng.device) + CHANGES
+    words = torch.stack(philox(rng, stream, blocks), dim=1)
+    share = x.new_empty(0)
+    if jitter:
+        # Pixels outside the image stay 0.
+        _, inside = source_pixels(crops, h, w)
+        x = torch.where(inside.view(b, 1, h, w), _jittered(x, words, jitter), 0.0)
+    if cutmix:
+        box = _mixed_box(words, h, w)
+        x = torch.where(box[:, None], x.roll(-1, 0), x)
+        share = (h * w - box.sum((1, 2))).to(x.dtype) / (h * w)
     if cutout:
-        rows = torch.arange(h, device=x.device) - (drawn[:, 3, None] - cutout // 2)
-        columns = torch.arange(w, device=x.device) - (drawn[:, 4, None] - cutout // 2)
-        inside_y, inside_x = (rows >= 0) & (rows < cutout), (columns >= 0) & (columns < cutout)
-        x = x.masked_fill((inside_y[:, :, None] & inside_x[:, None, :])[:, None], 0.0)
+        x = x.masked_fill(_box(middle_y, middle_x, cutout, cutout, h, w)[:, None], 0.0)
+    if erase:
+        bits = random_words(rng, stream, 4 * b).view(b, 4)[:, 2]
+        tall = 1 + (((bits & 0xFF) * (h // 2)) >> 8)
+        wide = 1 + ((((bits >> 8) & 0xFF) * (w // 2)) >> 8)
+        chosen = ((words[:, 3] >> 16) < erase)[:, None, None]
+        x = x.masked_fill((_box(middle_y, middle_x, tall, wide, h, w) & chosen)[:, None], 0.0)
     if memory is None or eps is None:
-        return x, crops, x.new_empty(0)
-    return x, crops, recall(memory, index, crops, x, eps, norm)
+        return x, crops, x.new_empty(0), share
+    return x, crops, recall(memory, index, crops, x, eps, norm), share
+
+
+def _box(y: Tensor, x: Tensor, tall: Tensor | int, wide: Tensor | int, h: int, w: int) -> Tensor:
+    """Return a mask bool [B, h, w] of the boxes of `tall` x `wide` pixels around (y, x), [B]."""
+
+    def within(centre: Tensor, side: Tensor | int, pixels: int) -> Tensor:
+        first = centre - side // 2
+        last = first + side
+        at = torch.arange(pixels, device=centre.device)
+        return (at >= first[:, None]) & (at < last[:, None])
+
+    return within(y, tall, h)[:, :, None] & within(x, wide, w)[:, None, :]
+
+
+def _mixed_box(words: Tensor, h: int, w: int) -> Tensor:
+    """Return the mask bool [B, h, w] of the pixels that come from the next sample.
+
+    The larger of two uniform numbers has a uniform square: so is the box's share of the area.
+    """
+    part = torch.maximum(words[:, 0] & 0xFFFF, words[:, 0] >> 16)
+    tall, wide = (part * h + 0x8000) >> 16, (part * w + 0x8000) >> 16
+    y, x = ((words[:, 1] & 0xFFFF) * h) >> 16, ((words[:, 1] >> 16) * w) >> 16
+    return _box(y, x, tall, wide, h, w)
+
+
+def _jittered(x: Tensor, words: Tensor, jitter: float) -> Tensor:
+    """Change brightness, contrast and saturation of images [B, 3, H, W], each by a factor."""
+    halves = torch.stack([words[:, 2] & 0xFFFF, words[:, 2] >> 16, words[:, 3] & 0xFFFF])
+    most = torch.full((), jitter, dtype=x.dtype, device=x.device)
+    factors = 1.0 + most * ((halves - 0x8000).to(x.dtype) * 2.0**-15)
+    brightness, contrast, saturation = factors[:, :, None, None, None]
+    x = 0.5 + contrast * (brightness * x - 0.5)
+    red, green, blue = x.split(1, dim=1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    return (grey + saturation * (x - grey)).clamp(0.0, 1.0)
 
 
 def draw_crops(rng: Tensor, b: int, pad: int, flip: bool, stream: int, h: int, w: int) -> Tensor:

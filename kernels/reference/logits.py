@@ -6,10 +6,28 @@ import torch
 from torch import Tensor
 
 
-def cross_entropy_grad(logits: Tensor, target: Tensor, scale: float) -> Tensor:
+def cross_entropy_grad(
+    logits: Tensor,
+    target: Tensor,
+    scale: float,
+    second: Tensor | None = None,
+    share: Tensor | None = None,
+) -> Tensor:
     grad = torch.softmax(_wide(logits), dim=1)
-    grad.scatter_add_(1, target.view(-1, 1), -torch.ones_like(grad[:, :1]))
+    for labels, part in _parts(target, second, share, grad):
+        grad.scatter_add_(1, labels, -part)
     return (grad * scale).to(logits.dtype)
+
+
+def _parts(
+    target: Tensor, second: Tensor | None, share: Tensor | None, like: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of labels int64 [B, 1] and their probabilities [B, 1], in the type of `like`."""
+    if second is None or share is None:
+        return [(target.view(-1, 1), torch.ones_like(like[:, :1]))]
+    # One label twice has the probability 1, without a rounded sum.
+    part = torch.where(target == second, 1.0, share.to(like.dtype)).view(-1, 1)
+    return [(target.view(-1, 1), part), (second.view(-1, 1), 1.0 - part)]
 
 
 def kl_grad(p_logits: Tensor, q_logits: Tensor, scale: float) -> Tensor:
@@ -30,6 +48,8 @@ def local_ball_loss(
     lam: Tensor,
     mu: Tensor,
     label_smoothing: float,
+    second: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     n = max(adv.shape[0], 1)
     log_a = torch.log_softmax(_wide(adv), dim=1)
@@ -41,7 +61,8 @@ def local_ball_loss(
             return zero
         return (logits.argmax(dim=1) == target).sum().to(dtype)
 
-    nll = -log_a.gather(1, target.view(-1, 1)).sum()
+    parts = _parts(target, second, share, log_a)
+    nll = -sum((part * log_a.gather(1, labels)).sum() for labels, part in parts)
     ce = ((1.0 - label_smoothing) * nll - label_smoothing * log_a.mean(dim=1).sum()) / n
     local = zero if ball is None else _kl(log_a, torch.log_softmax(_wide(ball), dim=1)) / n
     tie = zero if clean is None else _kl(torch.log_softmax(_wide(clean), dim=1), log_a) / n
@@ -64,13 +85,16 @@ def local_ball_loss_backward(
     lam: Tensor,
     mu: Tensor,
     label_smoothing: float,
+    second: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     classes = adv.shape[1]
     log_a = torch.log_softmax(_wide(adv), dim=1)
     a, dtype = log_a.exp(), log_a.dtype
     scale = grad_loss.to(dtype) / max(adv.shape[0], 1)
     wanted = torch.full_like(a, label_smoothing / classes)
-    wanted.scatter_add_(1, target.view(-1, 1), torch.full_like(a[:, :1], 1.0 - label_smoothing))
+    for labels, part in _parts(target, second, share, a):
+        wanted.scatter_add_(1, labels, (1.0 - label_smoothing) * part)
     grad_adv = a - wanted
     grad_ball, grad_clean = adv.new_empty(0), adv.new_empty(0)
     if ball is not None:

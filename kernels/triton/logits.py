@@ -24,6 +24,8 @@ def local_ball_loss(
     lam: Tensor,
     mu: Tensor,
     label_smoothing: float,
+    second: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if adv.dtype == torch.float64 else torch.float32
     loss, stats = adv.new_empty((), dtype=dtype), adv.new_empty(6, dtype=dtype)
@@ -33,13 +35,13 @@ def local_ball_loss(
     with on_device(adv):
         if programs == 1:
             loss_kernel[(1,)](
-                adv, target, ball, clean, lam, mu, loss, stats, None,
+                adv, target, second, share, ball, clean, lam, mu, loss, stats, None,
                 label_smoothing, *adv.shape, **tile,
             )  # fmt: skip
         else:
             partial = adv.new_empty((6, programs), dtype=dtype)
             loss_kernel[(programs,)](
-                adv, target, ball, clean, lam, mu, loss, stats, partial,
+                adv, target, second, share, ball, clean, lam, mu, loss, stats, partial,
                 label_smoothing, *adv.shape, **tile,
             )  # fmt: skip
             finish_loss_kernel[(1,)](
@@ -58,6 +60,8 @@ def local_ball_loss_backward(
     lam: Tensor,
     mu: Tensor,
     label_smoothing: float,
+    second: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_adv = torch.empty_like(adv)
     grad_ball = adv.new_empty(0) if ball is None else torch.empty_like(ball)
@@ -65,7 +69,8 @@ def local_ball_loss_backward(
     tile = _tile(adv)
     with on_device(adv):
         loss_backward_kernel[(triton.cdiv(adv.shape[0], tile["ROWS"]),)](
-            grad_loss, adv, target, ball, clean, lam, mu, grad_adv, grad_ball, grad_clean,
+            grad_loss, adv, target, second, share, ball, clean, lam, mu,
+            grad_adv, grad_ball, grad_clean,
             label_smoothing, *adv.shape, **tile,
         )  # fmt: skip
     return grad_adv, grad_ball, grad_clean
@@ -93,8 +98,17 @@ def _write(loss_ptr, stats_ptr, lam_ptr, mu_ptr, ce, local, tie, right_a, right_
 
 
 @triton.jit
+def _second(second_ptr, share_ptr, row, live, target, dtype: tl.constexpr):
+    """Load the second labels of mixed ones, and the probability of the first; 1 if both are one."""
+    second = tl.load(second_ptr + row, mask=live, other=0)
+    part = tl.load(share_ptr + row, mask=live, other=1.0).to(dtype)
+    return second, tl.where(second == target, 1.0, part)
+
+
+@triton.jit
 def loss_kernel(
-    adv_ptr, target_ptr, ball_ptr, clean_ptr, lam_ptr, mu_ptr, loss_ptr, stats_ptr, partial_ptr,
+    adv_ptr, target_ptr, second_ptr, share_ptr, ball_ptr, clean_ptr, lam_ptr, mu_ptr,
+    loss_ptr, stats_ptr, partial_ptr,
     label_smoothing: tl.float64, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +117,8 @@ def loss_kernel(
     Args:
         adv_ptr: any float type [rows, classes], row stride `classes`.
         ball_ptr, clean_ptr: like adv, or None without that term.
-        target_ptr: int64 [rows]; lam_ptr, mu_ptr: one float each.
+        target_ptr: int64 [rows]; second_ptr, share_ptr: for mixed labels int64 [rows] and float
+            [rows], else None; lam_ptr, mu_ptr: one float each.
         loss_ptr: [1] and stats_ptr: [6], float32 (float64 for float64 logits).
         partial_ptr: [6, programs] sums for `finish_loss_kernel`, or None in a single program, which
             writes loss and stats itself.
@@ -127,6 +142,13 @@ def loss_kernel(
         adv = wide(tl.load(adv_ptr + at, mask=mask, other=0.0))
         log_a = log_softmax(adv, inside)
         nll = -tl.sum(tl.where(column == target, log_a, 0.0), axis=1)
+        if second_ptr is not None:
+            second, part = _second(
+                second_ptr, share_ptr, row[:, None], live[:, None], target, dtype
+            )
+            rest = -tl.sum(tl.where(column == second, log_a, 0.0), axis=1)
+            part = tl.sum(part, axis=1)
+            nll = part * nll + (1.0 - part) * rest
         mean = tl.sum(tl.where(inside, log_a, 0.0), axis=1) / classes
         ce += tl.where(live, sharp * nll - smooth * mean, 0.0)
         right_a += tl.where(live, is_argmax(adv, column, target, inside), 0.0)
@@ -182,7 +204,7 @@ def finish_loss_kernel(
 
 @triton.jit
 def loss_backward_kernel(
-    grad_loss_ptr, adv_ptr, target_ptr, ball_ptr, clean_ptr, lam_ptr, mu_ptr,
+    grad_loss_ptr, adv_ptr, target_ptr, second_ptr, share_ptr, ball_ptr, clean_ptr, lam_ptr, mu_ptr,
     grad_adv_ptr, grad_ball_ptr, grad_clean_ptr,
     label_smoothing: tl.float64, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -208,7 +230,11 @@ def loss_backward_kernel(
     dtype: tl.constexpr = log_a.dtype
     scale = tl.load(grad_loss_ptr).to(dtype) / rows
     smooth, sharp = number(label_smoothing, dtype), number(1.0 - label_smoothing, dtype)
-    grad_adv = a - (smooth / classes + tl.where(column == target, sharp, 0.0))
+    wanted = tl.where(column == target, sharp, 0.0)
+    if second_ptr is not None:
+        second, part = _second(second_ptr, share_ptr, row, row < rows, target, dtype)
+        wanted = part * wanted + (1.0 - part) * tl.where(column == second, sharp, 0.0)
+    grad_adv = a - (smooth / classes + wanted)
     if ball_ptr is not None:
         lam = tl.load(lam_ptr).to(dtype)
         log_b = log_softmax(wide(tl.load(ball_ptr + at, mask=mask, other=0.0)), inside)
@@ -231,11 +257,17 @@ def _gradient_tile(logits: Tensor) -> dict[str, int]:
     return row_tile(rows, classes, elements=1024)
 
 
-def cross_entropy_grad(logits: Tensor, target: Tensor, scale: float) -> Tensor:
+def cross_entropy_grad(
+    logits: Tensor,
+    target: Tensor,
+    scale: float,
+    second: Tensor | None = None,
+    share: Tensor | None = None,
+) -> Tensor:
     out, tile = torch.empty_like(logits), _gradient_tile(logits)
     with on_device(logits):
         cross_entropy_grad_kernel[(triton.cdiv(logits.shape[0], tile["ROWS"]),)](
-            logits, target, out, scale, *logits.shape, **tile
+            logits, target, second, share, out, scale, *logits.shape, **tile
         )
     return out
 
@@ -251,14 +283,14 @@ def kl_grad(p_logits: Tensor, q_logits: Tensor, scale: float) -> Tensor:
 
 @triton.jit
 def cross_entropy_grad_kernel(
-    logits_ptr, target_ptr, out_ptr, scale: tl.float64, rows, classes,
+    logits_ptr, target_ptr, second_ptr, share_ptr, out_ptr, scale: tl.float64, rows, classes,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute scale (softmax(logits) - onehot(target)). Grid: (ceil(rows / ROWS),).
 
     Args:
         logits_ptr, out_ptr: any float type [rows, classes], row stride `classes`.
-        target_ptr: int64 [rows].
+        target_ptr: int64 [rows]; second_ptr, share_ptr: as for `loss_kernel`.
         BLOCK: the next power of two of `classes`.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -267,7 +299,11 @@ def cross_entropy_grad_kernel(
     at = row.to(tl.int64) * classes + column
     logits = wide(tl.load(logits_ptr + at, mask=(row < rows) & inside, other=0.0))
     target = tl.load(target_ptr + row, mask=row < rows, other=0)
-    grad = softmax(logits, inside) - tl.where(column == target, 1.0, 0.0)
+    label = tl.where(column == target, 1.0, 0.0).to(logits.dtype)
+    if second_ptr is not None:
+        second, part = _second(second_ptr, share_ptr, row, row < rows, target, logits.dtype)
+        label = part * label + (1.0 - part) * tl.where(column == second, 1.0, 0.0)
+    grad = softmax(logits, inside) - label
     tl.store(out_ptr + at, grad * number(scale, grad.dtype), mask=(row < rows) & inside)
 
 

@@ -158,14 +158,19 @@ def stopped_at_7(monkeypatch):
         yield patch.undo
 
 
+COMBINED = ["--data.cutmix", "true", "--data.erase", "0.3", "--attack.start", "random"]
+COMBINED += ["--objective.label_smoothing", "0.1"]
+
+
+@pytest.mark.parametrize("more", [[], COMBINED], ids=["extra, AWP", "extra, AWP, CutMix"])
 def test_a_run_resumes_bit_for_bit_and_refuses_changed_images(
-    tmp_path, monkeypatch, capsys, stopped_at_7
+    tmp_path, monkeypatch, capsys, stopped_at_7, more
 ):
     monkeypatch.setenv("ENGINE_DATA", str(tmp_path / "root"))
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "more.npz")
     words = ["train", "quickstart", "--no-eval", "--data.extra", "more.npz", "--optim.epochs", "2"]
-    words += ["--weights.perturb", "0.005", "--weights.from_epoch", "2", "--json"]
+    words += ["--weights.perturb", "0.005", "--weights.from_epoch", "2", "--json", *more]
     for name in ("broken", "changed"):
         assert cli.run([*words, "--run-dir", name]) == 143
     stopped_at_7()

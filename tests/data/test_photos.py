@@ -524,7 +524,7 @@ def test_a_known_folder_is_described_without_its_files(capsys):
         (["--data.loader", "resident"], "streamed by dali or torch"),
         (["--data.size", "0"], "data.size"),
         (["--data.size", "64x64x64"], "data.size"),
-        (["--data.size", "none", "--data.jitter", "0.1"], "set data.size"),
+        (["--data.size", "none", "--data.resize", "80"], "set data.size"),
         (["--data.name", "digits"], "data.size streams folders of pictures, and digits is none"),
     ],
 )

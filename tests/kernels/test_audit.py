@@ -183,7 +183,7 @@ def logits(dtype, rows, classes, has_ball, has_clean):
 
 def data(dtype, rows, shape, norm, layout):
     stored, index = torch.zeros(2, *shape, dtype=torch.uint8), torch.zeros(rows, dtype=torch.int64)
-    _, crops, _ = ops.augment(stored, index, rng, flip=norm == "L2", stream=1)
+    _, crops, *_ = ops.augment(stored, index, rng, flip=norm == "L2", stream=1)
     ops.augment(stored, index, rng, stream=1, memory=stored.to(torch.int8), eps=e.to(dtype), norm=norm)
     x = torch.zeros(rows, *shape, dtype=dtype).contiguous(memory_format=layout)
     ops.recall(stored.to(torch.int8), index, crops, x, e, norm=norm)

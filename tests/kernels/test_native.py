@@ -30,12 +30,12 @@ def every_op():
 
     def remember():
         stored = memory.clone()
-        _, crops, _ = kernels.augment(data, torch.arange(64), rng, pad=4, flip=True)
+        _, crops, *_ = kernels.augment(data, torch.arange(64), rng, pad=4, flip=True)
         kernels.remember(stored, torch.arange(64), crops, x, z, 0.1)
         return stored
 
     def recall():
-        _, crops, _ = kernels.augment(data, index, rng, pad=4, flip=True)
+        _, crops, *_ = kernels.augment(data, index, rng, pad=4, flip=True)
         return kernels.recall(memory, index, crops, x, 0.1, norm="L2")
 
     def step_in_place():
@@ -65,6 +65,16 @@ def every_op():
         return torch.cat(
             [value.detach().view(1), torch.stack(stats), *(t.grad.flatten() for t in leaves)]
         )
+
+    def perturb():
+        shapes = [(300, 200), (7,), (64, 3, 3, 3), (50_000,)]
+        params, grads, copies = (
+            [shared.normal(s, "cpu", seed=i) for s in shapes] for i in range(3)
+        )
+        kernels.perturb_weights(params, grads, copies, gamma=0.01)
+        moved = torch.cat([t.flatten() for t in (*params, *copies)])
+        kernels.restore_weights(params, copies)
+        return torch.cat([moved, *(t.flatten() for t in params)])
 
     return {
         "uniform_start": lambda: kernels.uniform_start(x, 0.1, rng),
@@ -96,6 +106,9 @@ def every_op():
         ),
         "loss": loss,
         "augment": lambda: kernels.augment(data, index, rng, pad=4, flip=True)[0],
+        "augment changed": lambda: kernels.augment(
+            data, index, rng, pad=4, flip=True, cutmix=True, erase=0.5, jitter=0.4
+        )[0],
         "augment start": lambda: kernels.augment(
             data, index, rng, pad=4, flip=True, memory=memory, eps=0.1
         )[2],
@@ -103,6 +116,7 @@ def every_op():
         "remember": remember,
         "sgd_ema_step": optimise,
         "adamw_ema_step": adamw,
+        "perturb_weights": perturb,
     }
 
 

@@ -478,7 +478,7 @@ def train(steps, device):
     losses = []
     for step in range(steps):
         index = (torch.arange(32, device=device) + 32 * step) % 64
-        x, crops, _ = kernels.augment(images, index, rng, pad=1, flip=True)
+        x, crops, *_ = kernels.augment(images, index, rng, pad=1, flip=True)
         target = labels[index]
         start = kernels.uniform_start(x, eps, rng)
         # Each half of the data is met at random once; from then on its last attack is taken up

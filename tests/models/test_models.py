@@ -23,6 +23,7 @@ KNOWN = {
     "small-cnn": (1, 28, 312_202),
     "resnet18": (3, 32, 11_173_962),
     "preact-resnet18": (3, 32, 11_171_146),
+    "wide-resnet28-10": (3, 32, 36_479_194),
     "wide-resnet34-10": (3, 32, 46_160_474),
 }
 SMALL = ("tiny-cnn", "fast-at-mnist", "small-cnn")

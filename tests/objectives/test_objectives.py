@@ -30,9 +30,9 @@ from engine import (
     NuAT,
 )
 from engine import rng as engine_rng
-from engine.kernels import backends
+from engine.kernels import MixedLabels, backends
 from engine.models import Network
-from engine.objectives import Passes, grad_align, nuat
+from engine.objectives import OBJECTIVES, Passes, grad_align, nuat
 
 from ..conftest import Foreign, Tiny
 
@@ -762,3 +762,70 @@ def test_a_call_without_a_state_does_not_wait_for_the_device(batch):
     torch.manual_seed(4)
     other = objective(model, x, y, Linf(0.1), Attack(steps=1))
     assert not torch.equal(other.adversary, first.adversary)
+
+
+def _mixed(y, share=None):
+    second = (y + 1) % 4
+    share = torch.linspace(0.5, 1, len(y)) if share is None else torch.full((len(y),), share)
+    return MixedLabels(y, second, share)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES.values(), ids=lambda kind: kind().name)
+def test_every_objective_takes_mixed_labels_or_refuses_them(model, batch, kind):
+    x, y = batch
+    objective, state = kind(), engine_rng.state(1)
+    arguments = (Linf(0.1), Attack(steps=1))
+    if not objective.mixes:
+        with pytest.raises(EngineError, match=f"the objective {objective.name} needs one label"):
+            objective(model, x, _mixed(y), *arguments, state=state)
+        return
+    plain = objective(model, x, y, *arguments, state=state)
+    alone = objective(model, x, _mixed(y, 1.0), *arguments, state=state)
+    torch.testing.assert_close(alone.loss, plain.loss)
+    torch.testing.assert_close(alone.adversary, plain.adversary)
+    assert torch.equal(alone.correct, plain.correct)
+    # The order of the two labels means nothing to the loss.
+    mixed = _mixed(y)
+    swapped = MixedLabels(mixed.second, mixed.first, 1 - mixed.share)
+    one, other = (objective(model, x, t, *arguments, state=state) for t in (mixed, swapped))
+    torch.testing.assert_close(one.loss, other.loss)
+    assert not torch.allclose(one.loss, plain.loss)
+    one.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("objective", [PGD(), LocalBall(local_weight=0.0), Clean()], ids=repr)
+def test_the_loss_of_mixed_labels_is_that_of_probabilities(model, batch, objective):
+    x, y = batch
+    labels = _mixed(y)
+    outcome = objective(model, x, labels, Linf(0.1), Attack(steps=2), state=engine_rng.state(1))
+    wanted = torch.zeros(len(y), 4).scatter_(1, labels.first[:, None], labels.share[:, None])
+    wanted.scatter_add_(1, labels.second[:, None], 1 - labels.share[:, None])
+    expected = F.cross_entropy(model(outcome.adversary), wanted)
+    torch.testing.assert_close(outcome.loss, expected)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in OBJECTIVES.values() if kind not in (MART, FGSMPGI, LIET)],
+    ids=lambda kind: kind().name,
+)
+def test_every_objective_smooths_the_labels_of_its_cross_entropy(model, batch, kind):
+    x, y = batch
+    smoothing = 0.2
+    outcome = kind(label_smoothing=smoothing)(
+        model, x, y, Linf(0.1), Attack(steps=1), state=engine_rng.state(1)
+    )
+    # Some have it at the clean image, the others at the adversary.
+    at = x if kind in (TRADES, GAT, NuAT, LLR) else outcome.adversary
+    expected = F.cross_entropy(model(at), y, label_smoothing=smoothing)
+    torch.testing.assert_close(outcome.stats["ce"], expected.detach())
+
+
+def test_mart_smooths_its_first_term(model, batch):
+    x, y = batch
+    arguments, state = (model, x, y, Linf(0.1), Attack(steps=1)), engine_rng.state(1)
+    plain, smooth = (MART(label_smoothing=s)(*arguments, state=state) for s in (0.0, 0.2))
+    logits = model(plain.adversary).detach()
+    gap = F.cross_entropy(logits, y, label_smoothing=0.2) - F.cross_entropy(logits, y)
+    torch.testing.assert_close(smooth.loss - plain.loss, gap, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ from torch import nn
 
 from engine import PGD, recipes
 from engine.models import sources
+from engine.objectives import OBJECTIVES
 from engine.performance import capture_audit
 from engine.performance.capture_audit import Tape
 
@@ -86,6 +87,26 @@ def test_every_recipe_can_be_captured(name):
 def test_a_recipe_can_be_captured_in_low_precision(precision):
     found = capture_audit.audit(recipes.load("fashion-mnist", {"step.precision": precision}))
     assert found.complaints == []
+
+
+def test_extra_images_perturbed_weights_and_mixed_labels_can_be_captured():
+    combined = {
+        # The audit makes the images.
+        "data.extra": "extra.npz",
+        "weights.perturb": "0.005",
+        "data.cutmix": "true",
+        "data.erase": "0.25",
+        "attack.start": "random",
+    }
+    assert capture_audit.audit(recipes.load("fashion-mnist", combined)).complaints == []
+    coloured = {"data.jitter": "0.4", "data.erase": "0.25", "model.name": "tiny-cnn"}
+    assert capture_audit.audit(recipes.load("cifar10", coloured)).complaints == []
+
+
+@pytest.mark.parametrize("name", [name for name, kind in OBJECTIVES.items() if kind.mixes])
+def test_every_objective_with_mixed_labels_can_be_captured(name):
+    mixed = {"objective.name": name, "data.cutmix": "true", "attack.start": "random"}
+    assert capture_audit.audit(recipes.load("quickstart", mixed)).complaints == []
 
 
 def test_audit_notices_a_generator_and_a_number_of_the_host(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -140,6 +141,19 @@ class Launches(dispatch.Spy):
     def heard(self, call):
         if call.short_name.startswith("_foreach"):
             self.launched.append(kernel_count.kernels_of(call))
+
+
+def test_memory_of_extra_images_counts_or_is_said_to_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGINE_DATA", str(tmp_path / "root"))
+    extra = tmp_path / "more.npz"
+    options = {"data__extra": str(extra)}
+    absent = plan.plan(load("quickstart", **options), "h100")
+    assert absent.memory_gb["extra images"] == 0
+    assert f"{extra} cannot be read here: its memory is not counted" in absent.assumptions[-1]
+    np.savez(extra, image=np.zeros((500, 8, 8, 1), np.uint8), label=np.zeros(500, np.int64))
+    here = plan.plan(load("quickstart", **options), "h100")
+    assert here.memory_gb["extra images"] == 500 * 64 / 1e9
+    assert len(here.assumptions) == len(absent.assumptions) - 1
 
 
 def test_memory_is_of_the_set_and_the_weights(cifar):

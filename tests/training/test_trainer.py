@@ -51,6 +51,62 @@ def test_training_makes_a_robust_network(objective, start):
     assert result.train_seconds > 0
 
 
+COMBINED = {
+    "cutmix": True,
+    "erase": 0.25,
+    "extra": blobs(200, seed=4),
+    "extra_share": 0.5,
+    "perturb": 0.005,
+}
+
+
+def test_training_with_extra_images_perturbed_weights_and_mixed_labels():
+    runs = []
+    for changed in ({}, COMBINED, {"perturb": 0.005}):
+        torch.manual_seed(0)
+        model = Tiny()
+        result = engine.train(
+            model,
+            blobs(256),
+            Linf(0.1),
+            objective=PGD(),
+            epochs=4,
+            batch_size=64,
+            lr=0.1,
+            **changed,
+        )
+        assert result.rows[-1]["loss"] < result.rows[0]["loss"]
+        runs.append(model.fc.weight.detach())
+    for other in runs[1:]:
+        assert not torch.equal(runs[0], other)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cutmix": True, "attack": Attack(start="memory")}, "cutmix with attack.start = memory"),
+        ({"perturb": 1.0}, "perturb = 1.0 must be in"),
+        ({"perturb": 0.1, "optimiser": "apex-sgd"}, "not apex-sgd"),
+        ({"extra": (torch.zeros(9, 1, 7, 6, dtype=torch.uint8), torch.zeros(9).long())}, "1x7x6"),
+        ({"extra": blobs(9), "extra_share": 0.0}, "extra_share = 0"),
+        ({"extra": blobs(9), "extra_share": 1.0}, "extra_share = 1"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_one_line(options, said):
+    with pytest.raises(EngineError) as caught:
+        engine.train(Tiny(), blobs(128), Linf(0.1), epochs=1, **options)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_loader_cannot_be_changed():
+    x, y = blobs(64)
+    feed = DataLoader(TensorDataset(x.float() / 255, y), batch_size=16)
+    with pytest.raises(EngineError, match="not a loader"):
+        engine.train(Tiny(), feed, Linf(0.1), epochs=1, cutmix=True)
+
+
 def test_clean_training_is_not_robust():
     """The test above can fail: without adversaries the same network and budget are not robust."""
     images, labels = blobs(512)

@@ -113,6 +113,11 @@ def build(
         name = choose(images, device)
     if extra is not None and name in ("dali", "torch"):
         raise EngineError(f"data.extra with the {name} loader: it needs data.loader = resident")
+    changes = [key for key in ("cutmix", "erase", "jitter") if sampling.get(key)]
+    if changes and name in ("dali", "torch"):
+        raise EngineError(
+            f"data.{changes[0]} with the {name} loader: it needs data.loader = resident"
+        )
     if (make := register.maker(name)) is not None:
         made = make(images, labels, batch_size, device=device, workers=workers, **sampling)
         return _checked(name, made)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import rng
 from ...errors import EngineError
-from ...kernels import reference
+from ...kernels import Labels, MixedLabels, reference
 from ...threat import check_pixels
 
 
@@ -28,6 +28,8 @@ class Batch(NamedTuple):
             needs `samples` and `crops`; both are None if the loader does not know them.
         start: float32 like x[: len(samples)], where the attack starts; None where the loader has no
             memory of its own.
+        second, share: int64 and float32 [B], for mixed images: the other label, and the share in
+            [0.5, 1] of the label in `y`. None without CutMix.
     """
 
     x: Tensor
@@ -35,6 +37,15 @@ class Batch(NamedTuple):
     samples: Tensor | None = None
     crops: Tensor | None = None
     start: Tensor | None = None
+    second: Tensor | None = None
+    share: Tensor | None = None
+
+    @property
+    def labels(self) -> Labels:
+        """Return the labels as objectives take them."""
+        if self.second is None or self.share is None:
+            return self.y
+        return MixedLabels(self.y, self.second, self.share)
 
 
 class Loader(abc.ABC):
@@ -99,7 +110,8 @@ class Sampling:
         shape: (C, H, W) of one image.
         batch_size: of one process; a last short batch is dropped, so every step has one shape.
         pad: random crop of the image padded by this [pixels]; flip: random mirroring; cutout: side
-            of a square set to 0 [pixels], 0: none.
+            of a square set to 0 [pixels], 0: none; cutmix, erase, jitter: as `kernels.augment` has
+            them, for the resident loader.
         extra, extra_count: how many images of a batch are extra ones, its last, and the size of the
             set that they are drawn from, with replacement. An epoch has as many steps as without
             them, so the set's own images go round more slowly.
@@ -116,6 +128,9 @@ class Sampling:
     pad: int = 0
     flip: bool = False
     cutout: int = 0
+    cutmix: bool = False
+    erase: float = 0.0
+    jitter: float = 0.0
     replays: int = 1
     rank: int = 0
     world: int = 1
@@ -128,6 +143,12 @@ class Sampling:
                 f"a batch of {self.batch_size * self.world} is larger than the {self.count} "
                 "training images: lower --optim.batch-size"
             )
+
+    @property
+    def augments(self) -> bool:
+        """Return whether images are changed, which needs uint8 images."""
+        options = (self.pad, self.flip, self.cutout, self.cutmix, self.erase, self.jitter)
+        return any(options)
 
     @property
     def batches(self) -> int:

@@ -49,8 +49,7 @@ class ResidentLoader(Loader):
         if extra is not None:
             sampling |= {"extra": extras_of(batch_size, share), "extra_count": len(extra[0])}
         self.sampling = Sampling(len(images), shape, batch_size, **sampling)  # type: ignore[arg-type]
-        augments = self.sampling.pad or self.sampling.flip or self.sampling.cutout
-        check_images(images, labels, plain=not augments)
+        check_images(images, labels, plain=not self.sampling.augments)
         device = images.device if device is None else torch.device(device)
         self.images = images.to(device).contiguous()
         self.labels = labels.to(device)
@@ -58,6 +57,11 @@ class ResidentLoader(Loader):
         self._extra = extra
         if extra is not None:
             check_images(*extra)
+            if extra[0].shape[1:] != images.shape[1:]:
+                raise EngineError(
+                    f"extra images of {'x'.join(map(str, extra[0].shape[1:]))}, where the training "
+                    f"images are {'x'.join(map(str, images.shape[1:]))}: bring them to one shape"
+                )
             if _fits(extra[0], device):
                 self._extra = extra[0].to(device), extra[1].to(device)
             else:
@@ -108,9 +112,14 @@ class ResidentLoader(Loader):
         self, batch: Batch, images: Tensor, labels: Tensor, index: Tensor, state: Tensor
     ) -> Batch:
         """Return `batch` with the images `index` of an extra set after its own."""
-        x, _, _ = self._augment(images, index, state, rng.EXTRA)
-        labels = labels.index_select(0, index)
-        return batch._replace(x=torch.cat([batch.x, x]), y=torch.cat([batch.y, labels]))
+        made = self._augment(images, index, state, rng.EXTRA)
+        extra = _labelled(made, labels.index_select(0, index))
+        joined = {"x": torch.cat([batch.x, extra.x]), "y": torch.cat([batch.y, extra.y])}
+        if batch.second is not None and extra.second is not None:
+            joined["second"] = torch.cat([batch.second, extra.second])
+        if batch.share is not None and extra.share is not None:
+            joined["share"] = torch.cat([batch.share, extra.share])
+        return batch._replace(**joined)
 
     def _own(self, state: Tensor, row: Tensor) -> Batch:
         index = self._order.index_select(0, row).view(-1)
@@ -118,8 +127,8 @@ class ResidentLoader(Loader):
         if self.images.is_floating_point():
             crops = torch.zeros((len(index), 3), dtype=torch.int32, device=index.device)
             return Batch(self.images.index_select(0, index), labels, index, crops)
-        x, crops, start = self._augment(self.images, index, state, rng.AUGMENT, self.memory)
-        return Batch(x, labels, index, crops, start)
+        made = self._augment(self.images, index, state, rng.AUGMENT, self.memory)
+        return _labelled(made, labels)._replace(samples=index, crops=made.crops, start=made.start)
 
     def _augment(
         self,
@@ -128,7 +137,7 @@ class ResidentLoader(Loader):
         state: Tensor,
         stream: int,
         memory: AdversaryMemory | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> kernels.Augmented:
         options = self.sampling
         return kernels.augment(
             images,
@@ -141,11 +150,17 @@ class ResidentLoader(Loader):
             memory=None if memory is None else memory.deltas,
             eps=None if memory is None else memory.threat.eps,
             norm="Linf" if memory is None else memory.threat.norm,
+            cutmix=options.cutmix,
+            erase=options.erase,
+            jitter=options.jitter,
         )
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that `take` reads at fixed places."""
-        return [self.images, self.labels, self._order, self._first]
+        fixed = [self.images, self.labels, self._order, self._first]
+        if self._extra is not None and self.take is not None:
+            fixed += [*self._extra, self._extras]
+        return fixed
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Give the batches of one epoch, each made when it is asked for.
@@ -178,6 +193,20 @@ class ResidentLoader(Loader):
     def example(self) -> Batch | None:
         # Without `take`, a captured step wants a batch before its first.
         return next(self.epoch(0)) if self.take is None else None
+
+
+def _labelled(made: kernels.Augmented, labels: Tensor) -> Batch:
+    """Return the images with their labels; of mixed images the larger part has the label `y`."""
+    if made.share is None:
+        return Batch(made.x, labels)
+    # The rest of an image is the next one's.
+    others, own = labels.roll(-1), made.share >= 0.5
+    return Batch(
+        made.x,
+        torch.where(own, labels, others),
+        second=torch.where(own, others, labels),
+        share=torch.maximum(made.share, 1.0 - made.share),
+    )
 
 
 def extras_of(batch_size: int, share: float) -> int:

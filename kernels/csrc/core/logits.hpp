@@ -90,7 +90,7 @@ inline void write_rows(const Gradient& out, const float* tile, int64_t row, int6
   });
 }
 
-inline void cross_entropy_grad(Logits logits, const int64_t* target, Gradient out, int64_t b,
+inline void cross_entropy_grad(Logits logits, const Labels& target, Gradient out, int64_t b,
                                int64_t classes, float scale) {
   const int64_t tiles = ceil_div(b, V);
 #pragma omp parallel if (b * classes > GRAIN / 2)
@@ -101,7 +101,8 @@ inline void cross_entropy_grad(Logits logits, const int64_t* target, Gradient ou
       const int64_t row = i * V, rows = min(V, b - row);
       tile.read(logits, row, rows, classes);
       for (int64_t k = 0; k < classes; ++k) store(tile.e + k * V, tile.p(k));
-      for (int64_t r = 0; r < rows; ++r) tile.e[target[row + r] * V + r] -= 1.0f;
+      for (int64_t r = 0; r < rows; ++r)
+        target.each(row + r, [&](int64_t k, float part) { tile.e[k * V + r] -= part; });
       for (int64_t k = 0; k < classes; ++k) store(tile.e + k * V, load(tile.e + k * V) * scale);
       write_rows(out, tile.e, row, rows, classes);
     }
@@ -126,7 +127,7 @@ inline void kl_grad(Logits p_logits, Logits q_logits, Gradient out, int64_t b, i
 }
 
 // loss: [1]; stats: [6] as in kernels/reference/logits.py.
-inline void local_ball_loss(Logits adv, const int64_t* target, Logits ball, Logits clean, float lam,
+inline void local_ball_loss(Logits adv, const Labels& target, Logits ball, Logits clean, float lam,
                             float mu, float smoothing, int64_t b, int64_t classes, float* loss,
                             float* stats) {
   const int64_t tiles = ceil_div(b, V);
@@ -141,7 +142,7 @@ inline void local_ball_loss(Logits adv, const int64_t* target, Logits ball, Logi
       double* sums = partial.data() + i * 6;
       const auto count = [&](const Tile& tile) {
         double correct = 0;
-        for (int64_t r = 0; r < rows; ++r) correct += tile.best[r] == target[row + r];
+        for (int64_t r = 0; r < rows; ++r) correct += tile.best[r] == target.first[row + r];
         return correct;
       };
       const auto total = [&](vf values) {
@@ -152,7 +153,9 @@ inline void local_ball_loss(Logits adv, const int64_t* target, Logits ball, Logi
       a.read(adv, row, rows, classes);
       sums[3] = count(a);
       for (int64_t r = 0; r < rows; ++r)
-        sums[0] -= double(1.0f - smoothing) * (a.t[target[row + r] * V + r] - a.log_sum[r]);
+        target.each(row + r, [&](int64_t k, float part) {
+          sums[0] -= double(1.0f - smoothing) * part * (a.t[k * V + r] - a.log_sum[r]);
+        });
       if (smoothing > 0.0f) {
         const vf all = sum_over(classes, [&](int64_t k) { return a.log_p(k); });
         sums[0] -= double(smoothing) * total(all) / double(classes);
@@ -184,7 +187,7 @@ inline void local_ball_loss(Logits adv, const int64_t* target, Logits ball, Logi
   if (clean.data) *loss += mu * stats[2];
 }
 
-inline void local_ball_loss_backward(float grad_loss, Logits adv, const int64_t* target, Logits ball,
+inline void local_ball_loss_backward(float grad_loss, Logits adv, const Labels& target, Logits ball,
                                      Logits clean, float lam, float mu, float smoothing, int64_t b,
                                      int64_t classes, Gradient grad_adv, Gradient grad_ball,
                                      Gradient grad_clean) {
@@ -200,10 +203,11 @@ inline void local_ball_loss_backward(float grad_loss, Logits adv, const int64_t*
       const int64_t row = i * V, rows = min(V, b - row);
       a.read(adv, row, rows, classes);
       for (int64_t k = 0; k < classes; ++k) store(grad.data() + k * V, a.p(k) - everywhere);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t at = target[row + r] * V + r;
-        grad[size_t(at)] = a.e[at] * a.inverse[r] - (everywhere + (1.0f - smoothing));
-      }
+      for (int64_t r = 0; r < rows; ++r)
+        target.each(row + r, [&](int64_t k, float part) {
+          const int64_t at = k * V + r;
+          grad[size_t(at)] = a.e[at] * a.inverse[r] - (everywhere + (1.0f - smoothing) * part);
+        });
       if (ball.data) {
         o.read(ball, row, rows, classes);
         const vf mean = sum_over(

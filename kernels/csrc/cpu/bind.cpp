@@ -97,6 +97,13 @@ void check_target(const int64_t* target, int64_t b, int64_t classes) {
   if (outside) throw std::out_of_range("target must lie in [0, " + std::to_string(classes) + ")");
 }
 
+// second, share: 0 for one label a row.
+Labels labels_of(Address target, Address second, Address share, int64_t b, int64_t classes) {
+  check_target(at<int64_t>(target), b, classes);
+  if (second) check_target(at<int64_t>(second), b, classes);
+  return {at<int64_t>(target), at<int64_t>(second), at<float>(share)};
+}
+
 void uniform_start(Address x, Address out, int64_t b, int64_t d, int64_t seed, int64_t step,
                    uint32_t stream, float eps, bool l2) {
   run.kernels->uniform_start(at<float>(x), at<float>(out), b, d, uint64_t(seed), uint64_t(step), stream, eps,
@@ -121,10 +128,10 @@ void fab_step(Address x, Address z, Address normal, Address gap, Address out, in
                         at<float>(out), b, d, l2);
 }
 
-void cross_entropy_grad(Address logits, int dtype, Address target, Address out, int64_t b,
-                        int64_t classes, float scale) {
-  check_target(at<int64_t>(target), b, classes);
-  run.kernels->cross_entropy_grad({at<void>(logits), dtype}, at<int64_t>(target), {at<void>(out), dtype}, b,
+void cross_entropy_grad(Address logits, int dtype, Address target, Address second, Address share,
+                        Address out, int64_t b, int64_t classes, float scale) {
+  const Labels labels = labels_of(target, second, share, b, classes);
+  run.kernels->cross_entropy_grad({at<void>(logits), dtype}, labels, {at<void>(out), dtype}, b,
                          classes, scale);
 }
 
@@ -158,21 +165,22 @@ void stem_weight_grad(Address x, Address gy, bool gy_channels_last, const std::v
                        at<float>(weight_grad), at<float>(bias_grad));
 }
 
-void local_ball_loss(Address adv, int adv_dtype, Address target, Address ball, int ball_dtype,
-                     Address clean, int clean_dtype, float lam, float mu, float smoothing, int64_t b,
-                     int64_t classes, Address loss, Address stats) {
-  check_target(at<int64_t>(target), b, classes);
-  run.kernels->local_ball_loss({at<void>(adv), adv_dtype}, at<int64_t>(target), {at<void>(ball), ball_dtype},
+void local_ball_loss(Address adv, int adv_dtype, Address target, Address second, Address share,
+                     Address ball, int ball_dtype, Address clean, int clean_dtype, float lam, float mu,
+                     float smoothing, int64_t b, int64_t classes, Address loss, Address stats) {
+  const Labels labels = labels_of(target, second, share, b, classes);
+  run.kernels->local_ball_loss({at<void>(adv), adv_dtype}, labels, {at<void>(ball), ball_dtype},
                       {at<void>(clean), clean_dtype}, lam, mu, smoothing, b, classes, at<float>(loss),
                       at<float>(stats));
 }
 
 void local_ball_loss_backward(float grad_loss, Address adv, int adv_dtype, Address target,
-                              Address ball, int ball_dtype, Address clean, int clean_dtype, float lam,
-                              float mu, float smoothing, int64_t b, int64_t classes, Address grad_adv,
-                              Address grad_ball, Address grad_clean) {
-  check_target(at<int64_t>(target), b, classes);
-  run.kernels->local_ball_loss_backward(grad_loss, {at<void>(adv), adv_dtype}, at<int64_t>(target),
+                              Address second, Address share, Address ball, int ball_dtype,
+                              Address clean, int clean_dtype, float lam, float mu, float smoothing,
+                              int64_t b, int64_t classes, Address grad_adv, Address grad_ball,
+                              Address grad_clean) {
+  const Labels labels = labels_of(target, second, share, b, classes);
+  run.kernels->local_ball_loss_backward(grad_loss, {at<void>(adv), adv_dtype}, labels,
                                {at<void>(ball), ball_dtype}, {at<void>(clean), clean_dtype}, lam, mu,
                                smoothing, b, classes, {at<void>(grad_adv), adv_dtype},
                                {at<void>(grad_ball), ball_dtype}, {at<void>(grad_clean), clean_dtype});
@@ -186,11 +194,12 @@ void check_index(const int64_t* index, int64_t b, int64_t samples) {
 
 void augment(Address images, Address index, int64_t samples, int64_t channels, int64_t h, int64_t w,
              Address x, Address crops, int64_t b, int64_t seed, int64_t step, uint32_t stream, int64_t pad,
-             bool flip, int64_t cutout, Address memory, Address start, float eps, bool l2) {
+             bool flip, int64_t cutout, Address memory, Address start, float eps, bool l2, Address share,
+             int64_t erase, float jitter) {
   check_index(at<int64_t>(index), b, samples);
   run.kernels->augment(at<uint8_t>(images), at<int64_t>(index), {channels, h, w}, at<float>(x),
               at<int32_t>(crops), b, uint64_t(seed), uint64_t(step), stream, pad, flip, cutout,
-              at<int8_t>(memory), at<float>(start), eps, l2);
+              at<int8_t>(memory), at<float>(start), eps, l2, at<float>(share), erase, jitter);
 }
 
 void recall(Address memory, Address index, Address crops, int64_t samples, int64_t channels, int64_t h,

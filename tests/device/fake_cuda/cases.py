@@ -29,7 +29,7 @@ from engine.data.loaders import Batch, ResidentLoader
 from engine.device import phases
 from engine.evaluation import robust_accuracy
 from engine.models import sources
-from engine.objectives import LocalBall
+from engine.objectives import OBJECTIVES, LocalBall
 from engine.recipes import Recipe
 from engine.runs import build
 from engine.runs.images import as_floats, facts, in_memory
@@ -66,6 +66,7 @@ def pretend() -> None:
     torch.cuda.is_bf16_supported = lambda *_, **__: True  # type: ignore[method-assign]
     torch.cuda.get_device_capability = lambda *_, **__: (9, 0)
     torch.cuda.is_current_stream_capturing = lambda: False
+    torch.cuda.mem_get_info = lambda *_: (1 << 36, 1 << 37)
     common.amp_definitely_not_available = lambda: False
     # Copying a module copies the mode that its fake tensors carry.
     FakeTensorMode.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
@@ -111,7 +112,14 @@ def built(recipe: Recipe, *, takes: bool = True) -> tuple[Step, ResidentLoader]:
     recipe = in_memory(recipe)
     memory = build.memory_for(recipe, images, DEVICE)
     loader = ResidentLoader(
-        images, labels, BATCH, device=DEVICE, memory=memory, **build.sampling_of(recipe)
+        images,
+        labels,
+        BATCH,
+        device=DEVICE,
+        memory=memory,
+        extra=None if recipe.data.extra is None else (images, labels),
+        share=recipe.data.extra_share,
+        **build.sampling_of(recipe),
     )
     take = loader.take if takes else None
     # torch's optimisers look at the learning rate when they are made: SGD refuses where lr < 0 is
@@ -255,6 +263,25 @@ VARIANTS: dict[str, Case] = {
     ),
     "cutout": Case(_SMALL, step, {"data.cutout": "8"}),
     "cutout, random start": Case(_SMALL, step, {"data.cutout": "8", "attack.start": "random"}),
+    "mixed, erased and recoloured": Case(
+        "cifar10",
+        step,
+        {
+            "data.cutmix": "true",
+            "data.erase": "0.25",
+            "data.jitter": "0.4",
+            "attack.start": "random",
+        },
+    ),
+    **{
+        f"mixed labels, {name}": Case(
+            _SMALL,
+            step,
+            {"objective.name": name, "data.cutmix": "true", "attack.start": "random"},
+        )
+        for name, kind in OBJECTIVES.items()
+        if kind.mixes
+    },
     "batch statistics in attacks": Case("cifar10", step, {"attack.batch_norm": "batch"}),
     "no steps of attack": Case(_SMALL, step, {"attack.steps": "0", "attack.start": "memory"}),
     "adamw": Case(_SMALL, step, {"optim.name": "adamw"}),
@@ -264,6 +291,18 @@ VARIANTS: dict[str, Case] = {
     "perturbed weights, fp16": Case(
         "cifar10", step, {"weights.perturb": "0.005", "step.precision": "fp16"}
     ),
+    # The files of recipes do not exist here: `built` makes the images.
+    "extra images, perturbed weights, mixed labels": Case(
+        _SMALL,
+        step,
+        {
+            "data.extra": "extra.npz",
+            "weights.perturb": "0.005",
+            "data.cutmix": "true",
+            "attack.start": "random",
+        },
+    ),
+    "extra images beside a memory": Case(_SMALL, step, {"data.extra": "extra.npz"}),
     "no average": Case(_SMALL, step, {"optim.ema": "0"}),
     "dropout": Case(_SMALL, step, {"model.name": "small-cnn"}),
     "a batch of DALI's": Case(_SMALL, fed),

@@ -194,7 +194,7 @@ def memory_inputs(shape, pad, batch, device, layout="contiguous"):
     memory = torch.randint(-127, 128, shape, generator=generator(23), dtype=torch.int8).to(device)
     index = torch.randperm(shape[0], generator=generator(24))[:batch].to(device)
     with backends.use("reference"):
-        x, crops, _ = kernels.augment(
+        x, crops, *_ = kernels.augment(
             dataset(shape, device), index, rng_state(device), pad=pad, flip=True
         )
     return memory, index, crops, lay_out(x, layout)

@@ -33,7 +33,8 @@ def operator_arguments(device):
     target = targets(5, 10, device)
     gy, weight = normal((2, 4, 6, 6), device), normal((4, 3, 3, 3), device)
     memory, index, crops, batch = memory_inputs((6, 3, 7, 5), 2, 4, device)
-    state = optimiser_state(device)
+    data, state = dataset((6, 3, 7, 5), device), optimiser_state(device)
+    mixed = (targets(5, 10, device, seed=3), torch.linspace(0, 1, 5, device=device))
     learn = [t.clone().requires_grad_() for t in (adv, ball, clean)]
     return {
         "uniform_start": [(x, small, rng, "Linf", 0), (xl, small, rng, "L2", 0)],
@@ -49,7 +50,7 @@ def operator_arguments(device):
             (x, x, x, grad, small.expand(2).clone(), small, 0.75, norm) for norm in ("Linf", "L2")
         ],
         "fab_step": [(x, x, grad, small.expand(2).clone(), norm) for norm in ("Linf", "L2")],
-        "cross_entropy_grad": [(adv, target, 1.0)],
+        "cross_entropy_grad": [(adv, target, 1.0), (adv, target, 1.0, *mixed)],
         "kl_grad": [(adv, ball, 1.0)],
         "input_grad_step": [
             (x, x, gy, weight, 1, 1, small, small, "Linf"),
@@ -60,12 +61,17 @@ def operator_arguments(device):
         "local_ball_loss": [
             (learn[0], target, learn[1], learn[2], small, small, 0.1),
             (learn[0], target, None, None, small, small, 0.0),
+            (learn[0], target, learn[1], None, small, small, 0.1, *mixed),
         ],
-        "local_ball_loss_backward": [(small, adv, target, ball, None, small, small, 0.0)],
+        "local_ball_loss_backward": [
+            (small, adv, target, ball, None, small, small, 0.0),
+            (small, adv, target, ball, clean, small, small, 0.1, *mixed),
+        ],
         "augment": [
-            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, 0, None, None, "Linf"),
-            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 3, 0, memory, small, "Linf"),
-            (dataset((6, 3, 7, 5), device), index, rng, 2, True, 0, 0, memory, small, "L2"),
+            (data, index, rng, 2, True, 0, 0, None, None, "Linf", False, 0, 0.0),
+            (data, index, rng, 2, True, 0, 0, None, None, "Linf", True, 999, 0.4),
+            (data, index, rng, 2, True, 3, 0, memory, small, "Linf", False, 0, 0.4),
+            (data, index, rng, 2, True, 0, 0, memory, small, "L2", False, 0, 0.0),
         ],
         "recall": [(memory, index, crops, batch, small, "Linf")],
         "remember": [(memory, index, crops, batch, batch, small)],
@@ -188,6 +194,33 @@ def bad_calls(device):
         ),
         "pad": (ValueError, "pad", lambda: k.augment(data, index, rng, pad=5)),
         "cutout": (ValueError, "cutout", lambda: k.augment(data, index, rng, cutout=-1)),
+        "cutmix with a memory": (
+            ValueError,
+            "cutmix",
+            lambda: k.augment(data, index, rng, cutmix=True, memory=memory, eps=0.1),
+        ),
+        "erase": (ValueError, "erase", lambda: k.augment(data, index, rng, erase=1.1)),
+        "erase and cutout": (
+            ValueError,
+            "erase and cutout",
+            lambda: k.augment(data, index, rng, erase=0.5, cutout=2),
+        ),
+        "jitter": (ValueError, "jitter", lambda: k.augment(data, index, rng, jitter=1.0)),
+        "jitter of two channels": (
+            ValueError,
+            "3 channels",
+            lambda: k.augment(data[:, :2].contiguous(), index, rng, jitter=0.5),
+        ),
+        "share": (
+            TypeError,
+            "share",
+            lambda: k.cross_entropy_grad(logits, k.MixedLabels(target, target, target)),
+        ),
+        "second label": (
+            ValueError,
+            "target",
+            lambda: k.cross_entropy_grad(logits, k.MixedLabels(target, target[1:], logits[:, 0])),
+        ),
         "index dtype": (TypeError, "index", lambda: k.augment(data, index.int(), rng)),
         "augment memory dtype": (
             TypeError,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 
 from engine import kernels
@@ -31,6 +32,71 @@ def test_logit_gradients(backend, device, interpreted, shape, dtype):
     p, q, _ = logit_inputs(shape, device, dtype)
     check("cross_entropy_grad", q, targets(*shape, device), scale=3.0)
     check("kl_grad", p, q, scale=0.5)
+
+
+def mixed(rows, classes, device):
+    """Labels of which some are one label twice, and shares with 0 and 1 among them."""
+    first, second = targets(rows, classes, device), targets(rows, classes, device, seed=9)
+    second[::3] = first[::3]
+    share = torch.rand(rows, generator=generator(10))
+    share[:2] = torch.tensor([0.0, 1.0])[:rows]
+    return kernels.MixedLabels(first, second, share.to(device))
+
+
+def dense(labels, classes):
+    first, second, share = (t.cpu() for t in labels)
+    parts = torch.zeros(len(first), classes, dtype=torch.float64)
+    parts.scatter_add_(1, first[:, None], share.double()[:, None])
+    return parts.scatter_add_(1, second[:, None], 1 - share.double()[:, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("shape", [*ROWS, (2500, 10)], ids=str)
+def test_mixed_labels_are_probabilities(backend, device, interpreted, shape, dtype):
+    """The ops against F.cross_entropy with probabilities as targets, in float64."""
+    skip_bfloat16(interpreted, dtype)
+    labels, smoothing, lam = mixed(*shape, device), 0.1, 0.5
+    wanted = dense(labels, shape[1])
+    leaves = [t.requires_grad_() for t in logit_inputs(shape, device, dtype)[:2]]
+    loss, stats = kernels.local_ball_loss(
+        leaves[0], labels, leaves[1], lam=lam, label_smoothing=smoothing
+    )
+    loss.backward()
+    exact = [t.detach().cpu().double().requires_grad_() for t in leaves]
+    ce = F.cross_entropy(exact[0], wanted, label_smoothing=smoothing, reduction="sum")
+    ce = ce / max(shape[0], 1)
+    kl = F.kl_div(
+        exact[1].log_softmax(1), exact[0].log_softmax(1), reduction="sum", log_target=True
+    ) / max(shape[0], 1)
+    (ce + lam * kl).backward()
+    near = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    torch.testing.assert_close(
+        stats.cross_entropy.cpu().double(), ce.detach(), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        loss.detach().cpu().double(), (ce + lam * kl).detach(), rtol=1e-4, atol=1e-5
+    )
+    for leaf, other in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(leaf.grad.cpu().double(), other.grad, **near)
+    # The count takes the first label.
+    first = kernels.local_ball_loss(leaves[0].detach(), labels.first)[1]
+    assert torch.equal(stats.correct_adv, first.correct_adv)
+    grad = kernels.cross_entropy_grad(leaves[0].detach(), labels, scale=3.0)
+    expected = 3 * (exact[0].detach().softmax(1) - wanted)
+    torch.testing.assert_close(grad.cpu().double(), expected, **near)
+
+
+def test_a_share_of_one_is_the_label_alone(backend, device):
+    adv, ball, clean = logit_inputs((7, 10), device)
+    target = targets(7, 10, device)
+    labels = kernels.MixedLabels(target, (target + 1) % 10, torch.ones(7, device=device))
+    assert torch.equal(
+        kernels.local_ball_loss(adv, labels, ball, clean)[0],
+        kernels.local_ball_loss(adv, target, ball, clean)[0],
+    )
+    assert torch.equal(
+        kernels.cross_entropy_grad(adv, labels), kernels.cross_entropy_grad(adv, target)
+    )
 
 
 def test_logit_gradients_of_strided_logits(backend, device):
