@@ -17,6 +17,7 @@ from ..data.loaders import Loader
 from ..device import distributed
 from ..errors import EngineError
 from ..evaluation import robust_accuracy
+from ..objectives import Clean
 from ..threat import check_pixels
 from .step import Step
 
@@ -254,7 +255,8 @@ class Trainer:
         fell = robust < min(_COLLAPSE * self._best, self._best - _NOISE)
         # While eps grows, the validation attack is stronger than any attack in training so far.
         overfits = row["adv_accuracy"] >= self._best_adversarial and not self._growing(row)
-        if fell and overfits:
+        # Clean training has no attack to overfit to, and no robustness to lose.
+        if not isinstance(self.step.objective, Clean) and fell and overfits:
             return (
                 f"validation PGD accuracy fell from {self._best:.1%} to {robust:.1%}: catastrophic "
                 "overfitting to the weak attack"

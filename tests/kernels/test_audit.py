@@ -122,7 +122,7 @@ wide = torch.zeros(128, 16)
 
 def starve():
     tile = {"ROWS": 128, "BLOCK": 16, "num_warps": 4, "maxnreg": 32}
-    loss_kernel[(1,)](p, target, p, p, one, one, one, one, None, 0.0, 128, 10, **tile)
+    loss_kernel[(1,)](p, target, None, None, p, p, one, one, one, one, None, 0.0, 128, 10, **tile)
 
 cases = [
     audit.Example("ragged", "attack_step", lambda: ops.attack_step(x, x, x, one, one), 15, 16, flat=True),

@@ -156,7 +156,7 @@ def test_images_over_many_programs(narrow, poison, norm, shape):
 def test_data_over_many_programs(narrow, poison, norm, last):
     images = (255 * draw(9, 3, 6, 5)).to(torch.uint8)
     index, rng = torch.tensor([4, 0, 8, 3], device=DEVICE), torch.tensor([1, 2], device=DEVICE)
-    x, crops, _ = on_reference("augment", images, index, rng, pad=3, flip=True)
+    x, crops, *_ = on_reference("augment", images, index, rng, pad=3, flip=True)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     memory = (254 * draw(9, 3, 6, 5, seed=1) - 127).to(torch.int8)
     compare("augment", images, index, rng, pad=3, flip=True)

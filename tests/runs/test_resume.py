@@ -19,6 +19,7 @@ from engine.adversary.memory import AdversaryMemory
 from engine.data import loaders
 from engine.data.loaders import dali
 from engine.device.capture import WARM_UP
+from engine.objectives import Clean
 from engine.performance.capture_audit import Tape
 from engine.runs.folder import Run
 from engine.training.checkpoint import Checkpoints
@@ -349,6 +350,23 @@ def test_catastrophic_overfitting_rolls_back_to_the_best_epoch(monkeypatch, capl
     for name, t in seen[8].items():
         assert torch.equal(seen[12][name], t), name
     assert trainer.step.done == 16
+
+
+def test_clean_training_is_not_rolled_back(monkeypatch):
+    """Its accuracy under PGD falls to nothing while it learns."""
+    for objective, rolled_back in ((Clean(), []), (PGD(), [2])):
+        trainer = build(objective)
+        scores = iter([0.5, 0.01, 0.0, 0.0])
+        monkeypatch.setattr(
+            trainer,
+            "_validate",
+            lambda scores=scores: {
+                "val_clean": 0.9,
+                "val_pgd": next(scores),
+                "adv_accuracy": 0.9,
+            },
+        )
+        assert trainer.run().rolled_back[:1] == rolled_back
 
 
 def test_a_fall_while_the_radius_grows_is_no_collapse(monkeypatch):
