@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from engine import data
+from engine import cli, data
 from engine.data import datasets, pickles
 from engine.errors import EngineError
 
 from . import official
 
-REAL = datasets.home_of(datasets.find_spec("fashion-mnist"))  # looked up before `alone` hides it
+# Looked up before `alone` hides them.
+REAL = {
+    name: datasets.home_of(datasets.find_spec(name))
+    for name in ("fashion-mnist", "mnist", "cifar10", "cifar100")
+}
 DIGITS_TRAIN = "3b5d4b834352dc234b889424da81aabc"
 
 
@@ -96,9 +100,9 @@ def test_the_published_sizes_are_the_ones_asked_of_the_files():
                 assert labels.size == 8 + spec.counts[split]
 
 
-@pytest.mark.skipif(REAL is None, reason="Fashion-MNIST is not on this machine")
+@pytest.mark.skipif(REAL["fashion-mnist"] is None, reason="Fashion-MNIST is not on this machine")
 def test_the_real_fashion_mnist(monkeypatch):
-    monkeypatch.setattr(datasets, "system_folders", lambda spec: [REAL])
+    monkeypatch.setattr(datasets, "system_folders", lambda spec: [REAL["fashion-mnist"]])
     start = time.perf_counter()
     train = data.load("fashion-mnist", "train")
     assert time.perf_counter() - start < 5  # 0.3 s on an idle machine
@@ -107,6 +111,19 @@ def test_the_real_fashion_mnist(monkeypatch):
     assert test.images.shape == (10_000, 1, 28, 28)
     assert train.labels.bincount().tolist() == [6_000] * 10
     assert test.labels.bincount().tolist() == [1_000] * 10
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_published_bytes_pass_verify(name, monkeypatch, capsys):
+    """`engine data verify` holds the files of this machine to the publishers' checksums."""
+    if REAL[name] is None:
+        pytest.skip(f"{name} is not on this machine")
+    monkeypatch.setattr(datasets, "system_folders", lambda spec: [REAL[name]])
+    assert not data.info(name).own_sums
+    assert cli.run(["data", "verify", name]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(data.info(name).files)
+    assert all(line.startswith("ok ") and line.endswith(": whole") for line in lines)
 
 
 def test_the_root(monkeypatch, tmp_path):
