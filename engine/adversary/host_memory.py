@@ -58,8 +58,11 @@ class HostMemory(AdversaryMemory):
         self.deltas = torch.zeros((batch, *shape), dtype=torch.int8, device=device)
         self._slots = torch.arange(batch, device=device)
         self._shape = (samples, *shape)
-        self._temporary = tempfile.TemporaryDirectory() if folder is None else None
-        self.folder = folder or Path(self._temporary.name if self._temporary else ".")
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        if folder is None:
+            self._temporary = tempfile.TemporaryDirectory()
+            folder = Path(self._temporary.name)
+        self.folder = folder
         self._thread = ThreadPoolExecutor(1)
         self._file: Tensor | None = None
         self._journal: Path | None = None
@@ -67,7 +70,7 @@ class HostMemory(AdversaryMemory):
         self._now: tuple[Tensor, Tensor] | None = None
         self._ahead: tuple[Tensor, Future[Tensor]] | None = None
         self._writes: list[Future[None]] = []
-        if folder is None:
+        if self._temporary is not None:
             self.begin()
 
     def begin(self) -> None:

@@ -130,8 +130,6 @@ def check(recipe: Recipe, *, evaluated: bool = True, processes: int = 1) -> None
         )
     if extra_set(recipe) is not None:
         extras_of(recipe.optim.batch_size // processes, recipe.data.extra_share)
-        if recipe.data.loader in ("dali", "torch"):
-            raise EngineError(f"data.extra with data.loader = {recipe.data.loader}: take resident")
     if recipe.step.sync_batch_norm and not torch.cuda.is_available():
         raise EngineError("step.sync_batch_norm needs CUDA devices: PyTorch has none for the CPU")
     if evaluated:
@@ -154,9 +152,9 @@ def _check_changes(recipe: Recipe, channels: int) -> None:
         return
     if data.jitter and channels != 3:
         raise EngineError(f"data.jitter needs images of 3 channels; {data.name} has {channels}")
-    for name in ("cutmix", "erase", "jitter"):
-        if getattr(data, name) and data.loader in ("dali", "torch"):
-            raise EngineError(f"data.{name} with data.loader = {data.loader}: take resident")
+    options = {"extra": data.extra is not None, **sampling_of(recipe)}
+    if option := loaders.refused(data.loader, options):
+        raise EngineError(f"data.{option} with data.loader = {data.loader}: take resident")
 
 
 def notes(recipe: Recipe, *, evaluated: bool = True) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine import EngineError, cli, rng
+from engine import EngineError, cli, registers, rng
 from engine.data.loaders import ResidentLoader, build
 from engine.kernels import MixedLabels
 
@@ -72,6 +72,23 @@ def test_a_taken_batch_is_the_epochs_batch_and_replays_keep_their_boxes():
 def test_other_loaders_refuse_the_changes(option):
     with pytest.raises(EngineError, match=rf"data\.{next(iter(option))} with the torch loader"):
         build("torch", *blobs(64), 16, **option)
+
+
+def test_a_registered_loader_is_not_asked_for_extra_images(monkeypatch):
+    """They would be left out in silence: nobody hands them to its maker."""
+    asked = {}
+
+    def make(*_, **options):
+        asked.update(options)
+        return build("resident", *blobs(64), 16)
+
+    monkeypatch.setitem(registers.loaders._makers, "mine", make)
+    with pytest.raises(EngineError, match=r"data\.extra with the mine loader"):
+        build("mine", *blobs(64), 16, extra=blobs(64), share=0.5)
+    assert asked == {}
+    # The changes of images are its maker's to make.
+    build("mine", *blobs(64), 16, cutmix=True)
+    assert asked["cutmix"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ A set of images in memory has its loaders, and so have pictures in folders.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,9 @@ from .streamed_dali import DaliPhotoLoader
 from .workers import TensorLoader, WorkerLoader
 
 log = logging.getLogger(__name__)
+
+# Options of images in memory that the resident loader alone serves.
+_RESIDENT_ONLY = ("extra", "cutmix", "erase", "jitter")
 
 __all__ = [
     "Batch",
@@ -80,6 +83,20 @@ def _dali_missing() -> str | None:
     return unavailable()
 
 
+def refused(name: str, options: Mapping[str, object]) -> str | None:
+    """Return the first of the options that the loader called `name` does not serve, or None.
+
+    The resident loader serves all, for images in memory. A registered loader is given every option
+    but the extra images.
+    """
+    unserved: tuple[str, ...] = ()
+    if name in ("dali", "torch"):
+        unserved = _RESIDENT_ONLY
+    elif register.maker(name) is not None:
+        unserved = ("extra",)
+    return next((option for option in unserved if options.get(option)), None)
+
+
 def build(
     name: str,
     images: Tensor | Photos,
@@ -111,13 +128,8 @@ def build(
         return _of_photos(name, images, batch_size, device=device, workers=workers, **sampling)
     if name == "auto":
         name = choose(images, device)
-    if extra is not None and name in ("dali", "torch"):
-        raise EngineError(f"data.extra with the {name} loader: it needs data.loader = resident")
-    changes = [key for key in ("cutmix", "erase", "jitter") if sampling.get(key)]
-    if changes and name in ("dali", "torch"):
-        raise EngineError(
-            f"data.{changes[0]} with the {name} loader: it needs data.loader = resident"
-        )
+    if option := refused(name, {"extra": extra is not None, **sampling}):
+        raise EngineError(f"data.{option} with the {name} loader: it needs data.loader = resident")
     if (make := register.maker(name)) is not None:
         made = make(images, labels, batch_size, device=device, workers=workers, **sampling)
         return _checked(name, made)
