@@ -245,7 +245,8 @@ class HostMemory(AdversaryMemory):
             done.synchronize()
         if self._journal is not None:
             self._note(samples, before)
-        self._whole.index_copy_(0, samples, rows)
+        last = _last(samples)
+        self._whole.index_copy_(0, samples[last], rows[last])
 
     def _note(self, samples: Tensor, rows: Tensor) -> None:
         """Write samples and their rows to the journal."""
@@ -277,6 +278,17 @@ class HostMemory(AdversaryMemory):
             return future.result()
         except OSError as error:
             raise EngineError(f"attack.memory = host: {self.folder}: {error.strerror}") from None
+
+
+def _last(samples: Tensor) -> Tensor:
+    """Return int64 places: for each value of `samples` int64 [B], its last place.
+
+    Extra images are drawn with replacement, so a batch may have one twice. PyTorch does not define
+    which of two rows `index_copy_` keeps.
+    """
+    values, group = samples.unique(return_inverse=True)
+    places = torch.arange(len(samples))
+    return torch.zeros_like(values).scatter_reduce(0, group, places, "amax", include_self=False)
 
 
 def ahead(batches: Any, prefetch: Callable[[Tensor], None]) -> Iterator[Any]:

@@ -341,6 +341,8 @@ def _loader_of(
         workers=recipe.data.workers,
         extra=extra_set(recipe),
         share=recipe.data.extra_share,
+        # A memory on the host has room for the extra images too.
+        numbered=recipe.attack.memory == "host",
         rank=world.rank,
         world=world.size,
         **sampling_of(recipe),
@@ -350,14 +352,12 @@ def _loader_of(
 def _on_host(
     recipe: Recipe, images: Images, target: torch.device, folder: Path | None
 ) -> HostMemory:
-    batch = recipe.optim.batch_size
-    if recipe.data.extra is not None:
-        batch -= extras_of(batch, recipe.data.extra_share)
+    extra = extra_set(recipe)
     return HostMemory(
-        len(images),
+        len(images) + (0 if extra is None else len(extra[0])),
         images.shape[1:],
         recipe.threat,
-        batch=batch,
+        batch=recipe.optim.batch_size,
         folder=folder,
         seed=recipe.seed,
         device=target,

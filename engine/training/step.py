@@ -140,7 +140,7 @@ class Step:
         if start is None and self.memory is not None:
             start = self.memory.recall(_samples(batch), x[: len(_samples(batch))], batch.crops)
         if start is not None and len(start) < len(x):
-            # The memory has no place for extra images.
+            # A memory on the device has no place for extra images.
             rest = self.threat_now.around(x[len(start) :])
             start = torch.cat([start, random_point(rest, self.state)])
         if self.perturbs:

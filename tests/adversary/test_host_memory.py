@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from engine import L2, PGD, AdversaryMemory, Attack, EngineError, Linf, Schedule, recipes
 from engine.adversary.host_memory import HostMemory, ahead
@@ -144,6 +145,61 @@ def test_a_sample_of_two_batches_in_a_row_has_its_last_row(memory):
     assert seen[0].tolist() == [1, 1]
     assert seen[1][0] == 2
     assert seen[2][0] == seen[1][1] + 1
+
+
+def test_of_a_sample_twice_in_a_batch_the_last_row_stays(memory):
+    memory.mark(0)
+    before = memory.whole.clone()
+    memory.fetch(torch.tensor([5, 5]))
+    assert torch.equal(memory.deltas[0], memory.deltas[1])
+    memory.deltas[0], memory.deltas[1] = 1, 2
+    memory.store()
+    assert (memory.whole[5] == 2).all()
+    assert torch.equal(memory.whole[:5], before[:5])
+    other = again(memory)
+    other.restore(0)
+    assert torch.equal(other.whole, before)
+
+
+@pytest.mark.parametrize("resident_extra", [True, False])
+def test_it_holds_extra_images_too(tmp_path, monkeypatch, resident_extra):
+    if not resident_extra:
+        monkeypatch.setattr(loaders.resident, "_fits", lambda images, device: False)
+    images = torch.randint(256, (84, *SHAPE), dtype=torch.uint8)
+    labels = torch.zeros(84, dtype=torch.int64)
+    own, extra = (images[:64], labels[:64]), (images[64:], labels[64:])
+    options = {"seed": 2, "pad": 1, "flip": True, "extra": extra, "share": 0.5, "numbered": True}
+    feed = loaders.build("resident", *own, 16, **options)
+    threat = Linf(0.1)
+    memory = HostMemory(84, SHAPE, threat, batch=16, folder=tmp_path / "memory", seed=1)
+    memory.begin()
+    torch.manual_seed(0)
+    model = Tiny(batch_norm=True)
+    step = Step(
+        model,
+        objective=PGD(),
+        threat=threat,
+        attack=Attack(steps=1, start="memory"),
+        optimiser=Optimiser(model, lr=[0.1] * len(feed)),
+        memory=memory,
+    )
+    step.train()
+    seen: set[int] = set()
+    for batch in feed.epoch(0):
+        assert len(batch.samples) == len(batch.crops) == 16
+        assert (batch.samples[:8] < 64).all()
+        assert (batch.samples[8:] >= 64).all()
+        # Positions and crops are those of the images.
+        rows = zip(batch.x, batch.samples, batch.crops.tolist(), strict=True)
+        for x, sample, (dy, dx, mirrored) in rows:
+            cut = F.pad(images[sample], (1, 1, 1, 1))[:, 1 + dy : 7 + dy, 1 + dx : 7 + dx]
+            assert torch.equal((x * 255).round(), (cut.flip(2) if mirrored else cut).float())
+        before = memory.whole.clone()
+        step(batch)
+        changed = (memory.whole != before).flatten(1).any(1).nonzero().flatten().tolist()
+        assert set(changed) == set(batch.samples.tolist())
+        seen |= set(changed)
+    assert len([sample for sample in seen if sample >= 64]) > 10
 
 
 def test_files_that_do_not_fit_give_one_line(memory, tmp_path, monkeypatch):

@@ -122,6 +122,9 @@ def test_mistakes_are_found_before_any_process_starts(tmp_path, capsys):
     assert "cannot be shared by 3" in capsys.readouterr().err
     assert cli.run([*words, "--nproc", "0"]) == 2
     assert "--nproc" in capsys.readouterr().err
+    host = ["--attack.start", "memory", "--attack.memory", "host"]
+    assert cli.run([*words, "--nproc", "2", *host]) == 2
+    assert "attack.memory = host is for one process: drop --nproc" in capsys.readouterr().err
     if not torch.cuda.is_available():
         assert cli.run([*words, "--step.sync_batch_norm", "true"]) == 2
         assert "sync_batch_norm needs CUDA" in capsys.readouterr().err

@@ -29,7 +29,7 @@ from engine.training.step import Step
 from engine.training.trainer import Hooks, Trainer
 
 from ..conftest import Tiny, blobs
-from .soak import KILLED, differing, rows, soak
+from .soak import differing, rows, soak
 
 EPOCHS = 4
 
@@ -625,26 +625,3 @@ def test_signals_reach_the_status():
     assert Stopped(signal.SIGINT).status == 130
     assert isinstance(Stopped(signal.SIGINT), KeyboardInterrupt)
     assert os.name == "posix"
-
-
-@pytest.mark.parametrize("kill_at", [pytest.param(3, marks=pytest.mark.slow), 9])
-def test_a_memory_on_the_host_survives_a_kill(tmp_path, kill_at, capsys):
-    """A run is killed before its first checkpoint or after some: it ends as one on the device."""
-    words = ["quickstart", "--data.train_examples", "128", "--optim.batch_size", "32"]
-    words += ["--data.loader", "torch", "--data.workers", "0", "--data.pad", "1", "--threads", "1"]
-    words += ["--attack.start", "memory", "--optim.epochs", "3", "--validation.steps", "1"]
-    words += ["--no-eval", "--checkpoint.seconds", "0" if kill_at == 9 else "1000"]
-    assert cli.run(["train", *words, "--run-dir", str(tmp_path / "device")]) == 0
-    cut = tmp_path / "cut"
-    host = [*words, "--attack.memory", "host", "--run-dir", str(cut)]
-    environment = {**os.environ, "KILL_AT": str(kill_at)}
-    command = [sys.executable, "-c", KILLED, "train", *host]
-    killed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert (cut / "memory" / "deltas.int8").stat().st_size == 128 * 64
-    assert cli.run(["train", "--resume", str(cut), "--no-eval"]) == 0
-    assert not differing(rows(tmp_path / "device"), rows(cut))
-    a, b = (load_file(p / "last.safetensors") for p in (tmp_path / "device", cut))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    # The end needs no memory.
-    assert not list((cut / "memory").iterdir())

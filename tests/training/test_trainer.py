@@ -85,13 +85,17 @@ def test_training_with_extra_images_perturbed_weights_and_mixed_labels():
     ("options", "said"),
     [
         ({"cutmix": True, "attack": Attack(start="memory")}, "cutmix with attack.start = memory"),
+        (
+            {"attack": Attack(start="memory", memory="host")},
+            "attack.memory = host is for `engine train`",
+        ),
         ({"perturb": 1.0}, "perturb = 1.0 must be in"),
         ({"perturb": 0.1, "optimiser": "apex-sgd"}, "not apex-sgd"),
         ({"extra": (torch.zeros(9, 1, 7, 6, dtype=torch.uint8), torch.zeros(9).long())}, "1x7x6"),
         ({"extra": blobs(9), "extra_share": 0.0}, "extra_share = 0"),
         ({"extra": blobs(9), "extra_share": 1.0}, "extra_share = 1"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_options_that_do_not_fit_are_one_line(options, said):
     with pytest.raises(EngineError) as caught:

@@ -108,6 +108,7 @@ def build(
     workers: int = 2,
     extra: tuple[Tensor, Tensor] | None = None,
     share: float = 0.0,
+    numbered: bool = False,
     **sampling: Any,
 ) -> Loader:
     """Return the loader called `name`.
@@ -116,7 +117,7 @@ def build(
         images: uint8 [N, C, H, W], or pictures in a folder, which bring their labels along;
             labels: int64 [N].
         memory: the adversary memory; only the resident loader forms the attack's start itself.
-        extra, share: extra images for the resident loader, see `ResidentLoader`.
+        extra, share, numbered: extra images for the resident loader, see `ResidentLoader`.
         workers: threads of DALI, processes of torch's loader.
         sampling: options as `Sampling` has them; for pictures, as `Framing` does too.
     Raises:
@@ -145,6 +146,7 @@ def build(
         memory=memory,
         extra=extra,
         share=share,
+        numbered=numbered,
         **sampling,
     )
     return NullLoader(resident) if name == "null" else resident

@@ -22,8 +22,8 @@ class Batch(NamedTuple):
 
     Attributes:
         x: float32 [B, C, H, W] in [0, 1]; y: int64 [B].
-        samples: int64 [B], positions in the training set; with extra images fewer, for they come
-            after the set's own and have no position.
+        samples: int64 [B], positions in the training set. Extra images come last in the batch; they
+            have no position and are left out, or their positions begin where the set ends.
         crops: int32, a row (dy, dx, mirrored) for each of `samples`: its crop. An adversary memory
             needs `samples` and `crops`; both are None if the loader does not know them.
         start: float32 like x[: len(samples)], where the attack starts; None where the loader has no

@@ -27,6 +27,7 @@ class ResidentLoader(Loader):
         extra: extra images and labels, as `images` and `labels`; `share` of every batch are drawn
             from them. They lie on the device where they fit beside the set, else on the host, which
             then hands over every batch.
+        numbered: extra images have positions too, from N on, for a memory that holds all images.
         memory: the trainer's adversary memory; batches of uint8 images then bring the attack's
             start, formed in the pass that makes them.
     Raises:
@@ -43,6 +44,7 @@ class ResidentLoader(Loader):
         memory: AdversaryMemory | None = None,
         extra: tuple[Tensor, Tensor] | None = None,
         share: float = 0.0,
+        numbered: bool = False,
         **sampling: Any,
     ) -> None:
         shape = tuple(images.shape[1:])
@@ -54,7 +56,7 @@ class ResidentLoader(Loader):
         self.images = images.to(device).contiguous()
         self.labels = labels.to(device)
         self.memory = memory
-        self._extra = extra
+        self._extra, self._numbered = extra, numbered
         if extra is not None:
             check_images(*extra)
             if extra[0].shape[1:] != images.shape[1:]:
@@ -97,7 +99,7 @@ class ResidentLoader(Loader):
         if self._extra is None:
             return batch
         index = self._extras.index_select(0, row).view(-1)
-        return self._joined(batch, *self._extra, index, state)
+        return self._joined(batch, *self._extra, index, index, state)
 
     def _place(self, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return the state that seeds a step's crops, and the row of its batch in the epoch."""
@@ -109,9 +111,19 @@ class ResidentLoader(Loader):
         return state, row
 
     def _joined(
-        self, batch: Batch, images: Tensor, labels: Tensor, index: Tensor, state: Tensor
+        self,
+        batch: Batch,
+        images: Tensor,
+        labels: Tensor,
+        index: Tensor,
+        positions: Tensor,
+        state: Tensor,
     ) -> Batch:
-        """Return `batch` with the images `index` of an extra set after its own."""
+        """Return `batch` with the rows `index` of extra images after its own.
+
+        Args:
+            positions: int64 like `index`, of these images in the whole extra set.
+        """
         made = self._augment(images, index, state, rng.EXTRA)
         extra = _labelled(made, labels.index_select(0, index))
         joined = {"x": torch.cat([batch.x, extra.x]), "y": torch.cat([batch.y, extra.y])}
@@ -119,6 +131,9 @@ class ResidentLoader(Loader):
             joined["second"] = torch.cat([batch.second, extra.second])
         if batch.share is not None and extra.share is not None:
             joined["share"] = torch.cat([batch.share, extra.share])
+        if self._numbered and batch.samples is not None and batch.crops is not None:
+            joined["samples"] = torch.cat([batch.samples, positions + len(self.images)])
+            joined["crops"] = torch.cat([batch.crops, made.crops])
         return batch._replace(**joined)
 
     def _own(self, state: Tensor, row: Tensor) -> Batch:
@@ -185,9 +200,11 @@ class ResidentLoader(Loader):
         whole = torch.arange(self.sampling.extra, device=device)
         for position in range(first, len(self)):
             index = order[position // self.sampling.replays]
-            drawn = [to_device(t.index_select(0, index), device) for t in (images, labels)]
+            rows = (images.index_select(0, index), labels.index_select(0, index), index)
+            drawn = [to_device(t, device) for t in rows]
             seeded, row = self._place(state)
-            yield self._joined(self._own(seeded, row), drawn[0], drawn[1], whole, seeded)
+            own = self._own(seeded, row)
+            yield self._joined(own, drawn[0], drawn[1], whole, drawn[2], seeded)
             state[1:].add_(1)
 
     def example(self) -> Batch | None:
