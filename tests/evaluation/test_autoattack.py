@@ -113,8 +113,35 @@ def test_fab_finds_the_packages_adversaries(trained):
     nearest = judge.attack_single_run(x, y, is_targeted=True)
     reach = lengths(nearest - x, "Linf")
     broken = (net(nearest).argmax(1) != y) & (reach <= THREATS[0].eps)
-    rows, _ = fab(Oracle(net), x, y, target, THREATS[0], steps=100)
+    rows, _ = fab(Oracle(net), x, y, target[:, None], THREATS[0], steps=100)
     assert torch.equal(as_mask(rows, x), broken)
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_fab_walks_to_several_targets_at_once(trained, threat):
+    """The images that fall are those that one target after the other would take."""
+    net, x, y = trained
+    oracle, targets = Oracle(net), net(x).sort(1, descending=True)[1][:, 1:6]
+    words = {"threat": threat, "steps": 30}
+    each = [as_mask(fab(oracle, x, y, one, **words)[0], x) for one in targets.split(1, 1)]
+    rows, found = fab(oracle, x, y, targets, **words)
+    assert sum(int(mask.sum()) for mask in each) > len(rows) > max(int(m.sum()) for m in each)
+    assert len(rows.unique()) == len(rows)
+    assert torch.equal(as_mask(rows, x), torch.stack(each).any(0))
+    assert (net(found).argmax(1) != y[rows]).all()
+    assert (lengths(found - x[rows], threat.norm) <= threat.eps).all()
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_the_size_of_a_batch_decides_only_how_many_targets_share_a_pass(trained, threat):
+    net, x, y = trained
+    rows, clean = torch.arange(len(x)), net(x)
+    found = []
+    for size in (1, 2 * len(x), 500):
+        attacks = ensemble._attacks(Oracle(net), x, y, clean, threat, "standard", SEED, size)
+        found.append(as_mask(attacks["fab-t"](rows)[0], x))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("rows", [1, 64, 4096])
