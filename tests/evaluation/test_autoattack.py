@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from engine import L2, Linf, ThreatModel
 from engine.evaluation.autoattack import ensemble
+from engine.evaluation.autoattack import square as square_module
 from engine.evaluation.autoattack.apgd import apgd, checkpoints
 from engine.evaluation.autoattack.fab import fab
 from engine.evaluation.autoattack.losses import CrossEntropy, LogitDifference, TargetedDLR
@@ -154,6 +155,27 @@ def test_square_tries_the_packages_windows(trained, rows):
     assert int(broken.sum()) > 4
     assert torch.equal(as_mask(found, x), broken)
     same_adversaries(adversaries, wanted[found], share=1.0)
+
+
+def test_square_changes_the_pixels_of_its_windows():
+    """Windows of all sizes in one pass, on oblong images of three channels."""
+    torch.manual_seed(2)
+    x, eps, queries = torch.rand(4, 3, 9, 12), 0.1, 300
+    low, high = (x - eps).clamp(min=0.0), (x + eps).clamp(max=1.0)
+    best = torch.where(torch.rand_like(x) < 0.5, low, high)
+    order = torch.tensor([[0, 1], [11, 299], [60, 250], [298, 5]])
+    windows = square_module._draw_windows(x, eps, queries, draw())
+    search = square_module._Search(None, low, high, None, best, None, None)
+    found = square_module._changed(search, windows, order)
+    for image, queue in enumerate(order.tolist()):
+        for place, query in enumerate(queue):
+            wanted = best[image].clone()
+            top, left, side = (int(t[query]) for t in (windows.top, windows.left, windows.side))
+            part = (slice(None), slice(top, top + side), slice(left, left + side))
+            moved = wanted[part] + windows.change[query][:, None, None]
+            wanted[part] = moved.maximum(low[image][part]).minimum(high[image][part])
+            assert torch.equal(found[image, place], wanted)
+            assert not torch.equal(wanted, best[image])
 
 
 def test_square_in_l2_tries_the_packages_windows(trained):
