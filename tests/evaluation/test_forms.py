@@ -57,11 +57,11 @@ def test_a_network_without_batch_norm_stays():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_prepared_form_has_the_librarys_layout(layout):
     """Weights in channels_last stay so in the network; its form gives the same logits."""
-    net, x = trained("small-cnn")
+    net, x = trained("tiny-cnn")
     net = net.to(memory_format=layout)
     form = prepared(net, x)
     torch.testing.assert_close(form(x), net(x), rtol=1e-4, atol=1e-5)
-    assert net.feature_extractor.conv2.weight.is_contiguous(memory_format=layout)
+    assert net.conv2.weight.is_contiguous(memory_format=layout)
     # A permuted weight in the frozen graph is a constant: no pass lays the maps out again.
     assert "permute" not in str(form.graph)
 
