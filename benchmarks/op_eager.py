@@ -68,6 +68,44 @@ def augment_with_start(
     return made, reference.recall(memory, index, crops, x, eps, "Linf")
 
 
+def _inside(x: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    """Return the pixels of a box of each image at a random place, bool [B, 1, H, W]."""
+    b, _, h, w = x.shape
+    rows = torch.arange(h, device=x.device)[None, :, None] - torch.randint(
+        h, (b, 1, 1), device=x.device
+    )
+    columns = torch.arange(w, device=x.device)[None, None, :] - torch.randint(
+        w, (b, 1, 1), device=x.device
+    )
+    return ((rows.abs() <= height / 2) & (columns.abs() <= width / 2))[:, None]
+
+
+def cutmix(images: Tensor, index: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    x = augment(images, index, pad)
+    side = torch.rand(len(x), 1, 1, device=x.device).sqrt()
+    inside = _inside(x, side * x.shape[2], side * x.shape[3])
+    return torch.where(inside, x.roll(-1, 0), x), 1.0 - inside.float().mean(dim=(1, 2, 3))
+
+
+def erase(images: Tensor, index: Tensor, pad: int, share: float) -> Tensor:
+    x = augment(images, index, pad)
+    height, width, drawn = torch.rand(3, len(x), 1, 1, device=x.device)
+    inside = _inside(x, height * x.shape[2] / 2, width * x.shape[3] / 2)
+    return x.masked_fill(inside & (drawn < share)[:, None], 0.0)
+
+
+def jitter(images: Tensor, index: Tensor, pad: int, most: float) -> Tensor:
+    x = augment(images, index, pad)
+    light, contrast, colour = 1.0 + most * (
+        2.0 * torch.rand(3, len(x), 1, 1, 1, device=x.device) - 1.0
+    )
+    x = ((light * x).clamp(0.0, 1.0) - 0.5) * contrast + 0.5
+    x = x.clamp(0.0, 1.0)
+    red, green, blue = x.split(1, dim=1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
+    return (grey + colour * (x - grey)).clamp(0.0, 1.0)
+
+
 def restore_weights(params: list[Tensor], copies: list[Tensor]) -> None:
     for p, copy in zip(params, copies, strict=True):
         p.copy_(copy)
