@@ -180,7 +180,10 @@ def test_fab_walks_to_several_targets_at_once(trained, threat):
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
-def test_the_size_of_a_batch_decides_only_how_many_targets_share_a_pass(trained, threat):
+def test_the_size_of_a_batch_decides_only_how_many_targets_share_a_pass(
+    trained, threat, monkeypatch
+):
+    monkeypatch.setattr(ensemble, "STEPS", 30)
     net, x, y = trained
     rows, clean = torch.arange(len(x)), net(x)
     found = []
