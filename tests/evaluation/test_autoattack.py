@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from engine import L2, Linf, ThreatModel
 from engine.evaluation.autoattack import ensemble
 from engine.evaluation.autoattack import square as square_module
-from engine.evaluation.autoattack.apgd import apgd, checkpoints
+from engine.evaluation.autoattack.apgd import apgd, checkpoints, random_start
 from engine.evaluation.autoattack.fab import fab
 from engine.evaluation.autoattack.losses import CrossEntropy, LogitDifference, TargetedDLR
 from engine.evaluation.autoattack.oracle import Oracle, lengths
 from engine.evaluation.autoattack.square import square, window_side
 from engine.evaluation.autoattack.square_l2 import square_l2
+from engine.evaluation.autoattack.targeted import apgd_targeted
 from engine.evaluation.robust_accuracy import evaluation_mode, pgd
 from engine.kernels.reference.autoattack import project_onto_plane
 
@@ -88,7 +89,8 @@ def same_adversaries(ours, theirs, share):
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_apgd_walks_as_the_package_does(trained, threat):
     net, x, y = trained
-    rows, _ = apgd(Oracle(net), x, CrossEntropy(y), threat, steps=100, draw=draw())
+    start = random_start(x, threat, draw())
+    rows, _ = apgd(Oracle(net), x, start, CrossEntropy(y), threat, steps=100)
     broken, _ = theirs(net, x, y, threat, "apgd-ce")
     assert 4 < int(broken.sum()) < len(x) - 4
     assert torch.equal(as_mask(rows, x), broken)
@@ -118,6 +120,50 @@ def test_fab_finds_the_packages_adversaries(trained):
     assert torch.equal(as_mask(rows, x), broken)
 
 
+@pytest.mark.parametrize("threat", [Linf(0.1), *THREATS], ids=str)
+def test_targets_that_share_passes_have_the_starts_of_turns(trained, threat):
+    """In one of two orders an image falls in a round of two turns: the second is taken again."""
+    net, x, y = trained
+    likely_first = net(x).sort(1, descending=True)[1][:, 1:6]
+    again = fallen = 0
+    for targets in (likely_first.flip(1), likely_first.roll(1, 1)):
+        found, images = [], []
+        for rows in (1, 10_000):
+            oracle, state = Oracle(net), draw()
+            goal = (x, y, targets, threat)
+            fell, points = apgd_targeted(oracle, *goal, steps=20, rows=rows, draw=state)
+            order = fell.argsort()
+            found.append((fell[order], points[order], state.get_state()))
+            images.append(oracle.gradient_images)
+        (fell, points, state), (fell_too, points_too, state_too) = found
+        assert torch.equal(fell, fell_too)
+        torch.testing.assert_close(points, points_too, rtol=0, atol=1e-4)
+        assert torch.equal(state, state_too)
+        again += images[1] - images[0]
+        fallen += len(fell)
+    assert (fallen > 0) == (again > 0) == (threat in THREATS)
+
+
+def test_targets_share_passes_while_no_image_falls(trained, monkeypatch):
+    net, x, y = trained
+    sizes = []
+    monkeypatch.setattr(Oracle, "gradient", _noting(Oracle.gradient, sizes))
+    targets = net(x).sort(1)[1][:, :5]
+    fell, _ = apgd_targeted(
+        Oracle(net), x, y, targets, Linf(0.1), steps=1, rows=3 * len(x), draw=draw()
+    )
+    assert len(fell) == 0
+    assert [size // len(x) for size in sizes[::2]] == [1, 2, 2]
+
+
+def _noting(method, sizes):
+    def noted(self, x, *others):
+        sizes.append(len(x))
+        return method(self, x, *others)
+
+    return noted
+
+
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 def test_fab_walks_to_several_targets_at_once(trained, threat):
     """The images that fall are those that one target after the other would take."""
@@ -134,7 +180,10 @@ def test_fab_walks_to_several_targets_at_once(trained, threat):
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
-def test_the_size_of_a_batch_decides_only_how_many_targets_share_a_pass(trained, threat):
+def test_the_size_of_a_batch_decides_only_how_many_targets_share_a_pass(
+    trained, threat, monkeypatch
+):
+    monkeypatch.setattr(ensemble, "STEPS", 30)
     net, x, y = trained
     rows, clean = torch.arange(len(x)), net(x)
     found = []

@@ -105,26 +105,25 @@ def checkpoints(steps: int) -> Iterator[int]:
 def apgd(
     oracle: Oracle,
     x: Tensor,
+    start: Tensor,
     loss: Loss,
     threat: ThreatModel,
     *,
     steps: int,
-    draw: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Attack a batch once from a random start; an image leaves the batch when it falls.
+    """Attack a batch once from given points; an image leaves the batch when it falls.
 
     Args:
-        x: float32 [B, C, H, W] in [0, 1], classified rightly.
+        x: float32 [B, C, H, W] in [0, 1], classified rightly; start: a point of each ball.
         loss: of all B images.
         steps: gradient steps, >= 1.
-        draw: a CPU generator; B * C * H * W numbers are drawn.
     Returns:
         Positions int64 [F] of the images that fell, and an adversary of each, [F, C, H, W].
     """
     fallen = [(torch.empty(0, dtype=torch.int64, device=x.device), x[:0])]
     intervals = checkpoints(steps)
     left = interval = next(intervals)
-    state, logits = _begin(oracle, x, loss, threat, draw)
+    state, logits = _begin(oracle, x, start, loss, threat)
     for number in range(steps + 1):
         wrong = logits.argmax(1) != loss.y
         if wrong.any():
@@ -146,10 +145,9 @@ def apgd(
 
 
 def _begin(
-    oracle: Oracle, x: Tensor, loss: Loss, threat: ThreatModel, draw: torch.Generator
+    oracle: Oracle, x: Tensor, start: Tensor, loss: Loss, threat: ThreatModel
 ) -> tuple[_State, Tensor]:
-    """Return the state at the random start, and the logits [B, K] there."""
-    start = random_start(x, threat, draw)
+    """Return the state at the start, and the logits [B, K] there."""
     logits, gradient = oracle.gradient(start, loss.gradient)
     value = loss.value(logits)
     state = _State(
@@ -172,7 +170,11 @@ def _begin(
 
 
 def random_start(x: Tensor, threat: ThreatModel, draw: torch.Generator) -> Tensor:
-    """Return points of the balls' surface, one an image, clipped to [0, 1]."""
+    """Return points of the balls' surface, one an image, clipped to [0, 1].
+
+    Args:
+        draw: a CPU generator; B * C * H * W numbers are drawn.
+    """
     if threat.norm == "Linf":
         noise = 2 * torch.rand(x.shape, generator=draw) - 1
     else:

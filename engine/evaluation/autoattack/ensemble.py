@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ...threat import ThreatModel
 from ..work import Work
-from .apgd import apgd
+from .apgd import apgd, random_start
 from .fab import fab
-from .losses import CrossEntropy, LogitDifference, Loss, TargetedDLR
+from .losses import CrossEntropy, LogitDifference, Loss
 from .oracle import Oracle
 from .square import square
 from .square_l2 import square_l2
+from .targeted import apgd_targeted
 from .verdict import Attack, Verdict, in_turn
 
 STEPS, TARGETS, QUERIES = 100, 9, 5000
@@ -133,7 +134,8 @@ def _attacks(
     ranked = clean.sort(dim=1)[1].flip(1)[:, 1 : targets + 1]
 
     def climb(rows: Tensor, loss: Loss, draw: torch.Generator) -> _Found:
-        return apgd(oracle, x[rows], loss, threat, steps=STEPS, draw=draw)
+        start = random_start(x[rows], threat, draw)
+        return apgd(oracle, x[rows], start, loss, threat, steps=STEPS)
 
     def apgd_ce(rows: Tensor, draw: torch.Generator, _: int) -> _Found:
         return climb(rows, CrossEntropy(y[rows]), draw)
@@ -141,8 +143,9 @@ def _attacks(
     def apgd_difference(rows: Tensor, draw: torch.Generator, _: int) -> _Found:
         return climb(rows, LogitDifference(y[rows]), draw)
 
-    def apgd_t(rows: Tensor, draw: torch.Generator, number: int) -> _Found:
-        return climb(rows, TargetedDLR(y[rows], ranked[rows, number]), draw)
+    def apgd_t(rows: Tensor, draw: torch.Generator, _: int) -> _Found:
+        goal = (x[rows], y[rows], ranked[rows], threat)
+        return apgd_targeted(oracle, *goal, steps=STEPS, rows=batch_size, draw=draw)
 
     def fab_t(rows: Tensor) -> _Found:
         at_once = max(1, batch_size // max(1, len(rows)))
@@ -164,7 +167,7 @@ def _attacks(
     single = range(1)
     attacks = {"apgd-ce": tried(apgd_ce, range(5 if version == "apgd" else 1))}
     if classes >= 4:
-        attacks["apgd-t"] = tried(apgd_t, range(targets))
+        attacks["apgd-t"] = tried(apgd_t, single)
     else:
         attacks["apgd-difference"] = tried(apgd_difference, single)
     if version == "standard":
