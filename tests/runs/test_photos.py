@@ -98,13 +98,19 @@ def test_a_folder_of_jpegs_trains_to_its_report(photos, tmp_path, capsys, networ
 
 
 @needs_timm
-@pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("size", [64, 224])
-@pytest.mark.parametrize("network", ["timm/resnet18", "timm/test_vit"])
+@pytest.mark.parametrize(
+    ("network", "size", "loader"),
+    [
+        # As above; together they take under a minute of two cores, most of it for the reports.
+        *_cases(("timm/resnet18", 64, "dali"), ("timm/resnet18", 224, "torch")),
+        *_cases(("timm/test_vit", 64, "torch"), ("timm/test_vit", 224, "dali")),
+        *_cases(("timm/resnet18", 64, "torch"), ("timm/resnet18", 224, "dali"), slow=True),
+        *_cases(("timm/test_vit", 64, "dali"), ("timm/test_vit", 224, "torch"), slow=True),
+    ],
+)
 def test_a_folder_of_jpegs_trains_timms_networks(photos, tmp_path, capsys, network, size, loader):
     options = ["--data.loader", loader, "--model.name", network]
     options += ["--evaluation.examples", "2", "--evaluation.autoattack", "none"]
-    options += ["--data.validation", "20"]
     steps = 9
     if size == 224:
         # A step of resnet18 on 20 such images takes seconds.

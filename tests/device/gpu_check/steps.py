@@ -46,8 +46,16 @@ def built(recipe: Recipe, batch: int, recorder: capture.Recorder | None) -> Step
     torch.manual_seed(0)
     model = build.build_model(recipe, images, about.classes, images.shape[1:]).to(target)
     memory = build.memory_for(recipe, images, target)
-    sampling = build.sampling_of(recipe)
-    loader = ResidentLoader(images, labels, batch, device=target, memory=memory, **sampling)
+    loader = ResidentLoader(
+        images,
+        labels,
+        batch,
+        device=target,
+        memory=memory,
+        extra=None if recipe.data.extra is None else (images, labels),
+        share=recipe.data.extra_share,
+        **build.sampling_of(recipe),
+    )
     step = build.build_step(
         recipe, model, steps=64, memory=memory, take=loader.take, recorder=recorder
     )
