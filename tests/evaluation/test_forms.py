@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from engine import models
+from engine.evaluation.autoattack import oracle as oracle_module
 from engine.evaluation.autoattack.forms import folded, prepared
 from engine.evaluation.autoattack.oracle import Oracle
 
@@ -46,6 +47,28 @@ def test_batch_norm_is_folded_where_a_convolution_precedes_it(name, left):
     _, found = fast.gradient(x, lambda logits: towards)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
     assert fast.exact_logits(x).equal(net(x))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_large_batch_passes_in_parts(monkeypatch, precision):
+    """The loss's gradient is asked for once, at the logits of the whole batch."""
+    net, x = trained("tiny-cnn")
+    oracle = Oracle(net, x, precision)
+    weights = torch.randn(6, 5)
+    asked, answers = [], []
+
+    def towards(logits):
+        asked.append(len(logits))
+        return weights * logits
+
+    for at_once in (6, 4):
+        monkeypatch.setattr(oracle_module, "_AT_ONCE", at_once)
+        answers.append([oracle.logits(x), oracle.exact_logits(x), *oracle.gradient(x, towards)])
+    assert asked == [6, 6]
+    exact = {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 2e-2, "atol": 2e-2}
+    for whole, parts in zip(*answers, strict=True):
+        assert whole.shape == parts.shape
+        torch.testing.assert_close(parts, whole, **exact)
 
 
 def test_a_network_without_batch_norm_stays():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import cast
 
@@ -15,6 +15,11 @@ from ...models import Network, stem_of
 from .forms import folded, prepared
 
 TowardsLogits = Callable[[Tensor], Tensor]
+
+# The C library gives blocks above 32 MiB back to the system at once, and the pages of fresh ones
+# cost time. The maps of so many images stay below in the small networks: measured on SmallCNN, 0.52
+# ms an image and gradient, against 0.72 ms with 512 images.
+_AT_ONCE = 250
 
 
 class Oracle:
@@ -45,13 +50,13 @@ class Oracle:
         """Return the logits [B, K] at images x [B, C, H, W], up to rounding, as fast as can be."""
         self.forward_images += len(x)
         with passes(self._precision, x.device):
-            return self._forward(x).float()
+            return _joined([self._forward(part).float() for part in _parts(x)])
 
     @torch.no_grad()
     def exact_logits(self, x: Tensor) -> Tensor:
         """Return the logits [B, K] of the network itself, not of its prepared form."""
         self.forward_images += len(x)
-        return self.model(x)
+        return _joined([self.model(part) for part in _parts(x)])
 
     def is_wrong(self, x: Tensor, y: Tensor) -> Tensor:
         """Return where the network itself, not its prepared form, misses the labels: bool [B]."""
@@ -71,25 +76,34 @@ class Oracle:
             Logits [B, K] and the gradient, like `x`; both detached.
         """
         self.gradient_images += len(x)
-        stem = self._stem
         with torch.enable_grad():
-            with passes(self._precision, x.device):
-                if stem is None:
-                    point = x.detach().requires_grad_()
-                    logits = self._climbed(point)
-                else:
-                    network = cast(Network, self._climbed)
-                    point = network.stem(x).detach().requires_grad_()
-                    logits = network.body(point)
-            seen = logits.detach().float()
-            (grad,) = torch.autograd.grad(logits, point, towards(seen).to(logits.dtype))
-            grad = grad.float()
-        if stem is not None:
-            h, w = x.shape[2:]
-            grad = kernels.stem_input_grad(
-                grad, stem.weight, size=(h, w), stride=stem.stride, padding=stem.padding
-            )
-        return seen, grad
+            passed = [self._pass(part) for part in _parts(x)]
+        logits = _joined([logits.detach() for _, logits in passed])
+        seen = logits.float()
+        slopes = towards(seen).to(logits.dtype).split([len(logits) for _, logits in passed])
+        size = (x.shape[2], x.shape[3])
+        grads = [self._back(*one, slope, size) for one, slope in zip(passed, slopes, strict=True)]
+        return seen, _joined(grads)
+
+    def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tensor at which the backward pass ends, and the logits."""
+        with passes(self._precision, x.device):
+            if self._stem is None:
+                point = x.detach().requires_grad_()
+                return point, self._climbed(point)
+            network = cast(Network, self._climbed)
+            point = network.stem(x).detach().requires_grad_()
+            return point, network.body(point)
+
+    def _back(self, point: Tensor, logits: Tensor, slope: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the input gradient for images of `size`, from the gradient at the logits."""
+        (grad,) = torch.autograd.grad(logits, point, slope)
+        stem = self._stem
+        if stem is None:
+            return grad.float()
+        return kernels.stem_input_grad(
+            grad.float(), stem.weight, size=size, stride=stem.stride, padding=stem.padding
+        )
 
 
 @dataclass
@@ -118,3 +132,12 @@ def lengths(delta: Tensor, norm: str) -> Tensor:
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Return values [B] in a shape that broadcasts over `like` [B, ...]."""
     return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """Return the parts of a batch that pass the network one after the other."""
+    return [x] if x.device.type != "cpu" else x.split(_AT_ONCE)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
