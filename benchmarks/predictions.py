@@ -23,9 +23,10 @@ def plans(names: Sequence[str] = ("cifar10", "cifar10-pgd10", "cifar10-strong"))
         "bound by memory",
         "share of PGD-10",
     )
-    for gpu in plan.GPUS:
-        for name in names:
-            prediction = plan.plan(recipes.load(name), gpu)
+    gpus = list(plan.GPUS)
+    predicted = [plan.plans(recipes.load(name), gpus) for name in names]
+    for gpu, predictions in zip(gpus, zip(*predicted, strict=True), strict=True):
+        for name, prediction in zip(names, predictions, strict=True):
             cells = [
                 f"`{name}`",
                 gpu,
@@ -57,15 +58,14 @@ def full_scale() -> str:
         if loaded.data.name not in ("mnist", "cifar10", "cifar100"):
             continue
         eps = loaded.threat.eps
-        prediction = plan.plan(loaded, "h100")
         cells = [
             f"`{name}`",
             loaded.model.name,
             f"{eps * 255:.0f}/255" if loaded.data.name != "mnist" else f"{eps:g}",
             f"{loaded.objective.name}, {loaded.attack.steps}",
-            prediction.passes["total"],
+            f"{loaded.passes().total:g}",
             loaded.optim.epochs,
-            f"{prediction.train_minutes:.2g}",
+            f"{plan.training_minutes(loaded, 'h100'):.2g}",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

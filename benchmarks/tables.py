@@ -16,6 +16,8 @@ from .markdown import each, growth, header, short, times
 
 # The comparison in README's table.
 HEADLINE = "compare-curves"
+# The comparisons on the first screen of docs/results.md, and the marks of their tables there.
+SUMMARIES = {"compare-mnist": "summary-mnist", "compare-cifar10-jpeg": "summary-cifar10"}
 
 
 def comparison(rows: list[dict[str, Any]]) -> str:
@@ -363,6 +365,8 @@ def stored() -> dict[str, tuple[str, str]]:
         if path.stem == HEADLINE:
             tables["headline"] = ("README.md", headline(rows))
             tables["summary"] = ("docs/results.md", headline(rows))
+        if path.stem in SUMMARIES:
+            tables[SUMMARIES[path.stem]] = ("docs/results.md", comparison(rows))
     return tables
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import EngineError
 from .dropout import Dropout
+from .flat_linear import FlatLinear
 from .network import Network
 
 
@@ -22,12 +23,12 @@ class TinyCnn(Network):
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1)
         self.conv2 = nn.Conv2d(16, 32, 3, stride=2, padding=1)
         height, width = ((side + 1) // 2 for side in size)
-        self.fc1 = nn.Linear(32 * height * width, 64)
+        self.fc1 = FlatLinear(32 * height * width, 64)
         self.fc2 = nn.Linear(64, classes)
 
     def body(self, h: Tensor) -> Tensor:
         h = self.conv2(h.relu()).relu()
-        return self.fc2(self.fc1(h.flatten(1)).relu())
+        return self.fc2(self.fc1(h).relu())
 
 
 class FastAtMnist(Network):
@@ -52,8 +53,8 @@ class FastAtMnist(Network):
             nn.ReLU(),
             nn.Conv2d(16, 32, 4, stride=2, padding=1),
             nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(32 * (height // 4) * (width // 4), 100),
+            nn.Identity(),  # flattens in the original
+            FlatLinear(32 * (height // 4) * (width // 4), 100),
             nn.ReLU(),
             nn.Linear(100, classes),
         )
@@ -101,7 +102,7 @@ class SmallCnn(Network):
         last = nn.Linear(200, classes)
         self.classifier = nn.Sequential(
             OrderedDict(
-                fc1=nn.Linear(64 * height * width, 200),
+                fc1=FlatLinear(64 * height * width, 200),
                 relu1=nn.ReLU(),
                 drop=Dropout(0.5),
                 fc2=nn.Linear(200, 200),
@@ -119,4 +120,4 @@ class SmallCnn(Network):
     def body(self, h: Tensor) -> Tensor:
         for layer in list(self.feature_extractor)[1:]:
             h = layer(h)
-        return self.classifier(h.flatten(1))
+        return self.classifier(h)

@@ -8,7 +8,7 @@ shortest time of a kernel. No number here is fitted to a measurement.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 
@@ -198,14 +198,27 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
     Raises:
         EngineError: for an unknown GPU.
     """
-    if gpu not in GPUS:
-        raise EngineError(f"unknown --gpu {gpu}: {', '.join(GPUS)}")
-    device = GPUS[gpu]
-    precision = "bf16" if recipe.step.precision == "auto" else recipe.step.precision
+    return plans(recipe, [gpu])[0]
+
+
+def plans(recipe: Recipe, gpus: Sequence[str]) -> list[Plan]:
+    """Predict the recipe's step on each GPU; the step is dispatched once.
+
+    Raises:
+        EngineError: for an unknown GPU.
+    """
+    for gpu in gpus:
+        if gpu not in GPUS:
+            raise EngineError(f"unknown --gpu {gpu}: {', '.join(GPUS)}")
     step, batch = _on_meta(recipe)
     ops = _dispatch(step, batch)
-    cost = _price(ops, device, precision)
-    pgd10 = price(*_on_meta(_pgd10_of(recipe)), device, precision)
+    pgd10_ops = _dispatch(*_on_meta(_pgd10_of(recipe)))
+    return [_plan(recipe, gpu, step, ops, pgd10_ops) for gpu in gpus]
+
+
+def _plan(recipe: Recipe, gpu: str, step: Step, ops: list[_Op], pgd10_ops: list[_Op]) -> Plan:
+    device, precision = GPUS[gpu], _precision(recipe)
+    cost, pgd10 = (_price(each, device, precision) for each in (ops, pgd10_ops))
     images = _training_images(recipe)
     passes = recipe.passes()
     basis = assumptions(device, precision)
@@ -216,7 +229,6 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
         )
     if step.optimiser.name != recipe.optim.name:
         basis.append(f"optim.name = {recipe.optim.name} at the price of {step.optimiser.name}")
-    steps = recipe.optim.epochs * (images // recipe.optim.batch_size)
     return Plan(
         recipe=recipe.name,
         gpu=gpu,
@@ -234,7 +246,7 @@ def plan(recipe: Recipe, gpu: str) -> Plan:
         fused_ms=1e3 * (cost.seconds - sum(cost.fusions.values())),
         products_ms=1e3 * cost.products,
         images_per_second=recipe.optim.batch_size / cost.seconds,
-        train_minutes=steps * cost.seconds / 60,
+        train_minutes=_steps(recipe) * cost.seconds / 60,
         memory_gb={
             **_memory_gb(recipe, step, ops, images, half=precision in ("bf16", "fp16")),
             "extra images": (extra or 0) / 1e9,
@@ -256,6 +268,14 @@ def _training_images(recipe: Recipe) -> int:
     about = facts(recipe)
     left = about.train - recipe.data.held_out(about.train)
     return min(left, recipe.data.train_examples or about.train)
+
+
+def _steps(recipe: Recipe) -> int:
+    return recipe.optim.epochs * (_training_images(recipe) // recipe.optim.batch_size)
+
+
+def _precision(recipe: Recipe) -> str:
+    return "bf16" if recipe.step.precision == "auto" else recipe.step.precision
 
 
 def _extra_pixels(recipe: Recipe) -> int | None:
@@ -292,8 +312,12 @@ def _memory_gb(
 
 def predicted(recipe: Recipe, gpu: str) -> float:
     """Predict a captured step of the recipe alone [ms], for a GPU of `GPUS`."""
-    precision = "bf16" if recipe.step.precision == "auto" else recipe.step.precision
-    return 1e3 * price(*_on_meta(recipe), GPUS[gpu], precision).seconds
+    return 1e3 * price(*_on_meta(recipe), GPUS[gpu], _precision(recipe)).seconds
+
+
+def training_minutes(recipe: Recipe, gpu: str) -> float:
+    """Predict the whole training on a GPU of `GPUS` [minutes], evaluation left out."""
+    return _steps(recipe) * predicted(recipe, gpu) / 60e3
 
 
 def price(step: Step, batch: Batch, device: Gpu, precision: str) -> Price:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from engine import L2, Linf, ThreatModel
 from engine.evaluation.autoattack import ensemble
+from engine.evaluation.autoattack import square as square_module
 from engine.evaluation.autoattack.apgd import apgd, checkpoints
 from engine.evaluation.autoattack.fab import fab
 from engine.evaluation.autoattack.losses import CrossEntropy, LogitDifference, TargetedDLR
@@ -113,8 +114,35 @@ def test_fab_finds_the_packages_adversaries(trained):
     nearest = judge.attack_single_run(x, y, is_targeted=True)
     reach = lengths(nearest - x, "Linf")
     broken = (net(nearest).argmax(1) != y) & (reach <= THREATS[0].eps)
-    rows, _ = fab(Oracle(net), x, y, target, THREATS[0], steps=100)
+    rows, _ = fab(Oracle(net), x, y, target[:, None], THREATS[0], steps=100)
     assert torch.equal(as_mask(rows, x), broken)
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_fab_walks_to_several_targets_at_once(trained, threat):
+    """The images that fall are those that one target after the other would take."""
+    net, x, y = trained
+    oracle, targets = Oracle(net), net(x).sort(1, descending=True)[1][:, 1:6]
+    words = {"threat": threat, "steps": 30}
+    each = [as_mask(fab(oracle, x, y, one, **words)[0], x) for one in targets.split(1, 1)]
+    rows, found = fab(oracle, x, y, targets, **words)
+    assert sum(int(mask.sum()) for mask in each) > len(rows) > max(int(m.sum()) for m in each)
+    assert len(rows.unique()) == len(rows)
+    assert torch.equal(as_mask(rows, x), torch.stack(each).any(0))
+    assert (net(found).argmax(1) != y[rows]).all()
+    assert (lengths(found - x[rows], threat.norm) <= threat.eps).all()
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_the_size_of_a_batch_decides_only_how_many_targets_share_a_pass(trained, threat):
+    net, x, y = trained
+    rows, clean = torch.arange(len(x)), net(x)
+    found = []
+    for size in (1, 2 * len(x), 500):
+        attacks = ensemble._attacks(Oracle(net), x, y, clean, threat, "standard", SEED, size)
+        found.append(as_mask(attacks["fab-t"](rows)[0], x))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("rows", [1, 64, 4096])
@@ -127,6 +155,27 @@ def test_square_tries_the_packages_windows(trained, rows):
     assert int(broken.sum()) > 4
     assert torch.equal(as_mask(found, x), broken)
     same_adversaries(adversaries, wanted[found], share=1.0)
+
+
+def test_square_changes_the_pixels_of_its_windows():
+    """Windows of all sizes in one pass, on oblong images of three channels."""
+    torch.manual_seed(2)
+    x, eps, queries = torch.rand(4, 3, 9, 12), 0.1, 300
+    low, high = (x - eps).clamp(min=0.0), (x + eps).clamp(max=1.0)
+    best = torch.where(torch.rand_like(x) < 0.5, low, high)
+    order = torch.tensor([[0, 1], [11, 299], [60, 250], [298, 5]])
+    windows = square_module._draw_windows(x, eps, queries, draw())
+    search = square_module._Search(None, low, high, None, best, None, None)
+    found = square_module._changed(search, windows, order)
+    for image, queue in enumerate(order.tolist()):
+        for place, query in enumerate(queue):
+            wanted = best[image].clone()
+            top, left, side = (int(t[query]) for t in (windows.top, windows.left, windows.side))
+            part = (slice(None), slice(top, top + side), slice(left, left + side))
+            moved = wanted[part] + windows.change[query][:, None, None]
+            wanted[part] = moved.maximum(low[image][part]).minimum(high[image][part])
+            assert torch.equal(found[image, place], wanted)
+            assert not torch.equal(wanted, best[image])
 
 
 def test_square_in_l2_tries_the_packages_windows(trained):

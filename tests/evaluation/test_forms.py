@@ -54,6 +54,18 @@ def test_a_network_without_batch_norm_stays():
     assert prepared(net, x) is not net
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_prepared_form_has_the_librarys_layout(layout):
+    """Weights in channels_last stay so in the network; its form gives the same logits."""
+    net, x = trained("tiny-cnn")
+    net = net.to(memory_format=layout)
+    form = prepared(net, x)
+    torch.testing.assert_close(form(x), net(x), rtol=1e-4, atol=1e-5)
+    assert net.conv2.weight.is_contiguous(memory_format=layout)
+    # A permuted weight in the frozen graph is a constant: no pass lays the maps out again.
+    assert "permute" not in str(form.graph)
+
+
 def test_a_network_that_keeps_a_batch_norm_is_not_prepared():
     net, x = trained("preact-resnet18", width=8)
     form = folded(net, x)

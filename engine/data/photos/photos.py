@@ -211,7 +211,11 @@ def shifted(image: np.ndarray, crop: Sequence[int]) -> np.ndarray:
         out = np.zeros_like(image)
         out[:, into[0], into[1]] = image[:, source[0], source[1]]
         image = out
-    return image[:, :, ::-1] if mirrored else image
+    if not mirrored:
+        return image
+    # torch's kernel mirrors bytes faster than NumPy divides rows that lie backwards in memory. It
+    # takes arrays that can be written to, and Pillow's cannot.
+    return torch.from_numpy(np.require(image, requirements="W")).flip(2).numpy()
 
 
 def as_floats(x: Tensor, device: torch.device | str = "cpu") -> Tensor:

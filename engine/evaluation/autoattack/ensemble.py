@@ -129,8 +129,8 @@ def _attacks(
     """
     classes = clean.shape[1]
     targets = min(TARGETS, classes - 1)
-    # Column -r holds the class with the r-th largest logit.
-    ranked = clean.sort(dim=1)[1][:, -(targets + 1) :]
+    # Column i holds the class with the logit that is largest after i + 1 others.
+    ranked = clean.sort(dim=1)[1].flip(1)[:, 1 : targets + 1]
 
     def climb(rows: Tensor, loss: Loss, draw: torch.Generator) -> _Found:
         return apgd(oracle, x[rows], loss, threat, steps=STEPS, draw=draw)
@@ -141,11 +141,17 @@ def _attacks(
     def apgd_difference(rows: Tensor, draw: torch.Generator, _: int) -> _Found:
         return climb(rows, LogitDifference(y[rows]), draw)
 
-    def apgd_t(rows: Tensor, draw: torch.Generator, rank: int) -> _Found:
-        return climb(rows, TargetedDLR(y[rows], ranked[rows, -rank]), draw)
+    def apgd_t(rows: Tensor, draw: torch.Generator, number: int) -> _Found:
+        return climb(rows, TargetedDLR(y[rows], ranked[rows, number]), draw)
 
-    def fab_t(rows: Tensor, draw: torch.Generator, rank: int) -> _Found:
-        return fab(oracle, x[rows], y[rows], ranked[rows, -rank], threat, steps=STEPS)
+    def fab_t(rows: Tensor) -> _Found:
+        at_once = max(1, batch_size // max(1, len(rows)))
+
+        def towards(rows: Tensor, draw: torch.Generator, number: int) -> _Found:
+            some = ranked[rows, number : number + at_once]
+            return fab(oracle, x[rows], y[rows], some, threat, steps=STEPS)
+
+        return tried(towards, range(0, targets, at_once))(rows)
 
     def random_search(rows: Tensor, draw: torch.Generator, _: int) -> _Found:
         if threat.norm == "L2":
@@ -155,14 +161,14 @@ def _attacks(
     def tried(once: _Once, tries: range) -> Attack:
         return lambda rows: _repeat(rows, once, tries, torch.Generator().manual_seed(seed), x[:0])
 
-    single, ranks = range(1), range(2, targets + 2)
+    single = range(1)
     attacks = {"apgd-ce": tried(apgd_ce, range(5 if version == "apgd" else 1))}
     if classes >= 4:
-        attacks["apgd-t"] = tried(apgd_t, ranks)
+        attacks["apgd-t"] = tried(apgd_t, range(targets))
     else:
         attacks["apgd-difference"] = tried(apgd_difference, single)
     if version == "standard":
-        attacks |= {"fab-t": tried(fab_t, ranks), "square": tried(random_search, single)}
+        attacks |= {"fab-t": fab_t, "square": tried(random_search, single)}
     return attacks
 
 

@@ -22,7 +22,7 @@ _BACK = 0.9
 
 @dataclass
 class _State(Attacked):
-    """Hold the images under attack: position in the batch, clean image, label, target, iterate."""
+    """Hold the walks: the image's position in the batch, clean image, label, target, iterate."""
 
     image: Tensor
     clean: Tensor
@@ -32,18 +32,23 @@ class _State(Attacked):
 
 
 def fab(
-    oracle: Oracle, x: Tensor, y: Tensor, target: Tensor, threat: ThreatModel, *, steps: int
+    oracle: Oracle, x: Tensor, y: Tensor, targets: Tensor, threat: ThreatModel, *, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Attack a batch towards one target class an image, from the clean images.
+    """Attack a batch from the clean images, each image towards T target classes at once.
+
+    No walk depends on another, and the attack draws no random numbers. So the walks towards all
+    targets share their passes. When one of them ends in an adversary, the image is done.
 
     Args:
-        x: float32 [B, C, H, W] in [0, 1], classified rightly; y, target: int64 [B].
+        x: float32 [B, C, H, W] in [0, 1], classified rightly; y: int64 [B].
+        targets: int64 [B, T], T >= 1.
         steps: iterations, >= 1.
     Returns:
         Positions int64 [F] of the images that fell, and an adversary of each in its threat ball.
     """
-    state = _State(torch.arange(len(x), device=x.device), x, y, target, x)
-    fallen = [(state.image[:0], x[:0])]
+    image = torch.arange(len(x), device=x.device).repeat_interleave(targets.shape[1])
+    state = _State(image, x[image], y[image], targets.flatten(), x[image])
+    fallen = [(image[:0], x[:0])]
     for _ in range(steps):
         if len(state.image) == 0:
             break
@@ -53,12 +58,18 @@ def fab(
         # An adversary too far away: the search goes on nearer to the clean image.
         back = state.clean + _BACK * (state.point - state.clean)
         if broken.any():
-            fallen.append((state.image[broken], state.point[broken]))
+            fallen.append(_one_each(state.image[broken], state.point[broken]))
         state.point = torch.where(per_sample(wrong, back), back, state.point)
         if broken.any():
-            state.keep(~broken)
+            state.keep(~torch.isin(state.image, fallen[-1][0]))
     images, adversaries = zip(*fallen, strict=True)
     return torch.cat(images), torch.cat(adversaries)
+
+
+def _one_each(images: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each image once, with the first of its points; `images` [N] is sorted."""
+    once, counts = images.unique_consecutive(return_counts=True)
+    return once, points[counts.cumsum(0) - counts]
 
 
 def _advance(oracle: Oracle, state: _State, threat: ThreatModel) -> Tensor:

@@ -86,7 +86,9 @@ def square(
         broken = search.margin <= 0
         if broken.any():
             fallen.append((search.image[broken], search.best[broken]))
-        search.keep(~broken & (search.query < queries))
+        stays = ~broken & (search.query < queries)
+        if not stays.all():
+            search.keep(stays)
         if len(search.image) == 0:
             break
         depth = max(1, min(int(0.3 / accepted), rows // len(search.image)))
@@ -157,13 +159,24 @@ def _try(
 
 
 def _changed(search: _Search, windows: _Windows, order: Tensor) -> Tensor:
-    """Return each image's best point with each of its next windows changed, [B, depth, C, H, W]."""
-    _, _, h, w = search.best.shape
-    side = windows.side[order][..., None]
-    rows = torch.arange(h, device=order.device) - windows.top[order][..., None]
-    columns = torch.arange(w, device=order.device) - windows.left[order][..., None]
-    inside = ((rows >= 0) & (rows < side))[..., :, None]
-    inside = inside & ((columns >= 0) & (columns < side))[..., None, :]
-    best, low, high = (t[:, None] for t in (search.best, search.low, search.high))
-    change = windows.change[order][..., None, None] * inside[:, :, None]
-    return torch.minimum(torch.maximum(best + change, low), high)
+    """Return each image's best point with each of its next windows changed, [B, depth, C, H, W].
+
+    Only the pixels of the windows are computed: late windows have four pixels of an image.
+    """
+    b, c, _, w = search.best.shape
+    depth, side = order.shape[1], windows.side[order]
+    # A window smaller than the largest one writes its last row and column again.
+    cells = torch.arange(int(side.max()), device=order.device)
+    cells = torch.minimum(cells, side[..., None] - 1)
+    rows, columns = (start[order][..., None] + cells for start in (windows.top, windows.left))
+    pixels = (rows[..., :, None] * w + columns[..., None, :]).view(b, 1, -1).expand(-1, c, -1)
+    best, low, high = (
+        t.flatten(2).gather(2, pixels).view(b, c, depth, -1)
+        for t in (search.best, search.low, search.high)
+    )
+    change = windows.change[order].transpose(1, 2)[..., None]
+    values = torch.minimum(torch.maximum(best + change, low), high).transpose(1, 2)
+    points = search.best[:, None].repeat(1, depth, 1, 1, 1)
+    pixels = pixels.view(b, c, depth, -1).transpose(1, 2)
+    points.flatten(3).scatter_(3, pixels, values)
+    return points
