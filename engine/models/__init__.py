@@ -165,7 +165,7 @@ def _made(
     except EngineError:
         raise
     except Exception as error:
-        if drop_path is not None and any(word in str(error) for word in DROP_PATH):
+        if drop_path is not None and DROP_PATH in str(error):
             raise EngineError(f"network {name} has no drop-path: drop model.drop_path") from error
         shape = "x".join(map(str, (in_channels, *size)))
         raise EngineError(

@@ -16,8 +16,8 @@ from ..errors import EngineError
 Source = Callable[[str, int, tuple[int, int], int, float | None], nn.Module]
 
 
-# The packages' keywords for it.
-DROP_PATH = ("drop_path_rate", "stochastic_depth_prob")
+# timm's keyword for it.
+DROP_PATH = "drop_path_rate"
 
 
 def _timm(
@@ -28,7 +28,7 @@ def _timm(
     options: dict[str, Any] = {"pretrained": False, "num_classes": classes}
     options["in_chans"] = in_channels
     if drop_path is not None:
-        options["drop_path_rate"] = drop_path
+        options[DROP_PATH] = drop_path
     return _sized(lambda **size: timm.create_model(name, **options, **size), img_size=size)
 
 
@@ -43,12 +43,25 @@ def _torchvision(
             "timm's networks take any number"
         )
 
-    options = {} if drop_path is None else {"stochastic_depth_prob": drop_path}
-
     def make(**image_size: int) -> nn.Module:
-        return models.get_model(name, weights=None, num_classes=classes, **options, **image_size)
+        return models.get_model(name, weights=None, num_classes=classes, **image_size)
 
-    return _sized(make, image_size=size[0]) if size[0] == size[1] else make()
+    net = _sized(make, image_size=size[0]) if size[0] == size[1] else make()
+    return net if drop_path is None else _with_drop_path(name, net, drop_path)
+
+
+def _with_drop_path(name: str, net: nn.Module, drop_path: float) -> nn.Module:
+    """Scale the probabilities of torchvision's drop-path, so that the largest is `drop_path`.
+
+    Not every network of torchvision takes the probability: its Swin networks set their own.
+    """
+    dropped: list[Any] = [m for m in net.modules() if type(m).__name__ == "StochasticDepth"]
+    largest = max((m.p for m in dropped), default=0.0)
+    if not largest:
+        raise EngineError(f"network torchvision/{name} has no drop-path: drop model.drop_path")
+    for m in dropped:
+        m.p *= drop_path / largest
+    return net
 
 
 SOURCES: dict[str, Source] = {"timm": _timm, "torchvision": _torchvision}
