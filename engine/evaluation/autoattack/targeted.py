@@ -58,5 +58,5 @@ def apgd_targeted(
         draw.set_state(states[first])
         left = left[~torch.isin(left, fell)]
         turn, width = turn + first + 1, 1
-    images, adversaries = zip(*fallen, strict=True)
-    return torch.cat(images), torch.cat(adversaries)
+    positions, adversaries = zip(*fallen, strict=True)
+    return torch.cat(positions), torch.cat(adversaries)
