@@ -108,9 +108,8 @@ def prepared(model: nn.Module, example: Tensor) -> nn.Module:
             # A network that looks at values on the host would be frozen on this example's way.
             warnings.simplefilter("error", torch.jit.TracerWarning)
             # The library chooses its layouts itself; channels_last weights would cost it time.
-            plain = copy.deepcopy(model)
-            for t in plain.parameters():
-                t.data = t.data.contiguous()
+            plain: Any = copy.deepcopy(model)
+            plain = plain.to(memory_format=torch.contiguous_format)
             traced = torch.jit.trace(plain, example[:2], check_trace=False)
             frozen = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
         return frozen if _same(model, frozen, example) else model
