@@ -127,7 +127,7 @@ class Wider(FastAtMnist):
                 self.add_module(name, nn.Conv2d(ins, outs, kernel, stride, padding))  # type: ignore[arg-type]
             elif isinstance(layer, nn.Linear):
                 outs = layer.out_features * (1 if name == last else width)
-                self.add_module(name, nn.Linear(layer.in_features * width, outs))
+                self.add_module(name, type(layer)(layer.in_features * width, outs))
 
 
 def step_of(point: Point, device: torch.device, world: World = _ALONE) -> tuple[Step, Batch]:

@@ -152,7 +152,7 @@ def _attacks(rows: Sequence[Row]) -> str:
     names = {
         "autoattack": "accuracy under AutoAttack",
         "pgd": "accuracy under PGD",
-        "val_pgd": "accuracy under PGD on held-out training images",
+        "val_pgd": "accuracy under PGD on held-out images",
     }
     scores = dict.fromkeys(score_of(row) for row in rows)
     return " or ".join(names[score] for score in scores if score) or "not measured"
