@@ -38,7 +38,8 @@ from engine.threat import Linf
 
 log = logging.getLogger(__name__)
 
-# More batches than any loader reads ahead: DALI two, torch two for each of two processes.
+# More batches than any loader reads ahead: DALI two, of pictures three, and torch two for each of two
+# processes.
 _AHEAD = 5
 _STRETCH = 24
 
@@ -73,7 +74,7 @@ class Jpegs:
     step: str | None = None
 
 
-JPEGS = Jpegs(count=512, size=(375, 500), side=224, batch=64, stretch=8, step="imagenet-resnet50")
+JPEGS = Jpegs(count=512, size=(375, 500), side=224, batch=64, stretch=16, step="imagenet-resnet50")
 # Files of 75 kB on average.
 _QUALITY = 92
 

@@ -71,7 +71,7 @@ class _Recycled:
 
 
 class DaliPhotoLoader(PhotoLoader):
-    """Give batches through a DALI pipeline that reads two batches ahead.
+    """Give batches through a DALI pipeline that reads three batches ahead.
 
     Args:
         workers: DALI's threads, and as many that scale.
@@ -210,7 +210,8 @@ class DaliPhotoLoader(PhotoLoader):
             batch_size=self.sampling.batch_size,
             num_threads=self.workers,
             device_id=(self.device.index or 0) if self._on_gpu else None,
-            prefetch_queue_depth=2,
+            # Pictures differ in size, so batches differ in time: a third one keeps both threads busy.
+            prefetch_queue_depth=3,
         )
         def pipeline() -> Any:
             paths, corners, sides = fn.external_source(
