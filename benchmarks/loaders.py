@@ -38,8 +38,8 @@ from engine.threat import Linf
 
 log = logging.getLogger(__name__)
 
-# More batches than any loader reads ahead: DALI two, of pictures three, and torch two for each of two
-# processes.
+# More batches than any loader reads ahead: DALI two, of pictures three, and torch two for each of
+# two processes.
 _AHEAD = 5
 _STRETCH = 24
 

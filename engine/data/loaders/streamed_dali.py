@@ -210,7 +210,7 @@ class DaliPhotoLoader(PhotoLoader):
             batch_size=self.sampling.batch_size,
             num_threads=self.workers,
             device_id=(self.device.index or 0) if self._on_gpu else None,
-            # Pictures differ in size, so batches differ in time: a third one keeps both threads busy.
+            # Pictures differ in size, so batches differ in time: a third keeps the threads busy.
             prefetch_queue_depth=3,
         )
         def pipeline() -> Any:
