@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,26 @@ SMALL_CNN = [
 FAST_AT = [(16, 1, 4, 4), (16,), (32, 16, 4, 4), (32,), (100, 1568), (100,), (10, 100), (10,)]
 
 
+def _agree(
+    lists: Sequence[list[Tensor]],
+    step: Callable[..., object],
+    exact: Callable[..., object],
+    rest: tuple[Any, ...],
+) -> None:
+    """Check an optimiser's step against the reference in float64, on copies of `lists`.
+
+    Args:
+        rest: what `exact` takes after the lists.
+    """
+    narrow = [[t.clone() for t in ts] for ts in lists]
+    wide = [[t.double() for t in ts] for ts in lists]
+    step(*narrow)
+    exact(*wide, *rest)
+    for ours, theirs in zip(narrow, wide, strict=True):
+        for a, e in zip(ours, theirs, strict=True):
+            close(a, e)
+
+
 def sgd_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
     params, grads, momenta, averages = ([torch.randn(s) for s in shapes] for _ in range(4))
     lr, zero, decay = torch.tensor(0.1), torch.tensor(0.0), [5e-4] * len(shapes)
@@ -29,16 +50,8 @@ def sgd_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         kernels.sgd_ema_step(*lists, lr=lr, found_inf=zero, weight_decay=decay, ema_decay=0.999)
 
     def check() -> None:
-        lists = (params, grads, momenta, averages)
-        narrow = [[t.clone() for t in ts] for ts in lists]
-        wide = [[t.double() for t in ts] for ts in lists]
-        step(*narrow)
         rest = (lr.double(), zero.double(), 0.9, decay, False, torch.tensor(0.999))
-        arguments: tuple[Any, ...] = (*wide, *rest)
-        reference.sgd_ema_step(*arguments)
-        for ours, exact in zip(narrow, wide, strict=True):
-            for a, e in zip(ours, exact, strict=True):
-                close(a, e)
+        _agree((params, grads, momenta, averages), step, reference.sgd_ema_step, rest)
 
     return Case(
         "sgd_ema_step",
@@ -77,17 +90,9 @@ def adamw_case(label: str, shapes: list[tuple[int, ...]]) -> Case:
         torch._foreach_lerp_(followed, [p.detach() for p in foreign], 0.001)
 
     def check() -> None:
-        lists = (params, grads, first, second, averages)
-        narrow = [[t.clone() for t in ts] for ts in lists]
-        wide = [[t.double() for t in ts] for ts in lists]
-        step(*narrow)
-        rest = (lr.double(), count.double(), zero.double(), 0.9, 0.999, 1e-8)
-        decays = [decay] * len(shapes)
-        arguments: tuple[Any, ...] = (*wide, *rest, decays, torch.tensor(0.999))
-        reference.adamw_ema_step(*arguments)
-        for ours, exact in zip(narrow, wide, strict=True):
-            for a, e in zip(ours, exact, strict=True):
-                close(a, e)
+        scalars = (lr.double(), count.double(), zero.double(), 0.9, 0.999, 1e-8)
+        rest = (*scalars, [decay] * len(shapes), torch.tensor(0.999))
+        _agree((params, grads, first, second, averages), step, reference.adamw_ema_step, rest)
 
     return Case(
         "adamw_ema_step",

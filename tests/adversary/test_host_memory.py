@@ -20,20 +20,24 @@ from ..conftest import Tiny, blobs
 SHAPE = (1, 6, 6)
 
 
-def trained(memory, threat, *, loader="torch", replays=1):
-    """Train three epochs and return the trainer's step."""
+def stepping(memory, threat, rates):
     torch.manual_seed(0)
-    images, labels = blobs(64)
-    feed = loaders.build(loader, images, labels, 16, seed=2, pad=1, flip=True, replays=replays)
     model = Tiny(batch_norm=True)
-    step = Step(
+    return Step(
         model,
         objective=PGD(),
         threat=threat,
         attack=Attack(steps=1, start="memory"),
-        optimiser=Optimiser(model, lr=Schedule().rates(0.1, 3 * len(feed))),
+        optimiser=Optimiser(model, lr=rates),
         memory=memory,
     )
+
+
+def trained(memory, threat, *, loader="torch", replays=1):
+    """Train three epochs and return the trainer's step."""
+    images, labels = blobs(64)
+    feed = loaders.build(loader, images, labels, 16, seed=2, pad=1, flip=True, replays=replays)
+    step = stepping(memory, threat, Schedule().rates(0.1, 3 * len(feed)))
     Trainer(step, feed, epochs=3).run()
     feed.close()
     return step
@@ -173,16 +177,7 @@ def test_it_holds_extra_images_too(tmp_path, monkeypatch, resident_extra):
     threat = Linf(0.1)
     memory = HostMemory(84, SHAPE, threat, batch=16, folder=tmp_path / "memory", seed=1)
     memory.begin()
-    torch.manual_seed(0)
-    model = Tiny(batch_norm=True)
-    step = Step(
-        model,
-        objective=PGD(),
-        threat=threat,
-        attack=Attack(steps=1, start="memory"),
-        optimiser=Optimiser(model, lr=[0.1] * len(feed)),
-        memory=memory,
-    )
+    step = stepping(memory, threat, [0.1] * len(feed))
     step.train()
     seen: set[int] = set()
     for batch in feed.epoch(0):
