@@ -17,11 +17,21 @@ from .foreign import one_line, wrap
 from .narrow import avoid_strides
 from .network import Network, Stem, stem_of
 from .resnet import PreActResNet18, ResNet18
-from .small import FastAtMnist, SmallCnn, TinyCnn
+from .small import Chain, FastAtMnist, SmallCnn, TinyCnn
 from .sources import DROP_PATH, SOURCES
 from .wide_resnet import WideResNet28x10, WideResNet34x10
 
-__all__ = ["MODELS", "Network", "Stem", "build", "is_known", "names", "register", "stem_of"]
+__all__ = [
+    "MODELS",
+    "Chain",
+    "Network",
+    "Stem",
+    "build",
+    "is_known",
+    "names",
+    "register",
+    "stem_of",
+]
 
 # Each is called with (in_channels, (height, width), classes); those of `_WIDE` take `width` too.
 MODELS: dict[str, Callable[..., Network]] = {

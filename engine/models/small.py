@@ -12,7 +12,21 @@ from .flat_linear import FlatLinear
 from .network import Network
 
 
-class TinyCnn(Network):
+class Chain(Network):
+    """Apply layers one after the other to the stem's output."""
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers after the stem, in their order."""
+        raise NotImplementedError
+
+    def body(self, h: Tensor) -> Tensor:
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
+
+class TinyCnn(Chain):
     """Stack two convolutions and two linear layers, for images of any size.
 
     The network is meant for scikit-learn's 8x8 digits.
@@ -25,13 +39,14 @@ class TinyCnn(Network):
         height, width = ((side + 1) // 2 for side in size)
         self.fc1 = FlatLinear(32 * height * width, 64)
         self.fc2 = nn.Linear(64, classes)
+        self.relu = nn.ReLU()
 
-    def body(self, h: Tensor) -> Tensor:
-        h = self.conv2(h.relu()).relu()
-        return self.fc2(self.fc1(h).relu())
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [self.relu, self.conv2, self.relu, self.fc1, self.relu, self.fc2]
 
 
-class FastAtMnist(Network):
+class FastAtMnist(Chain):
     """Build the MNIST network of "Fast is better than free" (Wong, Rice, Kolter, arXiv 2001.03994).
 
     The original is an nn.Sequential, so the layers' names are numbers. Height and width must be
@@ -61,13 +76,12 @@ class FastAtMnist(Network):
         for number, layer in enumerate(layers):
             self.add_module(str(number), layer)
 
-    def body(self, h: Tensor) -> Tensor:
-        for layer in list(self.children())[1:]:
-            h = layer(h)
-        return h
+    @property
+    def layers(self) -> list[nn.Module]:
+        return list(self.children())[1:]
 
 
-class SmallCnn(Network):
+class SmallCnn(Chain):
     """Build the MNIST network of TRADES (Zhang et al., arXiv 1901.08573), for 16x16 or more.
 
     The initialisation is the original's: Kaiming-normal convolutions and a last layer of zeros. So
@@ -117,7 +131,6 @@ class SmallCnn(Network):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def body(self, h: Tensor) -> Tensor:
-        for layer in list(self.feature_extractor)[1:]:
-            h = layer(h)
-        return self.classifier(h)
+    @property
+    def layers(self) -> list[nn.Module]:
+        return [*list(self.feature_extractor)[1:], *self.classifier]

@@ -206,6 +206,23 @@ def test_square_tries_the_packages_windows(trained, rows):
     same_adversaries(adversaries, wanted[found], share=1.0)
 
 
+def test_square_passes_no_window_that_changes_no_pixel():
+    """The radius is below a float32's last bit, and the network takes no empty batch."""
+    x, calls = torch.full((6, 3, 8, 8), 0.5), []
+
+    class Counted(nn.Module):
+        def forward(self, x):
+            calls.append(len(x))
+            return x.flatten(1)[:, :2]
+
+    y = torch.zeros(6, dtype=torch.int64)
+    x[:, 0, 0, 0] = 0.75
+    options = {"queries": 50, "rows": 100, "draw": draw()}
+    found, _ = square(Oracle(Counted()), x, y, Linf(1e-9), **options)
+    assert len(found) == 0
+    assert calls == [6]
+
+
 def test_square_changes_the_pixels_of_its_windows():
     """Windows of all sizes in one pass, on oblong images of three channels."""
     torch.manual_seed(2)
@@ -215,7 +232,10 @@ def test_square_changes_the_pixels_of_its_windows():
     order = torch.tensor([[0, 1], [11, 299], [60, 250], [298, 5]])
     windows = square_module._draw_windows(x, eps, queries, draw())
     search = square_module._Search(None, low, high, None, best, None, None)
-    found = square_module._changed(search, windows, order)
+    pixels, values, moved = square_module._changed(search, windows, order)
+    points = best[:, None].repeat(1, 2, 1, 1, 1)
+    points.flatten(3).scatter_(3, pixels, values)
+    assert torch.equal(moved, (points != best[:, None]).flatten(2).any(2))
     for image, queue in enumerate(order.tolist()):
         for place, query in enumerate(queue):
             wanted = best[image].clone()
@@ -223,7 +243,7 @@ def test_square_changes_the_pixels_of_its_windows():
             part = (slice(None), slice(top, top + side), slice(left, left + side))
             moved = wanted[part] + windows.change[query][:, None, None]
             wanted[part] = moved.maximum(low[image][part]).minimum(high[image][part])
-            assert torch.equal(found[image, place], wanted)
+            assert torch.equal(points[image, place], wanted)
             assert not torch.equal(wanted, best[image])
 
 

@@ -13,6 +13,7 @@ from ... import kernels
 from ...device.precision import passes
 from ...models import Network, stem_of
 from .forms import folded, prepared
+from .windowed import windowed
 
 TowardsLogits = Callable[[Tensor], Tensor]
 
@@ -32,6 +33,7 @@ class Oracle:
     Attributes:
         forward_images, gradient_images: images of all forward passes without a gradient, and of all
             passes with one [count].
+        windowed: the form of the network for points that differ in a window, or None.
     """
 
     def __init__(
@@ -39,9 +41,11 @@ class Oracle:
     ) -> None:
         self.model, self._precision = model, precision
         self._forward = self._climbed = model
+        self.windowed = None
         if example is not None:
             self._climbed = folded(model, example)
             self._forward = prepared(self._climbed, example)
+            self.windowed = windowed(self._climbed, example)
         self._stem = stem_of(self._climbed)
         self.forward_images = self.gradient_images = 0
 
@@ -104,6 +108,40 @@ class Oracle:
         return kernels.stem_input_grad(
             grad.float(), stem.weight, size=size, stride=stem.stride, padding=stem.padding
         )
+
+
+class Nearby:
+    """Answer for points near known images, which move at times.
+
+    Args:
+        x: the known images [B, C, H, W].
+    """
+
+    def __init__(self, oracle: Oracle, x: Tensor) -> None:
+        self._oracle, self._form = oracle, oracle.windowed
+        self._maps = [] if self._form is None else self._form.maps(x)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all known images but `rows`, bool [B]."""
+        self._maps = [maps[rows] for maps in self._maps]
+
+    def move(self, rows: Tensor, x: Tensor) -> None:
+        """Replace the known images at `rows`, bool [B], by those of x [B, C, H, W]."""
+        if self._form is not None and rows.any():
+            for maps, moved in zip(self._maps, self._form.maps(x[rows]), strict=True):
+                maps[rows] = moved
+
+    def logits(self, points: Tensor, row: Tensor, corner: Sequence[Tensor], side: int) -> Tensor:
+        """Return the logits [N, K] at points that differ from known images in one window each.
+
+        Args:
+            points: [N, C, H, W]; row: int64 [N], the known image of each.
+            corner, side: of the windows, as in `Windowed.logits`.
+        """
+        if self._form is None or not self._form.worthwhile(side):
+            return self._oracle.logits(points)
+        self._oracle.forward_images += len(points)
+        return self._form.logits(points, self._maps, row, corner, side)
 
 
 @dataclass

@@ -5,7 +5,8 @@ search" (arXiv 1912.00049), with the margin loss and the window schedule of arXi
 
 The windows of all queries are drawn beforehand and an image accepts few of them. So a pass tries
 several queries of an image at once, as if the earlier ones had been refused; from an accepted query
-on the image tries again. Every image meets the same queries in the same order as one by one.
+on the image tries again. Every image meets the same queries in the same order as one by one. A
+query that changes no pixel cannot be accepted, and does not pass the network.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...threat import ThreatModel
-from .oracle import Attacked, Oracle, margin, per_sample
+from .oracle import Attacked, Nearby, Oracle, margin
 
 _FIRST_SHARE = 0.8  # share of the image that the first windows cover
 # The share halves after these queries, however many there are: AutoAttack ends at 5,000.
@@ -79,9 +80,11 @@ def square(
         margin=margin(oracle.logits(start), y),
         query=torch.zeros(len(x), dtype=torch.int64, device=x.device),
     )
+    near = Nearby(oracle, start)
     fallen = [(search.image[:0], x[:0])]
-    # Accepted queries a tried one, lately: it decides how many are tried at once.
-    accepted = 1.0
+    # Of the queries tried lately, the shares that were accepted and that passed the network. They
+    # decide how many are tried at once.
+    accepted = passed = 1.0
     while True:
         broken = search.margin <= 0
         if broken.any():
@@ -89,11 +92,13 @@ def square(
         stays = ~broken & (search.query < queries)
         if not stays.all():
             search.keep(stays)
+            near.keep(stays)
         if len(search.image) == 0:
             break
-        depth = max(1, min(int(0.3 / accepted), rows // len(search.image)))
-        tried, taken = _try(oracle, search, windows, depth, queries)
-        accepted = 0.9 * accepted + 0.1 * max(taken / max(tried, 1), 1e-3)
+        depth = max(1, min(int(0.3 / accepted), int(rows / (len(search.image) * passed))))
+        tried, points, taken = _try(near, search, windows, depth, queries)
+        accepted = 0.9 * accepted + 0.1 * max(taken / tried, 1e-3)
+        passed = 0.9 * passed + 0.1 * max(points / (depth * len(search.image)), 0.1)
     images, adversaries = zip(*fallen, strict=True)
     return torch.cat(images), torch.cat(adversaries)
 
@@ -134,34 +139,50 @@ def _draw_windows(x: Tensor, eps: float, queries: int, draw: torch.Generator) ->
 
 
 def _try(
-    oracle: Oracle, search: _Search, windows: _Windows, depth: int, queries: int
-) -> tuple[int, int]:
+    near: Nearby, search: _Search, windows: _Windows, depth: int, queries: int
+) -> tuple[int, int, int]:
     """Try the next `depth` queries of every image.
 
     Returns:
-        How many queries were tried, and how many were accepted.
+        How many queries were tried, how many points passed the network, and how many queries were
+        accepted.
     """
     count = len(search.image)
     order = search.query[:, None] + torch.arange(depth, device=search.query.device)
     real = order < queries
-    points = _changed(search, windows, order.clamp(max=queries - 1))
-    logits = oracle.logits(points.flatten(0, 1))
-    margins = margin(logits, search.y.repeat_interleave(depth)).view(count, depth)
-    better = ((margins < search.margin[:, None]) | (margins <= 0)) & real
+    order = order.clamp(max=queries - 1)
+    pixels, values, moved = _changed(search, windows, order)
+    image, place = (moved & real).nonzero(as_tuple=True)
+    if len(image) == 0:
+        search.query = search.query + depth
+        return count * depth, 0, 0
+    points = search.best[image]
+    points.flatten(2).scatter_(2, pixels[image, place], values[image, place])
+    query = order[image, place]
+    corner, side = (windows.top[query], windows.left[query]), int(windows.side[order].max())
+    logits = near.logits(points, image, corner, side)
+    # A query that moves no pixel leaves the margin as it is, so it is refused without a pass.
+    margins = search.margin.new_full((count, depth), float("inf"))
+    margins[image, place] = margin(logits, search.y[image])
+    better = (margins < search.margin[:, None]) | (margins <= 0)
     hit = better.any(1)
     first = better.to(torch.uint8).argmax(1)
-    here = torch.arange(count, device=first.device)
-    search.margin = torch.where(hit, margins[here, first], search.margin)
-    search.best = torch.where(per_sample(hit, search.best), points[here, first], search.best)
+    # Each image's first better point, in the order of `points`.
+    taken = (better & (better.cumsum(1) == 1))[image, place]
+    search.margin = torch.where(hit, margins.gather(1, first[:, None])[:, 0], search.margin)
+    search.best[hit] = points[taken]
+    near.move(hit, search.best)
     advanced = torch.where(hit, first + 1, depth)
     search.query = search.query + advanced
-    return int(advanced.sum()), int(hit.sum())
+    return int(advanced.sum()), len(points), int(hit.sum())
 
 
-def _changed(search: _Search, windows: _Windows, order: Tensor) -> Tensor:
-    """Return each image's best point with each of its next windows changed, [B, depth, C, H, W].
+def _changed(search: _Search, windows: _Windows, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the changes of each image's best point by each of its next windows.
 
-    Only the pixels of the windows are computed: late windows have four pixels of an image.
+    Returns:
+        The windows' pixels, as positions in a channel, int64 [B, depth, C, pixels]; their values
+        after the change, the same shape; where a value changes, bool [B, depth].
     """
     b, c, _, w = search.best.shape
     depth, side = order.shape[1], windows.side[order]
@@ -175,8 +196,6 @@ def _changed(search: _Search, windows: _Windows, order: Tensor) -> Tensor:
         for t in (search.best, search.low, search.high)
     )
     change = windows.change[order].transpose(1, 2)[..., None]
-    values = torch.minimum(torch.maximum(best + change, low), high).transpose(1, 2)
-    points = search.best[:, None].repeat(1, depth, 1, 1, 1)
-    pixels = pixels.view(b, c, depth, -1).transpose(1, 2)
-    points.flatten(3).scatter_(3, pixels, values)
-    return points
+    values = torch.minimum(torch.maximum(best + change, low), high)
+    moved = (values != best).any(3).any(1)
+    return pixels.view(b, c, depth, -1).transpose(1, 2), values.transpose(1, 2), moved
