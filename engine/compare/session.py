@@ -97,8 +97,19 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
 
 
 def _plain(tree: Mapping[str, Any], name: str) -> str:
-    """Write a method's recipe in full, with seed and budget set aside."""
+    """Write a method's recipe in full, with the seed set aside."""
     return recipes.dump(recipes.parse({**tree, "seed": 0}, source=name))
+
+
+def _same(text: str, tree: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a written recipe is the method's, with seed and epochs set aside.
+
+    A budget replaces the epochs, and a point names its own.
+    """
+    written = tomllib.loads(text)
+    now = tomllib.loads(_plain(tree, name))
+    written["optim"]["epochs"] = now["optim"]["epochs"]
+    return recipes.parse(written) == recipes.parse(now)
 
 
 def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
@@ -113,9 +124,7 @@ def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
         same = {
             name
             for name, text in comparison["recipes"].items()
-            if name in protocol.methods
-            and recipes.parse(tomllib.loads(text))
-            == recipes.parse({**protocol.methods[name], "seed": 0}, source=name)
+            if name in protocol.methods and _same(text, protocol.methods[name], name)
         }
     except (ValueError, RecursionError, EngineError) as error:
         raise EngineError(f"{path} is damaged ({error}): move it away") from None
