@@ -140,6 +140,24 @@ def test_a_network_that_is_no_chain_passes_whole_images():
     assert windowed(tiny.eval(), x) is None
 
 
+def test_a_costly_rest_of_the_network_counts():
+    """The first convolution is a hundredth of the network, so windows would save nothing."""
+
+    class Heavy(models.Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+            # Its stride leaves pixels over, so the chain of levels ends before it.
+            self.conv2 = nn.Conv2d(8, 512, 3, stride=2, padding=1)
+            self.rest = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 5))
+
+        @property
+        def layers(self) -> list[nn.Module]:
+            return [self.conv2, self.rest]
+
+    assert windowed(Heavy().eval(), torch.rand(4, 3, 16, 16)) is None
+
+
 def test_square_finds_the_same_adversaries_by_windows():
     net = network("fast-at-mnist", 1, (28, 28))
     draw = torch.Generator().manual_seed(3)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from ...models import Chain
 from ...models.network import is_plain
@@ -87,13 +88,14 @@ class Windowed:
         for level in self._levels:
             height, width = self._sizes[-1]
             self._sizes.append((level.size(height), level.size(width)))
-        head = nn.Sequential(*rest)
-        linear = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
-        self._head_multiplications = sum(layer.weight.numel() for layer in linear)
+        head = nn.Sequential(*rest).eval()
+        maps = self.maps(example[:2])[-1].permute(0, 3, 1, 2)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            head(maps)
+        self._head_multiplications = counter.get_total_flops() // (2 * len(maps))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            maps = self.maps(example[:2])[-1].permute(0, 3, 1, 2)
-            traced = torch.jit.trace(head.eval(), maps, check_trace=False)
+            traced = torch.jit.trace(head, maps, check_trace=False)
             self._head: Any = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
 
     def worthwhile(self, side: int) -> bool:
