@@ -438,8 +438,14 @@ def test_a_masked_gradient_is_noticed(trained):
 
 
 def test_masking_by_command(run, tmp_path, capsys):
-    words = ["eval", str(run.path), "--masking", "--transfer", str(run.path), "--json"]
-    status = cli.run([*words, "--evaluation.examples", "40"])
+    alone = ["eval", str(run.path), "--masking", "--json", "--evaluation.examples", "40"]
+    assert cli.run(alone) in (0, 1)
+    assert "transferred" not in capsys.readouterr().out
+    page = (run.path / "report.html").read_text()
+    assert "weaker attack does better" in page
+    assert "carried over" not in page
+    words = [*alone, "--transfer", str(run.path)]
+    status = cli.run(words)
     found = json.loads(capsys.readouterr().out)
     assert status == (0 if found["passed"] else 1)
     assert found["examples"] == 40
