@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,15 @@ from rich.progress import (
 from rich.text import Text
 
 from .text import duration, printable
+
+_announced: set[str] = set()
+
+
+def announce_once(log: logging.Logger, line: str) -> None:
+    """Log a warning that this process has not logged before."""
+    if line not in _announced:
+        _announced.add(line)
+        log.warning(line)
 
 
 class _PlainConsole(Console):

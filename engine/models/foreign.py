@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..errors import EngineError
+from ..progress import announce_once
 from ..rng import state as rng_state
 from .dropout import adopt, follow
 from .network import Network, is_plain
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 _PROBED = 2
 # How far two orders of summing the same float32 numbers may lie apart, against the largest.
 _TOLERANCE = 1e-3
-_announced: set[str] = set()
 # What was found before in this process, by network, images and classes: the first convolution's
 # name and whether its output is written to; None without a stem.
 _known: dict[tuple[object, ...], tuple[str, bool] | None] = {}
@@ -215,9 +215,10 @@ def _check_training(model: nn.Module, x: Tensor, name: str, classes: int) -> Non
     follow(model, None)
     check_logits(logits, name, len(x), classes)
     if drew:
-        _announce(
+        announce_once(
+            log,
             f"network {name} draws random numbers outside the run's own random state: a resumed "
-            "run draws others, and its step cannot be captured in a CUDA graph"
+            "run draws others, and its step cannot be captured in a CUDA graph",
         )
 
 
@@ -253,9 +254,10 @@ def _find_stem(model: Foreign, x: Tensor, name: str) -> tuple[str, bool] | None:
         if x.is_meta or _proven(model, x):
             return found, writes
         model.close()
-    _announce(
+    announce_once(
+        log,
         f"network {name} does not begin with a plain convolution: attacks differentiate it down to "
-        "the pixels"
+        "the pixels",
     )
     return None
 
@@ -352,9 +354,3 @@ def _restored(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for t, before in buffers:
             t.copy_(before)
-
-
-def _announce(line: str) -> None:
-    if line not in _announced:
-        _announced.add(line)
-        log.warning(line)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from .. import files
 from ..errors import EngineError
+from ..progress import announce_once
 
 _LIMIT = 16 << 30  # bytes of a file of weights
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 # Buffers that normalise the images: a file without them leaves the data set's own in place.
 _STATISTICS = {"mu", "sigma"}
 log = logging.getLogger(__name__)
-_announced: set[str] = set()
 
 
 def start_from(model: nn.Module, path: Path, classes: int) -> None:
@@ -57,7 +57,9 @@ def start_from(model: nn.Module, path: Path, classes: int) -> None:
             )
     model.load_state_dict(weights, strict=False)
     if fresh:
-        _announce(f"model.pretrained = {path}: the head is fresh: {', '.join(sorted(fresh))}")
+        # Once: a run builds its network several times.
+        names = ", ".join(sorted(fresh))
+        announce_once(log, f"model.pretrained = {path}: the head is fresh: {names}")
 
 
 def _head_of(model: nn.Module, classes: int) -> list[str]:
@@ -79,13 +81,6 @@ def _check_head(path: Path, name: str, t: Tensor | None, own: Tensor) -> None:
             f"model.pretrained = {path}: {name} is {list(t.shape)}, and this network has "
             f"{list(own.shape)}: it is of another network"
         )
-
-
-def _announce(line: str) -> None:
-    """Log a line once: a run builds its network several times."""
-    if line not in _announced:
-        _announced.add(line)
-        log.warning(line)
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import models
+from engine import models, progress
 from engine.evaluation.autoattack import oracle as oracle_module
 from engine.evaluation.autoattack.forms import folded, prepared
 from engine.evaluation.autoattack.oracle import Oracle
@@ -123,8 +123,12 @@ class Unsteady(Twice):
         raise RuntimeError("no copies")
 
 
-@pytest.mark.parametrize("kind", [Twice, InPlace, Unsteady])
-def test_a_network_that_cannot_be_folded_computes_the_same(kind):
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(Twice, "gives other logits"), (InPlace, None), (Unsteady, "RuntimeError: no copies")],
+)
+def test_a_network_that_cannot_be_folded_computes_the_same(kind, said, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "_announced", set())
     torch.manual_seed(1)
     net, x = kind(), torch.rand(4, 3, 8, 8)
     with torch.no_grad():
@@ -134,3 +138,20 @@ def test_a_network_that_cannot_be_folded_computes_the_same(kind):
     form = folded(net, x)
     torch.testing.assert_close(form(x), net(x), rtol=1e-5, atol=1e-6)
     assert norms(form) == 1
+    folded(net, x)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (said is not None)
+    assert all(said in line for line in lines)
+
+
+def test_a_network_that_looks_at_values_is_not_frozen(caplog, monkeypatch):
+    class Choosing(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :3] * (1 if x.mean() > 0.5 else 2)
+
+    monkeypatch.setattr(progress, "_announced", set())
+    net, x = Choosing().eval(), torch.rand(4, 3, 8, 8)
+    assert prepared(net, x) is net
+    assert prepared(net, x) is net
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "without a frozen form: TracerWarning" in line

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine import cli, kernels, models, rng
+from engine import cli, kernels, models, progress, rng
 from engine.adversary.ascent import ForwardPass
 from engine.errors import EngineError
 from engine.models import dropout, foreign, sources, stem_of
@@ -23,7 +23,7 @@ def fresh(monkeypatch):
     """What one test registers and learns is gone for the next."""
     monkeypatch.setattr(models, "_registered", {})
     monkeypatch.setattr(foreign, "_known", {})
-    monkeypatch.setattr(foreign, "_announced", set())
+    monkeypatch.setattr(progress, "_announced", set())
 
 
 def test_the_engines_networks_have_no_drop_path():

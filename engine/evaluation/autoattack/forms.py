@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ...models.foreign import one_line
+from ...progress import announce_once
+
+log = logging.getLogger(__name__)
 
 # A form's logits may differ from the network's by rounding, relative to the largest logit.
 _ROUNDING = 1e-4
@@ -24,8 +30,8 @@ def folded(model: nn.Module, example: Tensor) -> nn.Module:
     gradient pass takes 0.68 of its time in a PreActResNet-18 of width 8 and 0.63 in a ResNet-18 of
     width 8; a forward pass 0.74 and 0.71. At width 64 (batches of 32) both take 0.95 to 1.0.
 
-    The network itself is returned where it has no BatchNorm, where it cannot be copied, and where
-    the copy gives other logits than rounding explains.
+    The network itself is returned where it has no BatchNorm. A line says so once where the network
+    cannot be copied, or the copy gives other logits than rounding explains.
 
     Args:
         model: in evaluation mode; example: some images [B, C, H, W].
@@ -40,9 +46,13 @@ def folded(model: nn.Module, example: Tensor) -> nn.Module:
             _replace(form, norm, nn.Identity())
         if example.device.type == "cpu":
             form = form.to(memory_format=torch.channels_last)
-        return form if _same(model, form, example) else model
-    except Exception:
-        return model
+        if _same(model, form, example):
+            return form
+        reason = "the folded network gives other logits"
+    except Exception as error:
+        reason = one_line(error)
+    announce_once(log, f"AutoAttack passes the network with its BatchNorms unfolded: {reason}")
+    return model
 
 
 def _norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
@@ -94,8 +104,8 @@ def prepared(model: nn.Module, example: Tensor) -> nn.Module:
     and 0.62 on small-cnn in batches of 256. A network that keeps a BatchNorm stays as it is: the
     library changes the layout around each, and a thin ResNet then takes 1.2 of its time.
 
-    The network stays as it is also where it is no plain function of tensors, and where its prepared
-    form gives other logits than rounding explains.
+    The network stays as it is, and a line says so once, where it is no plain function of tensors or
+    its prepared form gives other logits than rounding explains.
 
     Args:
         model: in evaluation mode; example: some images [B, C, H, W].
@@ -112,9 +122,14 @@ def prepared(model: nn.Module, example: Tensor) -> nn.Module:
             plain = plain.to(memory_format=torch.contiguous_format)
             traced = torch.jit.trace(plain, example[:2], check_trace=False)
             frozen = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
-        return frozen if _same(model, frozen, example) else model
-    except Exception:
-        return model
+        if _same(model, frozen, example):
+            return frozen
+        reason = "its frozen form gives other logits"
+    except Exception as error:
+        # A tracer's warning within a conversion to a Python value arrives as its cause.
+        reason = one_line(error.__cause__ or error)
+    announce_once(log, f"AutoAttack makes its forward passes without a frozen form: {reason}")
+    return model
 
 
 def _same(model: nn.Module, form: nn.Module, example: Tensor) -> bool:
