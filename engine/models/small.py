@@ -26,7 +26,7 @@ class Chain(Network):
         return h
 
 
-class TinyCnn(Chain):
+class TinyCnn(Network):
     """Stack two convolutions and two linear layers, for images of any size.
 
     The network is meant for scikit-learn's 8x8 digits.
@@ -39,11 +39,10 @@ class TinyCnn(Chain):
         height, width = ((side + 1) // 2 for side in size)
         self.fc1 = FlatLinear(32 * height * width, 64)
         self.fc2 = nn.Linear(64, classes)
-        self.relu = nn.ReLU()
 
-    @property
-    def layers(self) -> list[nn.Module]:
-        return [self.relu, self.conv2, self.relu, self.fc1, self.relu, self.fc2]
+    def body(self, h: Tensor) -> Tensor:
+        h = self.conv2(h.relu()).relu()
+        return self.fc2(self.fc1(h).relu())
 
 
 class FastAtMnist(Chain):

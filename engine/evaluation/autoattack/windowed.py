@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...models import Chain
 from ...models.network import is_plain
@@ -90,9 +89,7 @@ class Windowed:
             self._sizes.append((level.size(height), level.size(width)))
         head = nn.Sequential(*rest).eval()
         maps = self.maps(example[:2])[-1].permute(0, 3, 1, 2)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            head(maps)
-        self._head_multiplications = counter.get_total_flops() // (2 * len(maps))
+        self._head_multiplications = _multiplications(head, maps)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(head, maps, check_trace=False)
@@ -170,6 +167,22 @@ def windowed(model: nn.Module, example: Tensor) -> Windowed | None:
         return None
     form = Windowed(model, example)
     return form if form.worthwhile(1) else None
+
+
+@torch.no_grad()
+def _multiplications(layers: nn.Module, x: Tensor) -> int:
+    """Return the multiplications an image of all convolutions and linear layers [count]."""
+    counts: list[int] = []
+
+    def count(layer: nn.Module, _: object, out: Tensor) -> None:
+        counts.append(out[0].numel() * cast(Tensor, layer.weight)[0].numel())
+
+    counted = [m for m in layers.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in counted]
+    layers(x)
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
 
 
 def _channels_last(x: Tensor) -> Tensor:
