@@ -19,6 +19,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,9 @@ def _same(text: str, tree: Mapping[str, Any], name: str) -> bool:
 
     A budget replaces the epochs, and a point names its own.
     """
-    written = tomllib.loads(text)
-    now = tomllib.loads(_plain(tree, name))
-    written["optim"]["epochs"] = now["optim"]["epochs"]
-    return recipes.parse(written) == recipes.parse(now)
+    written = recipes.parse(tomllib.loads(text))
+    now = recipes.parse({**tree, "seed": 0}, source=name)
+    return replace(written, optim=replace(written.optim, epochs=now.optim.epochs)) == now
 
 
 def _known(protocol: Protocol, path: Path) -> dict[str, dict[str, Any]]:
