@@ -59,11 +59,11 @@ FULL = {
     "pgd": Setting("fashion-mnist-pgd10", _FASHION, 1000),
     # One large step from a random start: gradients mask.
     "masked": Setting("fashion-mnist-fgsm-rs", _FASHION | {"threat.eps": "0.3"}, 1000),
-    "thin-resnet": Setting("fashion-mnist-atta", _FASHION | _THIN, 60),
-    "small-cnn": Setting("fashion-mnist-atta", _FASHION | {"model.name": "small-cnn"}, 60),
-    "ours-l2": Setting("fashion-mnist-atta", _L2, 600),
-    "clean": Setting("fashion-mnist-clean", _FASHION | {"threat.eps": "0.02"}, 500),
-    "pgd-l2": Setting("fashion-mnist-pgd10", _L2, 400),
+    "thin-resnet": Setting("fashion-mnist-atta", _FASHION | _THIN, 200),
+    "small-cnn": Setting("fashion-mnist-atta", _FASHION | {"model.name": "small-cnn"}, 200),
+    "ours-l2": Setting("fashion-mnist-atta", _L2, 1000),
+    "clean": Setting("fashion-mnist-clean", _FASHION | {"threat.eps": "0.02"}, 1000),
+    "pgd-l2": Setting("fashion-mnist-pgd10", _L2, 1000),
 }
 
 
