@@ -109,7 +109,8 @@ def network_of(recipe: Recipe) -> nn.Module:
 
 def built(recipe: Recipe, *, takes: bool = True) -> tuple[Step, ResidentLoader]:
     images, labels = images_of(recipe)
-    recipe = in_memory(recipe)
+    network = network_of(recipe)
+    recipe = in_memory(recipe)  # no longer knows the size of its pictures
     memory = build.memory_for(recipe, images, DEVICE)
     loader = ResidentLoader(
         images,
@@ -125,7 +126,7 @@ def built(recipe: Recipe, *, takes: bool = True) -> tuple[Step, ResidentLoader]:
     # torch's optimisers look at the learning rate when they are made: SGD refuses where lr < 0 is
     # true, AdamW where lr >= 0 is not.
     with Spy(host=True, truth=recipe.optim.name != "torch-sgd"):
-        step = build.build_step(recipe, network_of(recipe), steps=STEPS, memory=memory, take=take)
+        step = build.build_step(recipe, network, steps=STEPS, memory=memory, take=take)
     step.train()
     loader.begin(0)
     return step, loader
