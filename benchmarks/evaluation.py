@@ -49,6 +49,7 @@ _SHORT = {"optim.epochs": "4", "validation.every": "4"}
 _FASHION = {**_SHORT, "data.train_examples": "20000", "threat.eps": "0.15"}
 _L2 = _FASHION | {"threat.norm": "L2", "threat.eps": "1.5"}
 _THIN = {"model.name": "preact-resnet18", "model.width": "8"}
+_SMALL = {"model.name": "small-cnn"}
 _QUICK = (
     Setting("quickstart", _SHORT, 60),
     Setting("quickstart-pgd10", _SHORT | {"threat.norm": "L2", "threat.eps": "0.8"}, 60),
@@ -60,7 +61,14 @@ FULL = {
     # One large step from a random start: gradients mask.
     "masked": Setting("fashion-mnist-fgsm-rs", _FASHION | {"threat.eps": "0.3"}, 1000),
     "thin-resnet": Setting("fashion-mnist-atta", _FASHION | _THIN, 200),
-    "small-cnn": Setting("fashion-mnist-atta", _FASHION | {"model.name": "small-cnn"}, 200),
+    "small-cnn": Setting("fashion-mnist-atta", _FASHION | _SMALL, 60),
+    # Few images withstand, so 1,000 images of a dear network can be paid.
+    "thin-resnet-clean": Setting(
+        "fashion-mnist-clean", _FASHION | _THIN | {"threat.eps": "0.03"}, 1000
+    ),
+    "small-cnn-clean": Setting(
+        "fashion-mnist-clean", _FASHION | _SMALL | {"threat.eps": "0.1"}, 1000
+    ),
     "ours-l2": Setting("fashion-mnist-atta", _L2, 1000),
     "clean": Setting("fashion-mnist-clean", _FASHION | {"threat.eps": "0.02"}, 1000),
     "pgd-l2": Setting("fashion-mnist-pgd10", _L2, 1000),
