@@ -15,19 +15,22 @@ from .adversary.memory import AdversaryMemory
 from .data import arrays
 from .data.loaders import ResidentLoader, TensorLoader
 from .device.capture import CudaGraphs, unavailable
-from .device.precision import Precision
+from .device.precision import Precision, arithmetic
 from .errors import EngineError
 from .evaluation.autoattack import ensemble
 from .evaluation.autoattack.verdict import Verdict
-from .evaluation.robust_accuracy import Report, check_images, evaluate, evaluation_mode
+from .evaluation.inputs import check_network, device_of, ready
+from .evaluation.robust_accuracy import Report, evaluate, evaluation_mode
 from .objectives import LocalBall, Objective
 from .registers import optimisers
-from .threat import ThreatModel, check_pixels
+from .threat import ThreatModel, check_pixels, check_threat
 from .training.optimiser import Optimiser
 from .training.perturbation import Perturbation
 from .training.schedule import Schedule
 from .training.step import Step
 from .training.trainer import Hooks, Result, Trainer
+
+_CPU = torch.device("cpu")
 
 __all__ = ["Report", "Verdict", "attack", "autoattack", "evaluate", "train"]
 
@@ -96,7 +99,10 @@ def train(
         EngineError: for data that does not fit, images that are not in [0, 1] or not finite (a
             loader's first batch), or a loss that is no longer finite.
     """
-    device = _device_of(model)
+    device = device_of(model)
+    if device is None:
+        raise EngineError("the model has no parameters")
+    check_threat(threat)
     if not isinstance(optimiser, str) or optimiser not in optimisers:
         given = optimiser if isinstance(optimiser, str) else type(optimiser).__name__
         raise EngineError(
@@ -182,21 +188,6 @@ def train(
         step.close()
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    """Return the device of a module; EngineError for one without float32 parameters."""
-    if not isinstance(model, nn.Module):
-        raise EngineError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
-    parameter = next(model.parameters(), None)
-    if parameter is None:
-        raise EngineError("the model has no parameters")
-    if parameter.dtype != torch.float32:
-        raise EngineError(
-            f"the model's parameters are {str(parameter.dtype).removeprefix('torch.')}: pass "
-            'model.float(); precision="bf16" or "fp16" sets the precision of its passes'
-        )
-    return parameter.device
-
-
 def attack(
     model: nn.Module,
     x: Tensor,
@@ -211,7 +202,7 @@ def attack(
 
     Args:
         model: [0, 1] images to logits; attacked in evaluation mode, restored afterwards.
-        x: float32 [B, ...] in [0, 1]; y: int64 [B].
+        x: float32 [B, ...] in [0, 1]; y: whole numbers [B].
         threat: the ball of the adversaries.
         steps: gradient steps, >= 0.
         alpha: step size in pixel units, > 0; default as for `Attack`.
@@ -221,7 +212,8 @@ def attack(
     Raises:
         EngineError: for images that are not in [0, 1] or not finite.
     """
-    x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
+    check_threat(threat)
+    x, y = arrays.pair((x, y), device_of(model) or _CPU) or (x, y)
     check_pixels(x)
     with evaluation_mode(model):
         adversary, _ = Attack(steps=steps, alpha=alpha)(
@@ -245,7 +237,8 @@ def autoattack(
     Args:
         model: [0, 1] images to logits [N, K], K >= 2; attacked in evaluation mode, restored
             afterwards.
-        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; on the model's device.
+        x: float32 [N, C, H, W] in [0, 1]; y: whole numbers [N]; tensors on the model's device, or
+            NumPy arrays.
         threat: the ball to attack in.
         version: "standard" (APGD-CE, targeted APGD, targeted FAB, Square), or "apgd" (the first
             two).
@@ -253,9 +246,12 @@ def autoattack(
     Returns:
         Which images withstood all attacks, and an adversary of each other image.
     Raises:
-        EngineError: if the images leave [0, 1] or there are none.
+        EngineError: if the images leave [0, 1] or there are none, if the labels do not fit them, or
+            if the network cannot be attacked (`check_network` lists the cases).
     """
-    x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
-    check_images(x, y)
-    with evaluation_mode(model):
+    check_threat(threat)
+    device = device_of(model)
+    x, y = ready(*(arrays.pair((x, y), device or _CPU) or (x, y)), device, pictures=True)
+    with arithmetic("fp32", x.device), evaluation_mode(model):
+        check_network(model, x, y)
         return ensemble.run(model, x, y, threat, version=version, seed=seed, batch_size=batch_size)

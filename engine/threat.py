@@ -117,6 +117,14 @@ def check_pixels(x: Tensor) -> None:
         )
 
 
+def check_threat(threat: object) -> None:
+    """Raise an EngineError for anything but a threat model."""
+    if not isinstance(threat, ThreatModel):
+        raise EngineError(
+            f"the threat must be engine.Linf(eps) or engine.L2(eps), got {type(threat).__name__}"
+        )
+
+
 def Linf(eps: float | str) -> ThreatModel:
     """Return the Linf threat of radius `eps` >= 0 [pixel units]; errors as for `ThreatModel`."""
     return ThreatModel(norm="Linf", eps=eps)  # type: ignore[arg-type]

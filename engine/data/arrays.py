@@ -15,14 +15,15 @@ def pair(data: Any, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Return (images, labels) as tensors; None where `data` is no pair of arrays or tensors.
 
     An array becomes a tensor on `device`: floats as float32, uint8 as uint8, other integers as
-    int64. A tensor is returned unchanged.
+    int64. A tensor is returned unchanged, but labels of another integer type become int64.
     """
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         return None
     if not all(isinstance(part, (Tensor, np.ndarray)) for part in data):
         return None
     images, labels = (_tensor(part, device) for part in data)
-    return images, labels.long() if isinstance(data[1], np.ndarray) else labels
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    return images, labels.long() if whole or isinstance(data[1], np.ndarray) else labels
 
 
 def to_device(t: Tensor, device: torch.device | str) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,12 @@ from ..adversary.ascent import (
     towards_runner_up,
 )
 from ..data import arrays
-from ..device.precision import passes
+from ..device.precision import arithmetic, passes
 from ..errors import EngineError
 from ..models import stem_of
-from ..threat import ThreatModel
+from ..threat import ThreatModel, check_threat
 from .autoattack import ensemble, package
+from .inputs import check_network, device_of, ready
 from .work import Progress, Work, silent
 
 Judge = Literal["pyautoattack", "engine"]
@@ -210,6 +211,27 @@ def check_precision(precision: str, judge: str, version: str) -> None:
         )
 
 
+def _check_options(
+    judge: str, version: str, precision: str, steps: int, restarts: int, batch_size: int
+) -> None:
+    """Raise an EngineError for an option that no evaluation has."""
+    for name, value, allowed in (
+        ("judge", judge, JUDGES),
+        ("autoattack_version", version, (*ensemble.VERSIONS, "none")),
+        ("precision", precision, get_args(EvaluationPrecision)),
+    ):
+        if value not in allowed:
+            raise EngineError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    for name, count in (
+        ("pgd_steps", steps),
+        ("pgd_restarts", restarts),
+        ("batch_size", batch_size),
+    ):
+        if count < 1:
+            raise EngineError(f"{name} must be at least 1, got {count}")
+    check_precision(precision, judge, version)
+
+
 def attack_names(version: str, classes: int) -> tuple[str, ...]:
     """Return the attacks of a version of AutoAttack, in their order.
 
@@ -268,8 +290,8 @@ def evaluate(
 
     Args:
         model: any module from [0, 1] images to logits; its mode is restored afterwards.
-        x: float32 [N, C, H, W] in [0, 1]; y: int64 [N]; tensors on the model's device, or NumPy
-            arrays.
+        x: float32 [N, C, H, W] in [0, 1]; y: whole numbers [N]; tensors on the model's device, or
+            NumPy arrays.
         threat: the ball to attack in.
         pgd_steps, pgd_restarts: of `pgd`, at least 1 each.
         autoattack_version: "standard" (four attacks), "apgd" (the first two) or "none".
@@ -286,11 +308,11 @@ def evaluate(
     Returns:
         The accuracies, and the robust accuracy after each of AutoAttack's attacks.
     Raises:
-        EngineError: if the images leave [0, 1], there are none, the model returns no logits [N, K]
-            of at least two classes, or the authors' package is to judge in bf16.
+        EngineError: if the images leave [0, 1] or there are none, the labels do not fit them, the
+            network cannot be attacked (`check_network` lists the cases), an option is unknown, or
+            the authors' package is to judge in bf16.
     """
-    check_precision(precision, judge, autoattack_version)
-    x, y = arrays.pair((x, y), _device_of(model)) or (x, y)
+    x, y = arrays.pair((x, y), device_of(model) or torch.device("cpu")) or (x, y)
     return evaluate_parts(
         model,
         [(x, y)],
@@ -348,16 +370,19 @@ def evaluate_parts(
         batch_size: images in one pass; a part may be larger.
     The other arguments, the result and the errors are those of `evaluate`.
     """
-    check_precision(precision, judge, autoattack_version)
+    check_threat(threat)
+    _check_options(judge, autoattack_version, precision, pgd_steps, pgd_restarts, batch_size)
+    device = device_of(model)
     began, work = time.perf_counter(), work or Work()
     found: list[_Part] = []
     with evaluation_mode(model):
         for number, (x, y) in enumerate(parts):
-            check_images(x, y)
+            x, y = ready(x, y, device, pictures=autoattack_version != "none")
             # The attacks run again on every part.
             work.part = f", part {number + 1} of {len(parts)}" if len(parts) > 1 else ""
-            found.append(
-                _evaluate_part(
+            # Passes outside the attacks, and all backward passes, are exact on a GPU too.
+            with arithmetic("fp32", x.device):
+                part = _evaluate_part(
                     model,
                     x,
                     y,
@@ -371,7 +396,7 @@ def evaluate_parts(
                     precision=precision,
                     work=work,
                 )
-            )
+            found.append(part)
     if not found:
         raise EngineError("cannot evaluate 0 images")
     clean = torch.cat([part.clean for part in found])
@@ -412,11 +437,8 @@ def _evaluate_part(
     precision: EvaluationPrecision,
     work: Work,
 ) -> _Part:
-    with torch.no_grad():
-        logits = model(x[:1])
-    if logits.dim() != 2:
-        raise EngineError(f"the model must return logits [N, K], got {tuple(logits.shape)}")
-    attacks = attack_names(version, logits.shape[1])
+    classes = check_network(model, x, y)
+    attacks = attack_names(version, classes)
     clean = predictions(model, x, batch_size=batch_size) == y
     by_pgd = pgd(
         model,
@@ -430,7 +452,7 @@ def _evaluate_part(
         work=work,
         precision=precision,
     )
-    if logits.shape[1] < package.FEWEST_CLASSES:
+    if classes < package.FEWEST_CLASSES:
         judge = "engine" if attacks else judge
     part = _Part(clean, by_pgd, None, attacks, judge)
     if attacks:
@@ -466,23 +488,6 @@ def _after(parts: list[_Part]) -> dict[str, float]:
     }
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
 def share(mask: Tensor) -> float:
     """Return the share of True in bool [N]."""
     return float(mask.double().mean())
-
-
-def check_images(x: Tensor, y: Tensor) -> None:
-    """Raise an EngineError for no images, or for images outside [0, 1]."""
-    if len(x) == 0 or len(x) != len(y):
-        raise EngineError(f"cannot evaluate {len(x)} images with {len(y)} labels")
-    # NaN compares as false.
-    if x.dtype != torch.float32 or not (float(x.min()) >= 0 and float(x.max()) <= 1):
-        raise EngineError(
-            "images must be float32 in [0, 1]: put the normalisation inside the model, not in the "
-            "data"
-        )

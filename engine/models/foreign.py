@@ -20,7 +20,7 @@ from ..errors import EngineError
 from ..progress import announce_once
 from ..rng import state as rng_state
 from .dropout import adopt, follow
-from .network import Network, is_plain
+from .network import Network, Opening, is_plain
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Foreign(Network):
             writes: whether the module changes the convolution's output in place. The body then
                 copies its argument.
         """
-        self.net.get_submodule(name).__class__ = _Opening
+        self.net.get_submodule(name).__class__ = Opening
         self.stem_name, self._writes = f"net.{name}", writes
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class Foreign(Network):
 
     def body(self, h: Tensor) -> Tensor:
         opening = self.stem_conv
-        if not isinstance(opening, _Opening):
+        if not isinstance(opening, Opening):
             return self.net(h)
         # A view of one number of `h` has the images' shape and takes no memory. Nothing reads it.
         images = h.detach()[:, :1, :1, :1].expand(-1, self._channels, *self._images_of(h, opening))
@@ -87,7 +87,7 @@ class Foreign(Network):
     def rest(self, images: Tensor, h: Tensor) -> Tensor:
         """Run the module on `images`, with `h` as the output of its first convolution."""
         opening = self.stem_conv
-        assert isinstance(opening, _Opening)
+        assert isinstance(opening, Opening)
         opening.given = h
         try:
             return self.net(images)
@@ -104,15 +104,6 @@ class Foreign(Network):
             for i, n in enumerate(found)
         )
         return height, width
-
-
-class _Opening(nn.Conv2d):
-    """A convolution that returns `given` where there is one: the stem has convolved already."""
-
-    given: Tensor | None = None
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if self.given is None else self.given
 
 
 def _outputs(size: tuple[int, int], conv: nn.Conv2d) -> tuple[int, ...]:
@@ -273,14 +264,7 @@ def _first_convolution(net: nn.Module, x: Tensor) -> str | None:
         return before
 
     convolutions = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d)}
-    plain = {
-        name: m
-        for name, m in convolutions.items()
-        if type(m) is nn.Conv2d
-        and is_plain(m)
-        and not m._forward_pre_hooks
-        and not m._forward_hooks
-    }
+    plain = {name: m for name, m in convolutions.items() if type(m) is nn.Conv2d and is_plain(m)}
     handles = [m.register_forward_pre_hook(watch(name)) for name, m in plain.items()]
     try:
         with torch.no_grad():

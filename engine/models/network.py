@@ -172,10 +172,23 @@ def stem_of(model: nn.Module) -> Stem | None:
     return Stem(weight if sigma is None else weight / sigma, stride, padding)
 
 
+class Opening(nn.Conv2d):
+    """A convolution that returns `given` where there is one: the stem has convolved already."""
+
+    given: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if self.given is None else self.given
+
+
 def is_plain(conv: nn.Conv2d) -> bool:
     """Tell whether a convolution is one that a `Stem` describes."""
     return (
-        not isinstance(conv.padding, str)
+        # Neither another forward pass, of a subclass or an instance, nor one with hooks around it.
+        getattr(conv.forward, "__func__", None) in (nn.Conv2d.forward, Opening.forward)
+        and not conv._forward_pre_hooks
+        and not conv._forward_hooks
+        and not isinstance(conv.padding, str)
         and conv.groups == 1
         and conv.dilation == (1, 1)
         and conv.padding_mode == "zeros"

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import files
 from ..device.distributed import World
 from ..device.machine import device, environment, peak_memory_mb
+from ..device.precision import arithmetic
 from ..errors import EngineError
 from ..evaluation import masking, robust_accuracy, robustbench
 from ..evaluation.work import Work
@@ -169,7 +170,11 @@ def check_masking(
     x, y = first_test_images(recipe, _MASKING_EXAMPLES)
     other = None if surrogate is None else load_model(surrogate)
     model = load_model(run, checkpoint)
-    with bar() as progress, robust_accuracy.evaluation_mode(model):
+    with (
+        bar() as progress,
+        arithmetic("fp32", x.device),
+        robust_accuracy.evaluation_mode(model),
+    ):
         found = masking.checks(
             model,
             x,

@@ -190,3 +190,57 @@ def test_square_finds_the_same_adversaries_by_windows():
     assert torch.equal(found, wanted)
     torch.testing.assert_close(adversaries, others, rtol=0, atol=1e-6)
     assert abs(tried - without) < 0.01 * without
+
+
+class Standardised(nn.Conv2d):
+    """A convolution with another forward pass than its class says."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+def hooked(conv):
+    """The same by a hook, as torch.nn.utils.spectral_norm does it."""
+    conv.register_forward_hook(lambda conv, _, out: 2 * out)
+    return conv
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [lambda c, o: Standardised(c, o, 3, padding=1), lambda c, o: hooked(nn.Conv2d(c, o, 3))],
+    ids=["subclass", "hook"],
+)
+@pytest.mark.parametrize("place", ["stem", "second"])
+def test_a_convolution_with_its_own_forward_pass_is_not_taken_for_a_plain_one(conv, place):
+    class Special(models.Chain):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv1 = conv(1, 4) if place == "stem" else nn.Conv2d(1, 4, 3, padding=1)
+            self.conv2 = conv(4, 4) if place == "second" else nn.Conv2d(4, 4, 3, padding=1)
+            self.fc = nn.LazyLinear(5)
+
+        @property
+        def layers(self):
+            return [nn.ReLU(), self.conv2, nn.ReLU(), nn.Flatten(), self.fc]
+
+    net, draw = Special().eval(), torch.Generator().manual_seed(0)
+    x = torch.rand((3, 1, 12, 12), generator=draw)
+    net(x)
+    net.requires_grad_(False)
+    pixels = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(net(pixels).square().sum(), pixels)
+    oracle = Oracle(net, x)
+    _, found = oracle.gradient(x, lambda logits: 2 * logits)
+    torch.testing.assert_close(found, wanted)
+    points, row, corner = changed(x, 6, 2, draw)
+    near = Nearby(oracle, x)
+    torch.testing.assert_close(near.logits(points, row, corner, 2), net(points))
+
+
+def test_a_form_for_windows_that_gives_other_logits_is_not_used(monkeypatch, caplog):
+    net = network("fast-at-mnist", 1, (28, 28))
+    monkeypatch.setattr(Windowed, "logits", lambda self, points, *_: torch.zeros(len(points), 5))
+    assert windowed(net, torch.rand(2, 1, 28, 28)) is None
+    assert "Square passes whole images, not windows of them" in caplog.text

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ... import kernels
 from ...threat import ThreatModel
+from .draws import normal, uniform
 from .losses import Loss
 from .oracle import Attacked, Oracle, lengths, per_sample
 
@@ -175,10 +176,7 @@ def random_start(x: Tensor, threat: ThreatModel, draw: torch.Generator) -> Tenso
     Args:
         draw: a CPU generator; B * C * H * W numbers are drawn.
     """
-    if threat.norm == "Linf":
-        noise = 2 * torch.rand(x.shape, generator=draw) - 1
-    else:
-        noise = torch.randn(x.shape, generator=draw)
-    noise = noise.to(x.device)
+    linf = threat.norm == "Linf"
+    noise = (2 * uniform(x.shape, draw) - 1 if linf else normal(x.shape, draw)).to(x.device)
     scale = threat.eps / (lengths(noise, threat.norm) + 1e-12)
     return (x + per_sample(scale, x) * noise).clamp(0.0, 1.0)

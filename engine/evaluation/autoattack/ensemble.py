@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ...errors import EngineError
 from ...threat import ThreatModel
 from ..work import Work
 from .apgd import apgd, random_start
@@ -24,6 +25,7 @@ from .targeted import apgd_targeted
 from .verdict import Attack, Verdict, in_turn
 
 STEPS, TARGETS, QUERIES = 100, 9, 5000
+VERSIONS = ("standard", "apgd")
 # Places in a batch, int64 [F], and an adversary of each.
 _Found = tuple[Tensor, Tensor]
 # One try of an attack: from positions of images, a generator and the try's number.
@@ -55,7 +57,11 @@ def run(
         work: runs the batches; left out: here and silently.
         precision: of the attacks' passes, "fp32" or "bf16". An image falls only where the float32
             network is wrong.
+    Raises:
+        EngineError: for another version.
     """
+    if version not in VERSIONS:
+        raise EngineError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
     work = work or Work()
     oracle = Oracle(model, x[:batch_size])
     fast = oracle if precision == "fp32" else Oracle(model, precision=precision)

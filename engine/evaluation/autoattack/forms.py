@@ -46,7 +46,7 @@ def folded(model: nn.Module, example: Tensor) -> nn.Module:
             _replace(form, norm, nn.Identity())
         if example.device.type == "cpu":
             form = form.to(memory_format=torch.channels_last)
-        if _same(model, form, example):
+        if same_logits(model(example), form(example)):
             return form
         reason = "the folded network gives other logits"
     except Exception as error:
@@ -122,7 +122,7 @@ def prepared(model: nn.Module, example: Tensor) -> nn.Module:
             plain = plain.to(memory_format=torch.contiguous_format)
             traced = torch.jit.trace(plain, example[:2], check_trace=False)
             frozen = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
-        if _same(model, frozen, example):
+        if same_logits(model(example), frozen(example)):
             return frozen
         reason = "its frozen form gives other logits"
     except Exception as error:
@@ -132,9 +132,8 @@ def prepared(model: nn.Module, example: Tensor) -> nn.Module:
     return model
 
 
-def _same(model: nn.Module, form: nn.Module, example: Tensor) -> bool:
-    """Tell whether two networks give the same logits up to rounding."""
-    plain, fast = model(example), form(example)
+def same_logits(plain: Tensor, fast: Tensor) -> bool:
+    """Tell whether logits [B, K] of two forms of a network differ by rounding alone."""
     return plain.shape == fast.shape and bool(
         ((plain - fast).abs().max() <= _ROUNDING * plain.abs().max()).item()
     )

@@ -64,6 +64,8 @@ class Oracle:
 
     def is_wrong(self, x: Tensor, y: Tensor) -> Tensor:
         """Return where the network itself, not its prepared form, misses the labels: bool [B]."""
+        if len(x) == 0:  # which not every network takes
+            return torch.zeros(0, dtype=torch.bool, device=x.device)
         return self.exact_logits(x).argmax(1) != y
 
     def gradient(self, x: Tensor, towards: TowardsLogits) -> tuple[Tensor, Tensor]:

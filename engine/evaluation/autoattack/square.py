@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...threat import ThreatModel
+from .draws import uniform
 from .oracle import Attacked, Nearby, Oracle, margin
 
 _FIRST_SHARE = 0.8  # share of the image that the first windows cover
@@ -113,28 +114,28 @@ class _Windows:
     change: Tensor
 
 
-def _signs(uniform: Tensor) -> Tensor:
-    return (2 * uniform - 1).sign()
+def _signs(drawn: Tensor) -> Tensor:
+    return (2 * drawn - 1).sign()
 
 
 def _stripes(x: Tensor, draw: torch.Generator) -> Tensor:
     """Return vertical stripes of -1 and 1, [B, C, 1, W]: the start of the search."""
     b, c, _, w = x.shape
-    return _signs(torch.rand((b, c, 1, w), generator=draw)).to(x.device)
+    return _signs(uniform((b, c, 1, w), draw)).to(x.device)
 
 
 def _draw_windows(x: Tensor, eps: float, queries: int, draw: torch.Generator) -> _Windows:
     """Draw all windows, in the order in which one query after the other would."""
     _, c, h, w = x.shape
     sides = [min(max(round(window_side(query, h * w)), 1), h, w) for query in range(queries)]
-    side = torch.tensor(sides)
-    uniform = torch.rand((queries, 2 + c), generator=draw)
-    top, left = ((n - side) * uniform[:, i] for i, n in enumerate((h, w)))
+    side = torch.tensor(sides, device="cpu")
+    drawn = uniform((queries, 2 + c), draw)
+    top, left = ((n - side) * drawn[:, i] for i, n in enumerate((h, w)))
     return _Windows(
         top=top.long().to(x.device),
         left=left.long().to(x.device),
         side=side.to(x.device),
-        change=(2 * eps * _signs(uniform[:, 2:])).to(x.device),
+        change=(2 * eps * _signs(drawn[:, 2:])).to(x.device),
     )
 
 
@@ -157,7 +158,8 @@ def _try(
         search.query = search.query + depth
         return count * depth, 0, 0
     points = search.best[image]
-    points.flatten(2).scatter_(2, pixels[image, place], values[image, place])
+    # A view: of images in another order than NCHW or NHWC there is none, and this raises.
+    points.view(*points.shape[:2], -1).scatter_(2, pixels[image, place], values[image, place])
     query = order[image, place]
     corner, side = (windows.top[query], windows.left[query]), int(windows.side[order].max())
     logits = near.logits(points, image, corner, side)

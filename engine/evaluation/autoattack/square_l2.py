@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...threat import ThreatModel
+from .draws import uniform
 from .oracle import Oracle, lengths, margin, per_sample
 from .square import window_side
 
@@ -48,9 +49,7 @@ def square_l2(
             break
         side = max(round(window_side(query, h * w)), 3)
         side = min(side + (side % 2 == 0), h, w)
-        top, left, top2, left2 = (
-            int((n - side) * torch.rand((), generator=draw)) for n in (h, w, h, w)
-        )
+        top, left, top2, left2 = (int((n - side) * uniform((), draw)) for n in (h, w, h, w))
         hill = _signed_hill(side, c, len(x), draw).to(x.device)
         delta = _moved(best - x, hill, threat.eps, (top, left), (top2, left2))
         point = _scaled(x, delta, threat.eps)
@@ -101,9 +100,10 @@ def _scaled(x: Tensor, delta: Tensor, eps: float) -> Tensor:
 def _first_perturbation(x: Tensor, draw: torch.Generator) -> Tensor:
     """Return a grid of hills with random signs, about five by five, [B, C, H, W]."""
     b, c, h, w = x.shape
-    delta = torch.zeros((b, c, h, w))
-    side = min(h, w) // 5
-    edge = (min(h, w) - side * 5) // 2
+    delta = torch.zeros((b, c, h, w), dtype=torch.float32, device="cpu")
+    # Five hills find no room in an image of under five pixels.
+    side = max(min(h, w) // 5, 1)
+    edge = max((min(h, w) - side * 5) // 2, 0)
     for row in range(h // side):
         for column in range(w // side):
             top, left = edge + row * side, edge + column * side
@@ -116,24 +116,23 @@ def _first_perturbation(x: Tensor, draw: torch.Generator) -> Tensor:
 
 def _signed_hill(side: int, channels: int, batch: int, draw: torch.Generator) -> Tensor:
     """Return a hill and a valley side by side, each channel with a random sign, [B, C, s, s]."""
-    pattern = torch.zeros((side, side))
+    pattern = torch.zeros((side, side), dtype=torch.float32, device="cpu")
     half = side // 2
     pattern[:half] = _hill(half, side)
     pattern[half:] = -_hill(side - half, side)
     pattern /= pattern.norm()
-    if torch.rand((), generator=draw) > 0.5:
+    if uniform((), draw) > 0.5:
         pattern = pattern.T
-    signs = 2 * torch.rand((batch, channels, 1, 1), generator=draw) - 1
+    signs = 2 * uniform((batch, channels, 1, 1), draw) - 1
     return pattern * signs.sign()
 
 
 def _hill(height: int, width: int) -> Tensor:
     """Return concentric rectangles that grow towards the middle, [height, width], of norm 1."""
-    rows = (torch.arange(height) - height // 2).abs()
-    columns = (torch.arange(width) - width // 2).abs()
+    rows, columns = ((torch.arange(n, device="cpu") - n // 2).abs() for n in (height, width))
     ring = torch.maximum(rows[:, None], columns[None, :])
     rings = max(height // 2, width // 2) + 1
-    steps = 1.0 / torch.arange(1, rings + 1).square()
+    steps = 1.0 / torch.arange(1, rings + 1, dtype=torch.float32, device="cpu").square()
     above = steps.flip(0).cumsum(0).flip(0)
     hill = above[ring]
     return hill / hill.norm()

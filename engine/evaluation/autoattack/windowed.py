@@ -7,6 +7,7 @@ and takes the rest from the maps of the known image.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...models import Chain
+from ...models.foreign import one_line
 from ...models.network import is_plain
+from ...progress import announce_once
+from .forms import same_logits
+
+log = logging.getLogger(__name__)
 
 # A pass by windows gathers and writes parts of maps. Measured on fast-at-mnist (one core of an AMD
 # EPYC, AVX-512, 450 images): with 0.38 of the multiplications it takes 0.70 of the whole pass's
@@ -133,7 +139,7 @@ class Windowed:
         """
         size = self._sizes[0]
         start = [first.clamp(max=n - side) for first, n in zip(corner, size, strict=True)]
-        own = torch.arange(len(points))
+        own = torch.arange(len(points), device=points.device)
         values = self._scaled(_read(_channels_last(points), own, start, (side, side)))
         for level, size, base in zip(self._levels, self._sizes, known, strict=False):
             reached = [level.reached(n, s) for n, s in zip(values.shape[1:3], size, strict=True)]
@@ -158,15 +164,36 @@ class Windowed:
 def windowed(model: nn.Module, example: Tensor) -> Windowed | None:
     """Return the form of a network for windows, or None where it would save little.
 
-    It would in networks that are no chains: their maps change everywhere.
+    It would in networks that are no chains: their maps change everywhere. A line says so once
+    where the form cannot be made, or gives other logits than rounding explains.
 
     Args:
         model: in evaluation mode; example: some images [B, C, H, W].
     """
     if example.device.type != "cpu" or len(example) < 2 or not isinstance(model, Chain):
         return None
-    form = Windowed(model, example)
-    return form if form.worthwhile(1) else None
+    try:
+        form = Windowed(model, example)
+        if not form.worthwhile(1):
+            return None
+        if _agrees(form, model, example[:2]):
+            return form
+        reason = "the windows give other logits"
+    except Exception as error:
+        reason = one_line(error)
+    announce_once(log, f"Square passes whole images, not windows of them: {reason}")
+    return None
+
+
+@torch.no_grad()
+def _agrees(form: Windowed, model: nn.Module, x: Tensor) -> bool:
+    """Compare both on the images [B, C, H, W] with another value in their middle pixel."""
+    top, left = (n // 2 for n in x.shape[2:])
+    points = x.clone()
+    points[:, :, top, left] = 1 - points[:, :, top, left]
+    row = torch.arange(len(x), device=x.device)
+    corner = [torch.full_like(row, start) for start in (top, left)]
+    return same_logits(model(points), form.logits(points, form.maps(x), row, corner, 1))
 
 
 @torch.no_grad()
@@ -195,7 +222,9 @@ def _cells(
 ) -> Tensor:
     """Return the positions of windows in rows of maps, all cells in one list: int64 [N * cells]."""
     height, width = size
-    down, across = (s[:, None] + torch.arange(n) for s, n in zip(start, extent, strict=True))
+    down, across = (
+        s[:, None] + torch.arange(n, device=s.device) for s, n in zip(start, extent, strict=True)
+    )
     cells = (row[:, None] * height + down)[:, :, None] * width + across[:, None, :]
     return cells.flatten()
 
@@ -210,7 +239,8 @@ def _read(maps: Tensor, row: Tensor, start: Sequence[Tensor], extent: Sequence[i
 def _write(maps: Tensor, start: Sequence[Tensor], values: Tensor) -> None:
     """Write values [N, h, w, C] into windows of maps [N, H, W, C]."""
     channels = maps.shape[3]
-    cells = _cells(start, values.shape[1:3], torch.arange(len(maps)), maps.shape[1:3])
+    row = torch.arange(len(maps), device=maps.device)
+    cells = _cells(start, values.shape[1:3], row, maps.shape[1:3])
     maps.view(-1, channels).index_copy_(0, cells, values.view(-1, channels))
 
 
