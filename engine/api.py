@@ -7,22 +7,26 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from . import rng
 from .adversary.attack import Attack
+from .adversary.inputs import check_network, check_pair, device_of, ready
 from .adversary.memory import AdversaryMemory
 from .data import arrays
-from .data.loaders import ResidentLoader, TensorLoader
+from .data.loaders import Loader, ResidentLoader, TensorLoader
 from .device.capture import CudaGraphs, unavailable
 from .device.precision import Precision, arithmetic
 from .errors import EngineError
 from .evaluation.autoattack import ensemble
 from .evaluation.autoattack.verdict import Verdict
-from .evaluation.inputs import check_network, device_of, ready
 from .evaluation.robust_accuracy import Report, evaluate, evaluation_mode
 from .objectives import LocalBall, Objective
+from .recipes.fields import Data, Optim, StepOptions
+from .recipes.reading import complaint
 from .registers import optimisers
+from .text import shown
 from .threat import ThreatModel, check_pixels, check_threat
 from .training.optimiser import Optimiser
 from .training.perturbation import Perturbation
@@ -35,6 +39,7 @@ _CPU = torch.device("cpu")
 __all__ = ["Report", "Verdict", "attack", "autoattack", "evaluate", "train"]
 
 
+@torch.enable_grad()
 def train(
     model: nn.Module,
     data: tuple[Tensor, Tensor] | tuple[np.ndarray, np.ndarray] | Iterable,
@@ -97,45 +102,35 @@ def train(
         The trained network (its moving average with `ema` > 0) and the best epoch's state dict.
     Raises:
         EngineError: for data that does not fit, images that are not in [0, 1] or not finite (a
-            loader's first batch), or a loss that is no longer finite.
+            loader's first batch), a network that cannot be attacked, an argument out of its range,
+            or a loss that is no longer finite.
     """
     device = device_of(model)
-    if device is None:
-        raise EngineError("the model has no parameters")
+    if device is None or not any(p.requires_grad for p in model.parameters()):
+        raise EngineError("the model has no parameters to train")
     check_threat(threat)
-    if not isinstance(optimiser, str) or optimiser not in optimisers:
-        given = optimiser if isinstance(optimiser, str) else type(optimiser).__name__
-        raise EngineError(
-            f"optimiser must be a name, not {given}: one of "
-            f"{', '.join(optimisers.names())}; lr, momentum and weight_decay are arguments"
-        )
-    if perturb and (not 0 <= perturb < 1 or optimiser.startswith("apex")):
-        raise EngineError(
-            f"perturb = {perturb} must be in [0, 1), with sgd, adamw or torch's optimisers, not "
-            f"{optimiser}"
-        )
+    _check_optimiser(optimiser, perturb)
+    rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ema": ema}
+    _check_ranges(Optim, **rates, epochs=epochs, batch_size=batch_size)
+    _check_ranges(Data, pad=pad, erase=erase, jitter=jitter, extra_share=extra_share)
+    _check_ranges(StepOptions, precision=precision)
     attack, objective = attack or Attack(), objective or LocalBall()
+    schedule = schedule or Schedule()
+    for given, kind in ((attack, Attack), (objective, Objective), (schedule, Schedule)):
+        if not isinstance(given, kind):
+            name = kind.__name__
+            raise EngineError(f"{name.lower()} must be an engine.{name}, got {shown(given)}")
     if validation is not None:
         validation = arrays.pair(validation, device) or validation
-        check_pixels(validation[0])
+        _check_attacked(model, *validation)
     torch.manual_seed(seed)
-    memory, loader = None, None
+    memory: AdversaryMemory | None = None
+    feed: Loader
     if tensors := arrays.pair(data, device):
         images, labels = tensors
-        if attack.memory == "host":
-            raise EngineError("attack.memory = host is for `engine train`: here take device")
-        if attack.start == "memory":
-            if images.dim() != 4:
-                raise EngineError("the adversary memory holds images [N, C, H, W] only")
-            if cutmix:
-                raise EngineError(
-                    "cutmix with attack.start = memory: a mixed image has no place in the "
-                    "adversary memory: take start = random"
-                )
-            memory = AdversaryMemory(
-                len(images), images.shape[1:], threat, seed=seed, device=device
-            )
-        loader = ResidentLoader(
+        _check_attacked(model, images, labels)
+        memory = _memory(images, threat, attack, cutmix=cutmix, seed=seed, device=device)
+        feed = ResidentLoader(
             images,
             labels,
             batch_size,
@@ -156,8 +151,9 @@ def train(
         )
     elif attack.start == "memory":
         raise EngineError("attack.start = memory needs (images, labels) tensors, not a loader")
-    feed = loader or TensorLoader(data, device)
-    schedule, steps = schedule or Schedule(), epochs * len(feed)
+    else:
+        feed = TensorLoader(data, device)
+    steps = epochs * len(feed)
     step = Step(
         model,
         objective=objective,
@@ -174,7 +170,7 @@ def train(
         memory=memory,
         radii=schedule.radii(threat.eps, steps),
         perturbation=Perturbation(model, perturb) if perturb else None,
-        take=None if loader is None else loader.take,
+        take=feed.take,
         precision=precision,
         seed=seed,
         device=device,
@@ -188,6 +184,63 @@ def train(
         step.close()
 
 
+def _check_optimiser(optimiser: object, perturb: float) -> None:
+    """Raise an EngineError for no optimiser's name, or one that takes no perturbed weights."""
+    if not isinstance(optimiser, str) or optimiser not in optimisers:
+        given = optimiser if isinstance(optimiser, str) else type(optimiser).__name__
+        raise EngineError(
+            f"optimiser must be a name, not {given}: one of "
+            f"{', '.join(optimisers.names())}; lr, momentum and weight_decay are arguments"
+        )
+    if perturb and (not 0 <= perturb < 1 or optimiser.startswith("apex")):
+        raise EngineError(
+            f"perturb = {perturb} must be in [0, 1), with sgd, adamw or torch's optimisers, not "
+            f"{optimiser}"
+        )
+
+
+def _memory(
+    images: Tensor,
+    threat: ThreatModel,
+    attack: Attack,
+    *,
+    cutmix: bool,
+    seed: int,
+    device: torch.device,
+) -> AdversaryMemory | None:
+    """Return the memory that an attack starts from, if it does."""
+    if attack.memory == "host":
+        raise EngineError("attack.memory = host is for `engine train`: here take device")
+    if attack.start != "memory":
+        return None
+    if images.dim() != 4:
+        raise EngineError("the adversary memory holds images [N, C, H, W] only")
+    if cutmix:
+        raise EngineError(
+            "cutmix with attack.start = memory: a mixed image has no place in the adversary "
+            "memory: take start = random"
+        )
+    return AdversaryMemory(len(images), images.shape[1:], threat, seed=seed, device=device)
+
+
+def _check_ranges(section: type, **values: object) -> None:
+    """Raise an EngineError for a value that a recipe's section refuses."""
+    try:
+        section(**values)
+    except ValidationError as error:
+        raise EngineError(complaint(error)) from None
+
+
+def _check_attacked(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Raise an EngineError where a network cannot be attacked on images, uint8 or float32."""
+    check_pair(x, y)
+    check_pixels(x)
+    first = x[:1] if x.is_floating_point() else x[:1].float() / 255
+    with evaluation_mode(model):
+        check_network(model, first, y)
+
+
+@torch.enable_grad()
 def attack(
     model: nn.Module,
     x: Tensor,
@@ -210,11 +263,12 @@ def attack(
     Returns:
         The adversaries, like `x`, inside the threat ball and [0, 1].
     Raises:
-        EngineError: for images that are not in [0, 1] or not finite.
+        EngineError: for images that are not in [0, 1] or not finite, labels that do not fit them,
+            or a network that cannot be attacked.
     """
     check_threat(threat)
     x, y = arrays.pair((x, y), device_of(model) or _CPU) or (x, y)
-    check_pixels(x)
+    _check_attacked(model, x, y)
     with evaluation_mode(model):
         adversary, _ = Attack(steps=steps, alpha=alpha)(
             model, x, y, threat, state=rng.state(seed, x.device)

@@ -20,13 +20,13 @@ from ..adversary.ascent import (
     towards_errors,
     towards_runner_up,
 )
+from ..adversary.inputs import check_network, device_of, ready
 from ..data import arrays
 from ..device.precision import arithmetic, passes
 from ..errors import EngineError
 from ..models import stem_of
 from ..threat import ThreatModel, check_threat
 from .autoattack import ensemble, package
-from .inputs import check_network, device_of, ready
 from .work import Progress, Work, silent
 
 Judge = Literal["pyautoattack", "engine"]

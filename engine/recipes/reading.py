@@ -121,7 +121,7 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         evaluation = recipe.evaluation
         check_precision(evaluation.precision, evaluation.judge, evaluation.autoattack)
     except ValidationError as error:
-        raise EngineError(f"{source}: {_one_line(error)}") from None
+        raise EngineError(f"{source}: {complaint(error)}") from None
     except EngineError as error:
         raise EngineError(f"{source}: {error}") from None
     return recipe
@@ -325,7 +325,8 @@ def _reject_unknown(tree: Mapping[str, Any]) -> None:
             raise EngineError(f"recipe: unknown field {shown(key)}{nearest(key, choices)}")
 
 
-def _one_line(error: ValidationError) -> str:
+def complaint(error: ValidationError) -> str:
+    """Return the first fault of values that a recipe refuses, in one line."""
     first = error.errors(include_url=False)[0]
     seen = [
         p

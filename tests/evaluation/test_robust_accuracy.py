@@ -167,7 +167,7 @@ def test_images_outside_the_box_are_refused(trained):
     model, x, y = trained
     with pytest.raises(EngineError, match=r"\[0, 1\]"):
         engine.evaluate(model, x * 2 - 0.5, y, Linf(0.1))
-    with pytest.raises(EngineError, match="cannot evaluate 0 images"):
+    with pytest.raises(EngineError, match="each image needs a label: got 0 images"):
         engine.evaluate(model, x[:0], y[:0], Linf(0.1))
     with pytest.raises(EngineError, match="labels"):
         engine.evaluate(model, x, y[:-1], Linf(0.1))

@@ -141,7 +141,7 @@ class Sampling:
         if self.count < self.batch_size * self.world:
             raise EngineError(
                 f"a batch of {self.batch_size * self.world} is larger than the {self.count} "
-                "training images: lower --optim.batch-size"
+                "training images: lower the batch size (--optim.batch-size)"
             )
 
     @property

@@ -100,8 +100,8 @@ def test_a_network_that_cannot_be_attacked_is_refused(judged, net, line):
 @pytest.mark.parametrize(
     ("x", "y", "line"),
     [
-        (images()[:0], torch.zeros(0, dtype=torch.int64), "cannot evaluate"),
-        (images(), torch.zeros(5, dtype=torch.int64), "cannot evaluate"),
+        (images()[:0], torch.zeros(0, dtype=torch.int64), "each image needs a label"),
+        (images(), torch.zeros(5, dtype=torch.int64), "each image needs a label"),
         (images(), torch.zeros(6), "labels must be whole numbers"),
         (images(), torch.zeros((6, 1), dtype=torch.int64), r"labels must be .* int64 \[6, 1\]"),
         (images(), torch.full((6,), 4), "labels from 4 to 4, but the model has 4 classes"),
@@ -285,3 +285,76 @@ def test_every_pass_of_an_evaluation_is_in_exact_arithmetic(monkeypatch):
     y = labels(Net(), x)
     autoattack(net, x, y)
     evaluate(net, x, y)
+
+
+@pytest.mark.parametrize(
+    ("net", "line"),
+    [
+        (Shifts(), "the model writes into the images"),
+        (Blind(), "passes no gradient to its images"),
+        (Pair(), "must return logits"),
+        (Net(classes=1), "needs at least 2 classes"),
+        (Net().half(), "the model's parameters are float16"),
+    ],
+)
+@pytest.mark.parametrize("call", ["train", "attack"])
+def test_a_network_that_cannot_be_attacked_is_not_trained_either(call, net, line):
+    x, y = images(), torch.zeros(6, dtype=torch.int64)
+    before = x.clone()
+    data = ((x, y),) if call == "train" else (x, y)
+    with pytest.raises(EngineError, match=line):
+        getattr(engine, call)(net, *data, BALL)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"epochs": 0}, "epochs: must be greater than or equal to 1, got 0"),
+        ({"epochs": 1.5}, "epochs: must be a valid integer"),
+        ({"batch_size": 0}, "batch_size: must be greater than or equal to 1"),
+        ({"batch_size": 7}, "a batch of 7 is larger than the 6 training images"),
+        ({"lr": -1.0}, "lr: must be greater than 0"),
+        ({"lr": float("nan")}, "lr: must be a finite number"),
+        ({"momentum": 1.0}, "momentum: must be less than 1"),
+        ({"ema": 2.0}, "ema: must be less than 1"),
+        ({"pad": -1}, "pad: must be greater than or equal to 0"),
+        ({"erase": 2.0}, "erase: must be less than or equal to 1"),
+        ({"precision": "half"}, "precision: must be 'auto', .* got 'half'"),
+        ({"objective": "trades"}, "objective must be an engine.Objective, got 'trades'"),
+        ({"attack": "pgd"}, r"attack must be an engine.Attack, got 'pgd'"),
+        ({"schedule": "cosine"}, r"schedule must be an engine.Schedule, got 'cosine'"),
+        ({"validation": (images(), torch.full((6,), 9))}, "labels from 9 to 9"),
+        ({"validation": (images(), torch.zeros(3))}, "6 images, 3 labels"),
+        ({"validation": (images() * 2, torch.zeros(6, dtype=torch.int64))}, "finite and in"),
+    ],
+)
+def test_an_argument_of_train_out_of_its_range_is_refused(options, line):
+    x, y = images(), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(EngineError, match=line):
+        engine.train(Net(), (x, y), BALL, **({"epochs": 1, "batch_size": 3} | options))
+
+
+@pytest.mark.parametrize("y", [torch.full((6,), 4), torch.zeros(6), torch.zeros(5).long()])
+def test_labels_that_do_not_fit_are_not_trained_on(y):
+    with pytest.raises(EngineError, match="label"):
+        engine.train(Net(), (images(), y), BALL, epochs=1, batch_size=3)
+
+
+def test_a_network_without_anything_to_train_is_refused():
+    x, y = images(), torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(EngineError, match="no parameters to train"):
+        engine.train(Net().requires_grad_(False), (x, y), BALL, epochs=1, batch_size=3)
+
+
+def test_training_and_attacks_run_under_no_grad_as_without():
+    x = images()
+    y = labels(Net(), x)
+    with torch.no_grad():
+        inside = engine.train(Net(), (x, y), BALL, epochs=1, batch_size=3).model
+        adversary = engine.attack(Net(), x, y, BALL)
+    outside = engine.train(Net(), (x, y), BALL, epochs=1, batch_size=3).model
+    for found, wanted in zip(inside.parameters(), outside.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+        assert found.requires_grad
+    assert torch.equal(adversary, engine.attack(Net(), x, y, BALL))

@@ -1,4 +1,4 @@
-"""What an evaluation is given: a user's network, images and labels, and the checks of them."""
+"""What users hand over from Python: a network, images and labels, and the checks of them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ def device_of(model: nn.Module) -> torch.device | None:
     return parameter.device
 
 
+def check_pair(x: object, y: object) -> None:
+    """Raise an EngineError for anything but tensors: images, and a whole number for each."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        given = f"{type(x).__name__} and {type(y).__name__}"
+        raise EngineError(f"images and labels must be tensors or NumPy arrays, got {given}")
+    if x.dim() == 0 or y.dim() == 0 or len(x) == 0 or len(x) != len(y):
+        counts = [len(t) if t.dim() else 0 for t in (x, y)]
+        raise EngineError(f"each image needs a label: got {counts[0]} images, {counts[1]} labels")
+    if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
+        raise EngineError(
+            f"labels must be whole numbers [N], one an image: got {_name(y.dtype)} {list(y.shape)}"
+        )
+
+
 def ready(
     x: Tensor, y: Tensor, device: torch.device | None, *, pictures: bool
 ) -> tuple[Tensor, Tensor]:
@@ -41,22 +55,12 @@ def ready(
     Returns:
         Images without a graph, and labels int64 [N].
     Raises:
-        EngineError: for no images, images that are not float32 in [0, 1], labels that are not one
-            whole number an image, tensors on another device, or a call in inference mode.
+        EngineError: as `check_pair` does, for images that are not float32 in [0, 1], and for
+            tensors on another device.
     """
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-        given = f"{type(x).__name__} and {type(y).__name__}"
-        raise EngineError(f"images and labels must be tensors or NumPy arrays, got {given}")
-    if torch.is_inference_mode_enabled():
-        raise EngineError("an attack needs gradients: call it outside torch.inference_mode()")
-    if x.dim() == 0 or y.dim() == 0 or len(x) == 0 or len(x) != len(y):
-        raise EngineError(f"cannot evaluate {len(x)} images with {len(y)} labels")
+    check_pair(x, y)
     if pictures and x.dim() != 4:
         raise EngineError(f"AutoAttack takes images [N, C, H, W], got {list(x.shape)}")
-    if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
-        raise EngineError(
-            f"labels must be whole numbers [N], one an image: got {_name(y.dtype)} {list(y.shape)}"
-        )
     if x.device != y.device or device not in (None, x.device):
         raise EngineError(
             f"images on {x.device}, labels on {y.device}, the model on {device or x.device}: move "
@@ -76,15 +80,19 @@ def check_network(model: nn.Module, x: Tensor, y: Tensor) -> int:
     """Return the number of classes of a network that can be attacked on these images.
 
     Args:
-        model: in evaluation mode; x, y: from `ready`.
+        model: in evaluation mode; x: float32 [N, ...]; y: whole numbers [N], or some of all labels.
     Raises:
-        EngineError: for a network that returns no logits [N, K] of two classes or more, passes no
-            gradient to its images, or writes into them; for a label that it has no logit for.
+        EngineError: in inference mode; for a network that returns no logits [N, K] of two classes
+            or more, passes no gradient to its images, or writes into them; for a label that it has
+            no logit for.
     """
-    version = x._version
+    if torch.is_inference_mode_enabled():
+        raise EngineError("an attack needs gradients: call it outside torch.inference_mode()")
+    first = x[:1].clone()
+    version = first._version
     with torch.no_grad():
-        model(x[:1])
-    if x._version != version:
+        model(first)
+    if first._version != version:
         raise EngineError(
             "the model writes into the images that it is given: let it work on a copy (x = x - "
             "mean, not x -= mean)"
