@@ -112,7 +112,7 @@ def train(
     _check_optimiser(optimiser, perturb)
     rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ema": ema}
     _check_ranges(Optim, **rates, epochs=epochs, batch_size=batch_size)
-    _check_ranges(Data, pad=pad, erase=erase, jitter=jitter, extra_share=extra_share)
+    _check_ranges(Data, pad=pad, erase=erase, jitter=jitter)
     _check_ranges(StepOptions, precision=precision)
     attack, objective = attack or Attack(), objective or LocalBall()
     schedule = schedule or Schedule()
