@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import rng
 from .adversary.attack import Attack
-from .adversary.inputs import check_network, check_pair, device_of, ready
+from .adversary.inputs import check_device, check_network, check_pair, device_of, ready
 from .adversary.memory import AdversaryMemory
 from .data import arrays
 from .data.loaders import Loader, ResidentLoader, TensorLoader
@@ -232,10 +232,15 @@ def _check_ranges(section: type, **values: object) -> None:
 
 
 def _check_attacked(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """Raise an EngineError where a network cannot be attacked on images, uint8 or float32."""
+    """Raise an EngineError where a network cannot be attacked on images, uint8 or float32.
+
+    The images may lie on another device: training brings them over.
+    """
     check_pair(x, y)
     check_pixels(x)
-    first = x[:1] if x.is_floating_point() else x[:1].float() / 255
+    first = (x[:1] if x.is_floating_point() else x[:1].float() / 255).to(
+        device_of(model) or x.device
+    )
     with evaluation_mode(model):
         check_network(model, first, y)
 
@@ -267,7 +272,10 @@ def attack(
             or a network that cannot be attacked.
     """
     check_threat(threat)
-    x, y = arrays.pair((x, y), device_of(model) or _CPU) or (x, y)
+    device = device_of(model)
+    x, y = arrays.pair((x, y), device or _CPU) or (x, y)
+    check_pair(x, y)
+    check_device(x, y, device)
     _check_attacked(model, x, y)
     with evaluation_mode(model):
         adversary, _ = Attack(steps=steps, alpha=alpha)(

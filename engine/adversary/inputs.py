@@ -42,6 +42,15 @@ def check_pair(x: object, y: object) -> None:
         )
 
 
+def check_device(x: Tensor, y: Tensor, device: torch.device | None) -> None:
+    """Raise an EngineError for images and labels that are not where the model is, if it is."""
+    if x.device != y.device or device not in (None, x.device):
+        raise EngineError(
+            f"images on {x.device}, labels on {y.device}, the model on {device or x.device}: move "
+            "them to one device"
+        )
+
+
 def ready(
     x: Tensor, y: Tensor, device: torch.device | None, *, pictures: bool
 ) -> tuple[Tensor, Tensor]:
@@ -61,11 +70,7 @@ def ready(
     check_pair(x, y)
     if pictures and x.dim() != 4:
         raise EngineError(f"AutoAttack takes images [N, C, H, W], got {list(x.shape)}")
-    if x.device != y.device or device not in (None, x.device):
-        raise EngineError(
-            f"images on {x.device}, labels on {y.device}, the model on {device or x.device}: move "
-            "them to one device"
-        )
+    check_device(x, y, device)
     x = x.clone() if x.is_inference() else x.detach()
     # NaN compares as false.
     if x.dtype != torch.float32 or not (float(x.min()) >= 0 and float(x.max()) <= 1):

@@ -341,6 +341,12 @@ def test_labels_that_do_not_fit_are_not_trained_on(y):
         engine.train(Net(), (images(), y), BALL, epochs=1, batch_size=3)
 
 
+def test_an_attack_on_images_of_another_device_is_refused():
+    x = images()
+    with pytest.raises(EngineError, match="images on cpu, labels on meta, the model on cpu"):
+        engine.attack(Net(), x, torch.zeros(6, dtype=torch.int64, device="meta"), BALL)
+
+
 def test_a_network_without_anything_to_train_is_refused():
     x, y = images(), torch.zeros(6, dtype=torch.int64)
     with pytest.raises(EngineError, match="no parameters to train"):
