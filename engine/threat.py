@@ -68,6 +68,7 @@ class ThreatModel:
         eps: radius in pixel units, >= 0; a number or text such as "8/255".
     Raises:
         pydantic.ValidationError (a ValueError): for an unknown norm or a negative radius.
+        EngineError: for an Linf radius of more than a pixel's whole range.
     """
 
     norm: Annotated[
@@ -78,6 +79,13 @@ class ThreatModel:
     eps: Annotated[
         Number, Field(ge=0, description="radius of the threat ball [pixel units, 0..1]")
     ] = 8 / 255
+
+    def __post_init__(self) -> None:
+        if self.norm == "Linf" and self.eps > 1:
+            raise EngineError(
+                f"threat.eps = {self.eps:g} is more than a pixel's whole range [0, 1]: "
+                f'{self.eps:g}/255 is written "{self.eps:g}/255"'
+            )
 
     def around(self, x: Tensor) -> Ball:
         """Return the ball around the images `x`, float32 [B, ...] in [0, 1]."""

@@ -78,6 +78,11 @@ def run(argv: list[str]) -> int:
         return command(arguments, rest) if arguments.overridable else command(arguments)
     except EngineError as error:
         return _refuse(error)
+    except OSError as error:
+        # A folder that may not be searched, a name that is too long: every look at the path fails.
+        if error.filename is None:
+            raise
+        return _refuse(EngineError(f"cannot use {error.filename}: {error.strerror}"))
     except KeyboardInterrupt as stopped:
         print("engine: interrupted; what was saved before is whole", file=sys.stderr)
         return exit_status(stopped)

@@ -109,11 +109,6 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
             )
         if recipe.attack.memory == "host" and recipe.attack.start != "memory":
             raise EngineError("attack.memory = host has no effect: it needs attack.start = memory")
-        if recipe.threat.norm == "Linf" and recipe.threat.eps > 1:
-            raise EngineError(
-                f"threat.eps = {recipe.threat.eps:g} is more than a pixel's whole range [0, 1]: "
-                f'{recipe.threat.eps:g}/255 is written "{recipe.threat.eps:g}/255"'
-            )
         _check_weights(recipe)
         if recipe.data.cutmix:
             _check_cutmix(recipe)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,9 @@ from .images import classes, first_test_images, part_size, parts, shape_of, test
 
 # Enough for differences of five points, and affordable.
 _MASKING_EXAMPLES = 500
+# The versions of AutoAttack, from the weakest on.
+_STRENGTH = ("none", "apgd", "standard")
+log = logging.getLogger(__name__)
 
 
 def load(run: str | Path, checkpoint: str = "best") -> Any:
@@ -147,7 +153,36 @@ def _write(run: Run, checkpoint: str, report: robust_accuracy.Report) -> None:
         architecture=recipe.model.name + width,
         dataset=recipe.data.name,
     )
+    _keep_larger(run, fields)
     run.write_json("evaluation.json", {**fields, "checkpoint": checkpoint})
+
+
+def _keep_larger(run: Run, fields: Mapping[str, Any]) -> None:
+    """Keep an earlier evaluation that says more under another name, and announce it.
+
+    It says more with more images, with more attacks, or with the authors' package as the judge.
+    """
+    try:
+        earlier = json.loads(files.read_text(run.path / "evaluation.json"))
+        examples, version = int(earlier["examples"]), _STRENGTH.index(earlier["autoattack_version"])
+    except (EngineError, OSError, ValueError, RecursionError, KeyError, TypeError):
+        return  # there is none, or none that can be read
+    judges = earlier.get("autoattack_judge"), fields["autoattack_judge"]
+    if (
+        examples <= fields["examples"]
+        and version <= _STRENGTH.index(fields["autoattack_version"])
+        and judges != ("pyautoattack", "engine")
+    ):
+        return
+    name = f"evaluation.{time.strftime('%Y%m%d-%H%M%S')}.json"
+    run.write_json(name, earlier)
+    log.warning(
+        "the earlier evaluation (%d images, AutoAttack %s) says more than this one: it is kept as "
+        "%s",
+        examples,
+        _STRENGTH[version],
+        run.path / name,
+    )
 
 
 def check_masking(

@@ -32,6 +32,8 @@ _NAMES = (
     *("best.safetensors", "last.safetensors", "evaluation.json", "masking.json", "report.html"),
     *("pictures", "export", "loggers.json", "wandb", "mlflow.db", "evaluation"),
 )
+# Sections that stand in every written recipe, since the first version.
+_SECTIONS = ("data", "model", "threat", "attack", "objective", "optim")
 # Characters of a recipe's name in the name of a folder, which may have 255 bytes.
 _LONGEST_NAME = 60
 # The name of a module, as `--import` takes it.
@@ -250,8 +252,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _check_known(path: Path) -> None:
-    """Refuse a run with a name that is not known here, and say where it came from."""
+    """Refuse a run with a name that is not known here, and say where it came from.
+
+    A run's recipe has every section, so one that lacks a section is damaged.
+    """
     tree = recipes.tree(str(path / "recipe.toml"))
+    if missing := [section for section in _SECTIONS if section not in tree]:
+        raise EngineError(f"{path}/recipe.toml is damaged: it has no [{missing[0]}]")
     for section, key, title, known in (
         ("objective", "name", "objective", recipes.objectives().__contains__),
         ("model", "name", "network", models.is_known),
