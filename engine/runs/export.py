@@ -16,7 +16,7 @@ from .. import files
 from ..errors import EngineError
 from ..text import printable
 from ..training.checkpoint import save_tensors
-from . import evaluate, graphs, hub
+from . import evaluate, found, graphs, hub
 from .build import build_model
 from .card import claim_of, model_card
 from .folder import Run
@@ -86,7 +86,7 @@ class _Job:
 
     @classmethod
     def of(cls, run: Run) -> _Job:
-        report = run.read_json("evaluation.json")
+        report = found.evaluation(run)
         if not report:
             raise EngineError(f"{run.path} has not been evaluated: engine eval {run.path}")
         checkpoint = "last" if report.get("checkpoint") == "last" else "best"
@@ -172,7 +172,11 @@ def _write_graph(job: _Job, folder: Path, format: Format) -> list[str]:
 
 
 def _write_card(job: _Job, folder: Path, *, published: bool = False) -> None:
-    card = model_card(job.run, job.report, job.model, job.shape, job.classes, published=published)
+    # The card also reads summary.json, environment.json and masking.json.
+    with found.foreign_files(job.run):
+        card = model_card(
+            job.run, job.report, job.model, job.shape, job.classes, published=published
+        )
     files.write_text(folder / "README.md", printable(card, "\n\t"))
 
 
