@@ -272,6 +272,10 @@ def options(objective: type = LocalBall) -> tuple[tuple[str, Any, Any, str], ...
             default, description = f.default, ""
             if (prefix, f.name) == ("objective.", "name"):
                 description = "training method; each has its own fields"
+            elif (prefix, f.name) == ("", "name"):
+                description = (
+                    "name of the run, for its folder, its closing table and its model card"
+                )
             for meta in getattr(hint, "__metadata__", ()):
                 description = getattr(meta, "description", None) or description
             info = getattr(cls, "__pydantic_fields__", {}).get(f.name)
