@@ -116,6 +116,22 @@ def make_folder(path: Path) -> None:
     _sync(path.parent)
 
 
+def make_writable(folder: Path) -> None:
+    """Make a folder if it is missing, and write a file in it that goes at once.
+
+    Raises:
+        EngineError: where the folder cannot be made or written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise EngineError(f"cannot write {folder}: it is a file, not a folder")
+    try:
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise EngineError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
 def remove(path: Path) -> None:
     """Remove a file, if it is there.
 

@@ -26,7 +26,12 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--against", metavar="REF", help="a commit, or a file of results, to compare with"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="with --against COMMIT [count]")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="with --against COMMIT: measure both so often; default %(default)s [count]",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="under a minute; step, accuracy, evaluation: under two"
     )

@@ -31,15 +31,31 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "recipes", nargs="*", metavar="RECIPE", help="recipes, or one protocol file with methods"
     )
-    parser.add_argument("--methods", help="train only these of the protocol's: pgd-10,memory-1")
-    parser.add_argument("--seeds", type=int, help="seeds 0..N-1 of every method [count]")
-    parser.add_argument("--epochs", help="budgets: 5,15,45 [passes over the training set]")
+    parser.add_argument(
+        "--methods", help="train only these of the protocol's: pgd-10,memory-1; default all"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        help="seeds 0..N-1 of every method; default: the protocol's, or 3 [count]",
+    )
+    parser.add_argument(
+        "--epochs",
+        help="budgets: 5,15,45; default: the protocol's, or the recipe's epochs [passes over the "
+        "training set]",
+    )
     parser.add_argument("--minutes", help="budgets: 1,2.5 [training minutes]")
     parser.add_argument(
-        "--target", type=float, help="also show the training time to this robust accuracy [0..1]"
+        "--target",
+        type=float,
+        help="also show the training time to this robust accuracy, above 0 and at most 1",
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time [count]")
-    parser.add_argument("--out", type=Path, help="folder of the runs; finished runs in it are kept")
+    parser.add_argument("--jobs", type=int, help="runs at a time; default 1 [count]")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the runs; finished runs in it are kept; default runs/NAME-DATE-TIME",
+    )
     parser.add_argument(
         "--from-store",
         action="store_true",
@@ -51,10 +67,14 @@ def add(commands: Commands) -> None:
 
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
+    if arguments.target is not None and not 0 < arguments.target <= 1:
+        raise EngineError(
+            f"--target must be above 0 and at most 1, got {arguments.target:g}: 50 % is 0.5"
+        )
     if arguments.from_store:
-        if rest:
+        if unused := [*_given(arguments), *rest]:
             raise EngineError(
-                f"{rest[0]}: stored results cannot be changed: drop it or --from-store"
+                f"{unused[0]}: stored results cannot be changed: drop it or --from-store"
             )
         rows, picture = _stored(arguments.recipes), None
     else:
@@ -69,6 +89,12 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _given(arguments: argparse.Namespace) -> list[str]:
+    """Return the flags of the command line that only a training obeys."""
+    flags = ("methods", "seeds", "epochs", "minutes", "jobs", "out")
+    return [f"--{flag}" for flag in flags if getattr(arguments, flag) is not None]
+
+
 def _trained(
     arguments: argparse.Namespace, overrides: Mapping[str, str]
 ) -> tuple[list[dict[str, Any]], Path]:
@@ -78,8 +104,9 @@ def _trained(
 
     if not arguments.recipes:
         raise EngineError("engine compare: which recipes, or which protocol file?")
-    if arguments.jobs < 1:
-        raise EngineError(f"--jobs must be at least 1, got {arguments.jobs}")
+    workers = 1 if arguments.jobs is None else arguments.jobs
+    if workers < 1:
+        raise EngineError(f"--jobs must be at least 1, got {workers}")
     keep_freed_memory()
     chosen = protocol.read(
         arguments.recipes,
@@ -90,7 +117,7 @@ def _trained(
         minutes=_list("--minutes", arguments.minutes, float),
     )
     out = arguments.out or Path("runs") / f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return session.run(chosen, out=out, workers=arguments.jobs)["rows"], out / "compare.png"
+    return session.run(chosen, out=out, workers=workers)["rows"], out / "compare.png"
 
 
 def _stored(names: Sequence[str]) -> list[dict[str, Any]]:

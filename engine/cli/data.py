@@ -15,7 +15,12 @@ from .shared import Commands, add_command
 
 def add(commands: Commands) -> None:
     parser = add_command(commands, "data", _data, "list, fetch, verify, describe or label datasets")
-    parser.add_argument("action", choices=("list", "fetch", "verify", "info", "label"))
+    parser.add_argument(
+        "action",
+        choices=("list", "fetch", "verify", "info", "label"),
+        help="list: all datasets; fetch: download; verify: check the files; info: shape, counts "
+        "and classes; label: pictures without labels, by a run's network",
+    )
     parser.add_argument("name", nargs="?", help="a dataset by name, or the path of your own")
     parser.add_argument("--run", type=Path, dest="run_dir", help="label: the run that labels")
     parser.add_argument("--out", type=Path, help="label: the .npz to write, for data.extra")

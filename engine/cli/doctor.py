@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
         "--capture", metavar="RECIPE", help="audit this recipe's step; needs no GPU"
     )
     add_import(parser)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _doctor(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -29,7 +29,8 @@ def add(commands: Commands) -> None:
         "evaluate a run's checkpoint under attack, or check it for masked gradients",
         overridable=True,
         fields="--evaluation.FIELD VALUE sets how the run is evaluated: examples, pgd_steps, "
-        "pgd_restarts, autoattack (standard, apgd, none), batch_size; so does --threads. "
+        "pgd_restarts, autoattack (standard, apgd, none), judge (pyautoattack, engine), precision "
+        "(fp32, bf16), batch_size; so does --threads. "
         "`engine train --help evaluation` lists their meanings.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
@@ -37,7 +38,7 @@ def add(commands: Commands) -> None:
         "--checkpoint",
         choices=("best", "last"),
         default="best",
-        help="weights: of the best epoch, or of the last",
+        help="weights: of the best epoch (the default), or of the last",
     )
     parser.add_argument(
         "--masking", action="store_true", help="look for masked gradients instead of evaluating"
@@ -50,7 +51,11 @@ def add(commands: Commands) -> None:
     )
     add_import(parser)
     parser.add_argument(
-        "--nproc", type=int, default=1, metavar="N", help="N processes share the evaluation"
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N processes share the evaluation; default %(default)s",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
     parser = add_command(
         commands, "export", _export, "write a run's network for other tools: weights, ONNX, a card"
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN")
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
     add_import(parser)
     parser.add_argument(
         "--format",

@@ -15,7 +15,9 @@ def add(commands: Commands) -> None:
         _kernels,
         "show the compiled form of each Triton kernel: registers, spills, occupancy; no GPU needed",
     )
-    parser.add_argument("--arch", action="append", help="sm_80, sm_90 or sm_100; may be repeated")
+    parser.add_argument(
+        "--arch", action="append", help="sm_80, sm_90 or sm_100; may be repeated; default all"
+    )
     parser.add_argument(
         "--run",
         dest="execute",

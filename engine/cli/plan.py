@@ -17,9 +17,9 @@ def add(commands: Commands) -> None:
         overridable=True,
     )
     parser.add_argument("recipe", help="a recipe by name, or a .toml file")
-    parser.add_argument("--gpu", default="h100", help="a100, h100 or h200")
+    parser.add_argument("--gpu", default="h100", help="a100, h100 or h200; default %(default)s")
     add_import(parser)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 # Kernels that the report names; the others are added up.

@@ -19,11 +19,18 @@ def add(commands: Commands) -> None:
         overridable=True,
     )
     parser.add_argument("recipe", help="a recipe by name, or a .toml file")
-    parser.add_argument("--tool", choices=("torch", "nsys", "ncu"), default="torch")
-    parser.add_argument("--steps", type=int, default=20, help="steps to measure [count]")
+    parser.add_argument(
+        "--tool",
+        choices=("torch", "nsys", "ncu"),
+        default="torch",
+        help="profiler: PyTorch's (torch, the default), or NVIDIA's nsys or ncu",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=20, help="steps to measure; default %(default)s [count]"
+    )
     parser.add_argument("--out", type=Path, help="folder; default runs/profile-RECIPE")
     add_import(parser)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _profile(arguments: argparse.Namespace, rest: list[str]) -> int:

@@ -11,7 +11,7 @@ from .shared import Commands, add_command, add_import
 
 def add(commands: Commands) -> None:
     parser = add_command(commands, "report", _report, "rebuild a run's report.html")
-    parser.add_argument("run_dir", type=Path, metavar="RUN")
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
     add_import(parser)
 
 

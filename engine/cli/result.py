@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import plugins
 from ..text import duration, printable
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def _lines(row: Mapping[str, Any], recipe: Recipe) -> list[str]:
         "rolled back": ", ".join(f"epoch {n}" for n in row.get("rolled_back") or ()),
         "memory": f"{row['peak_memory_mb']:,} MB at most" if row.get("peak_memory_mb") else "",
         "run folder": row["run_dir"],
-        "report": row.get("report") or _report_of(row["run_dir"]),
+        "report": _report_of(row["run_dir"]),
         "next": _next(row),
     }
     # Paths and commands are for copying: a terminal wraps a long line, and the copy stays whole.
@@ -90,7 +91,7 @@ def _training(row: Mapping[str, Any]) -> str:
 def _next(row: Mapping[str, Any]) -> str:
     """The command to run next."""
     command = "eval" if row.get("clean") is None else "export"
-    return f"engine {command} {shlex.quote(row['run_dir'])}"
+    return shlex.join(["engine", command, row["run_dir"], *plugins.words()])
 
 
 def _report_of(run: str) -> str:

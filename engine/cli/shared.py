@@ -110,7 +110,7 @@ def add_output(parser: Parser) -> None:
         action="store_true",
         help="in a source checkout: keep the rows in benchmarks/results, for `make tables`",
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
 
 
 def store_rows(what: str, words: Sequence[str], rows: list[dict[str, Any]]) -> None:

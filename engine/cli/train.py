@@ -39,24 +39,25 @@ def add(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
-    overrides = parse_overrides(rest)
     if arguments.help is not None:
-        train_help.show(arguments.recipe, overrides, arguments.help)
+        train_help.show(arguments.recipe, parse_overrides(rest), arguments.help)
         return 0
     from ..device import distributed
     from ..device.machine import keep_freed_memory
     from ..progress import stderr
+    from ..runs import found
 
     keep_freed_memory()
     if arguments.nproc < 1:
         raise EngineError(f"--nproc must be at least 1, got {arguments.nproc}")
     world = distributed.join()
     stderr.quiet = not world.first
-    run, recipe = _chosen(arguments, overrides)
-    if run is not None and (row := run.read_json("summary.json")):
+    run, recipe = _chosen(arguments, rest)
+    if run is not None and (row := found.summary(run)):
         stderr.print(f"{run.path} is finished", highlight=False, soft_wrap=True)
         if world.first:
-            result.show(row, recipe, arguments.json)
+            # The folder may have moved since.
+            result.show({**row, "run_dir": str(run.path)}, recipe, arguments.json)
         return 0
     _check(recipe, arguments, world)
     if arguments.nproc > 1:
@@ -65,16 +66,18 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> int:
     return _train_and_report(run, world, arguments)
 
 
-def _chosen(arguments: argparse.Namespace, overrides: dict[str, str]) -> tuple[Run | None, Recipe]:
+def _chosen(arguments: argparse.Namespace, rest: list[str]) -> tuple[Run | None, Recipe]:
     """Return the run to resume, or None for a new run, and its recipe."""
     from .. import recipes
     from ..runs.folder import Run
 
     if arguments.resume is not None:
-        if arguments.recipe or arguments.run_dir or overrides:
+        # The parser takes the value of a field for RECIPE.
+        if arguments.recipe or arguments.run_dir or rest:
             raise EngineError("--resume RUN uses the run's own recipe: give no other argument")
         run = Run.open(arguments.resume)
         return run, run.recipe
+    overrides = parse_overrides(rest)
     if arguments.recipe is None:
         raise EngineError(f"which recipe? one of {', '.join(recipes.names())}, or a .toml file")
     return None, recipes.load(arguments.recipe, overrides)
@@ -113,7 +116,8 @@ def _train_and_report(run: Run, world: World, arguments: argparse.Namespace) -> 
             return 0
         report = evaluate.evaluate_run(run) if evaluated else None
         row = evaluate.summary(run, trained, report)
-        if evaluated:
+        if report is not None:
+            row["worst_case"] = report.worst_case
             row["report"] = str(page.build(run))
     except KeyboardInterrupt as stopped:
         if world.first:

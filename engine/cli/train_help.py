@@ -70,7 +70,9 @@ def _usage(recipes: list[str], width: int) -> str:
             _entry("--no-eval", "train only; `engine eval RUN` evaluates later", width),
             _entry("--json", "print one JSON object on stdout; progress goes to stderr", width),
             _entry("--import MODULE", "networks and objectives of your own, see docs", width),
-            _entry("--nproc N", "N processes on this machine that share each batch", width),
+            _entry(
+                "--nproc N", "N processes on this machine that share each batch; default: 1", width
+            ),
             "",
             "RECIPE: a path ending in .toml, or",
             *_recipe_lines(recipes, width),
@@ -103,9 +105,7 @@ def _field_lines(recipe: Any, field: tuple[str, Any, Any, str], width: int) -> l
     value = recipe
     for part in dotted.split("."):
         value = getattr(value, part)
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    # As the command line takes the value; "none" leaves a field out.
-    text = text.lower() if value is None or isinstance(value, bool) else text
+    text = _typed(value)
     if choices := _choices(dotted, hint):
         description += f"; one of {', '.join(choices)}"
     head = f"  {'--' + dotted:{_NAME}} {text:<10} "
@@ -113,6 +113,15 @@ def _field_lines(recipe: Any, field: tuple[str, Any, Any, str], width: int) -> l
     return textwrap.wrap(
         head + description, width, subsequent_indent=indent, break_on_hyphens=False
     )
+
+
+def _typed(value: Any) -> str:
+    """Write a field's value as the command line takes it; "none" leaves a field out."""
+    if isinstance(value, tuple):
+        return ",".join(map(_typed, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _choices(dotted: str, hint: Any) -> list[str]:

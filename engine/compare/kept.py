@@ -3,46 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import files
 from ..errors import EngineError
+from ..runs.found import Check, is_count, is_number, is_share, is_text
 from ..text import shown
-
-Check = Callable[[Any], bool]
-
-
-def _text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _share(value: object) -> bool:
-    return value is None or (_number(value) and 0 <= value <= 1)  # type: ignore[operator]
 
 
 def _timing(value: object) -> bool:
     return isinstance(value, dict) and all(
-        _number(value.get(name)) and value[name] > 0 for name in ("p20_ms", "p50_ms", "p80_ms")
+        is_number(value.get(name)) and value[name] > 0 for name in ("p20_ms", "p50_ms", "p80_ms")
     )
 
 
 _POINT: dict[str, Check] = {
-    **dict.fromkeys(("method", "dataset", "network", "norm", "objective", "start"), _text),
-    **dict.fromkeys(("k", "epochs", "seed", "steps"), _count),
-    **dict.fromkeys(("eps", "passes_per_step"), _number),
-    **dict.fromkeys(("clean", "pgd", "autoattack", "val_clean", "val_pgd"), _share),
-    **dict.fromkeys(("examples", "peak_memory_mb"), lambda v: v is None or _count(v)),
+    **dict.fromkeys(("method", "dataset", "network", "norm", "objective", "start"), is_text),
+    **dict.fromkeys(("k", "epochs", "seed", "steps"), is_count),
+    **dict.fromkeys(("eps", "passes_per_step"), is_number),
+    **dict.fromkeys(("clean", "pgd", "autoattack", "val_clean", "val_pgd"), is_share),
+    **dict.fromkeys(("examples", "peak_memory_mb"), lambda v: v is None or is_count(v)),
 }
 
 
@@ -54,7 +36,7 @@ def comparison(path: Path) -> dict[str, Any]:
     """
     kept = _read(path)
     recipes, points = kept.get("recipes", {}), kept.get("points")
-    if not (isinstance(recipes, dict) and all(map(_text, recipes.values()))):
+    if not (isinstance(recipes, dict) and all(map(is_text, recipes.values()))):
         raise _damaged(path, "its recipes are not texts by method")
     if not isinstance(points, list):
         raise _damaged(path, "it has no list of points")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from ..errors import EngineError
 from ..recipes import Recipe
 from ..runs import build
 from ..runs.folder import plain
+from ..text import shown
 
 _MOST_SEEDS = 10_000
 
@@ -118,27 +119,14 @@ def is_protocol(name: str) -> bool:
 def _from_file(path: Path) -> Protocol:
     """Read a protocol file: `base` recipe, `common` changes, and the changes of each method."""
     spec = recipes.read_toml(path)
-    known = {"about", "base", "common", "methods", "seeds", "epochs", "minutes", "score"}
-    if unknown := sorted(spec.keys() - known):
+    if unknown := sorted(spec.keys() - _FIELDS):
         raise EngineError(
-            f"{path}: unknown field {unknown[0]!r}{recipes.nearest(unknown[0], list(known))}"
+            f"{path}: unknown field {unknown[0]!r}{recipes.nearest(unknown[0], list(_FIELDS))}"
         )
-    wrong = [
-        name
-        for name, fits in {
-            "base": isinstance(spec.get("base"), str),
-            "methods": bool(spec["methods"]) and _tables(spec["methods"]),
-            "common": isinstance(spec.get("common", {}), dict),
-            "seeds": type(spec.get("seeds", 3)) is int and spec.get("seeds", 3) < _MOST_SEEDS,
-            "epochs": _numbers(spec.get("epochs", []), int),
-            "minutes": _numbers(spec.get("minutes", []), (int, float)),
-            "score": spec.get("score", "test") in ("test", "validation"),
-            "about": isinstance(spec.get("about", ""), str),
-        }.items()
-        if not fits
-    ]
-    if wrong:
-        raise EngineError(f"{path}: {wrong[0]} is missing or not what it should be")
+    for name, (default, fits, wanted) in _FIELDS.items():
+        if not fits(spec.get(name, default)):
+            fault = f"is {shown(spec[name])}" if name in spec else "is missing"
+            raise EngineError(f"{path}: {name} {fault}, and must be {wanted}")
     for name in spec["methods"]:
         # Names become folders, and a protocol may come from a stranger.
         if name != plain(name):
@@ -169,6 +157,27 @@ def _numbers(value: object, kind: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(v, kind) and not isinstance(v, bool) for v in value
     )
+
+
+# The fields of a protocol file: (value where it is absent, check, how the value must be).
+_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "base": (None, lambda v: isinstance(v, str), 'the name or the path of a recipe, "mnist"'),
+    "methods": (
+        None,
+        lambda v: bool(v) and _tables(v),
+        "tables, one for each method: [methods.NAME]",
+    ),
+    "common": ({}, lambda v: isinstance(v, dict), "a table of fields for all methods: [common]"),
+    "seeds": (
+        3,
+        lambda v: type(v) is int and 1 <= v < _MOST_SEEDS,
+        f"a whole number from 1 to {_MOST_SEEDS - 1}",
+    ),
+    "epochs": ([], lambda v: _numbers(v, int), "a list of whole numbers, [5, 15]"),
+    "minutes": ([], lambda v: _numbers(v, (int, float)), "a list of numbers, [1, 2.5]"),
+    "score": ("test", lambda v: v in ("test", "validation"), '"test" or "validation"'),
+    "about": ("", lambda v: isinstance(v, str), "a text in quotes"),
+}
 
 
 def jobs(protocol: Protocol, step_ms: Mapping[str, float]) -> list[Job]:

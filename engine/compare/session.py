@@ -30,7 +30,7 @@ from ..device.machine import environment
 from ..errors import EngineError
 from ..performance import timing
 from ..progress import bar, stderr
-from ..runs import build
+from ..runs import build, found
 from ..runs.folder import Run
 from . import kept
 from .picture import draw
@@ -52,13 +52,15 @@ def run(protocol: Protocol, *, out: Path | None = None, workers: int = 1) -> dic
         The content of compare.json: `about`, `environment`, `steps` (timings), `points` (one per
         run), `rows` (one per method and budget).
     Raises:
-        EngineError: for a method that cannot be run, a folder with runs of other recipes, or a
-            failed run (after all others are done).
+        EngineError: for a method that cannot be run, a folder that cannot be written or holds runs
+            of other recipes, or a failed run (after all others are done).
     """
     out = out or Path("runs") / f"{protocol.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     recipe_of = {n: recipes.parse(tree, source=n) for n, tree in protocol.methods.items()}
     for recipe in recipe_of.values():
         build.check(recipe, evaluated=protocol.score == "test")
+    # The timing takes long: a folder that cannot be written shows before.
+    files.make_writable(out)
     steps = _step_times(protocol, out / "steps.json")
     plan = jobs(protocol, {name: row["p50_ms"] for name, row in steps.items()})
     known = _known(protocol, out / "compare.json")
@@ -254,7 +256,7 @@ def _step_times(protocol: Protocol, path: Path) -> dict[str, dict[str, float]]:
 
 def _point(job: Job, out: Path, step: Mapping[str, float]) -> dict[str, Any]:
     run = Run.open(out / job.folder)
-    summary, recipe = run.read_json("summary.json"), job.recipe
+    summary, recipe = found.summary(run), job.recipe
     last: dict[str, Any] = next((r for r in reversed(run.metrics()) if "val_pgd" in r), {})
     point = {
         "method": job.method,

@@ -6,6 +6,7 @@ import copy
 import difflib
 import math
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -154,6 +155,11 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix == ".toml":
         tree = read_toml(path, "recipe ")
+        if "methods" in tree:
+            raise EngineError(
+                f"{name_or_path} is a study of several methods, not a recipe: "
+                f"engine compare {shlex.quote(name_or_path)}"
+            )
     elif name_or_path in names():
         source = resources.files("engine").joinpath("recipes", f"{name_or_path}.toml")
         tree = tomllib.loads(source.read_text(encoding="utf-8"))
@@ -261,6 +267,10 @@ def options(objective: type = LocalBall) -> tuple[tuple[str, Any, Any, str], ...
             default, description = f.default, ""
             if (prefix, f.name) == ("objective.", "name"):
                 description = "training method; each has its own fields"
+            elif (prefix, f.name) == ("", "name"):
+                description = (
+                    "name of the run, for its folder, its closing table and its model card"
+                )
             for meta in getattr(hint, "__metadata__", ()):
                 description = getattr(meta, "description", None) or description
             info = getattr(cls, "__pydantic_fields__", {}).get(f.name)

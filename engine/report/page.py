@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from .. import files, pictures, recipes
 from ..errors import EngineError
 from ..pages import render
 from ..recipes import Recipe
+from ..runs import found
 from ..runs.folder import Run
 from ..text import duration
 from ..threat import as_written
@@ -28,22 +27,8 @@ def build(run: Run) -> Path:
     Raises:
         EngineError: for files that are damaged or not a run's, or a folder that cannot be written.
     """
-    try:
+    with found.foreign_files(run):
         return _build(run)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        ArithmeticError,
-        jinja2.UndefinedError,
-    ) as error:
-        # The engine reads its own files; only a damaged or foreign folder gets here.
-        what = str(error).split("\n")[0]
-        raise EngineError(
-            f"{run.path}: its files are not what a run writes ({type(error).__name__}: {what})"
-        ) from error
 
 
 def _build(run: Run) -> Path:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..recipes import Recipe
 from ..threat import as_written
-from . import images
+from . import found, images
 from .folder import Run
 
 # RobustBench's file that defines the network, and the call that builds it; RobustBench's short
@@ -42,7 +42,7 @@ _HUB_NAMES = {
 }
 
 
-def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
+def claim_of(run: Run, report: Mapping[str, Any]) -> dict[str, Any]:
     """Return RobustBench's model-info fields; a run does not know link and authors: empty."""
     claim = {
         "link": "",
@@ -50,26 +50,26 @@ def claim_of(run: Run, found: Mapping[str, Any]) -> dict[str, Any]:
         "authors": "",
         "additional_data": False,
         "number_forward_passes": 1,
-        "dataset": found.get("dataset"),
+        "dataset": report.get("dataset"),
         "venue": "Unpublished",
-        "architecture": found.get("architecture"),
+        "architecture": report.get("architecture"),
         "eps": as_written(run.recipe.threat.eps),
-        "clean_acc": found.get("clean_acc"),
-        "reported": found.get("reported"),
-        "autoattack_acc": found.get("autoattack_acc"),
-        "unreliable": bool(found.get("notes")),
+        "clean_acc": report.get("clean_acc"),
+        "reported": report.get("reported"),
+        "autoattack_acc": report.get("autoattack_acc"),
+        "unreliable": bool(report.get("notes")),
     }
-    few_classes = "apgd-difference" in (found.get("autoattack_attacks") or ())
-    if found.get("autoattack_version") != "standard" or few_classes:
+    few_classes = "apgd-difference" in (report.get("autoattack_attacks") or ())
+    if report.get("autoattack_version") != "standard" or few_classes:
         claim["autoattack_acc"] = None
         claim["footnote"] = "AutoAttack (standard) has not been run"
-    elif found.get("autoattack_judge") == "engine":
+    elif report.get("autoattack_judge") == "engine":
         claim["autoattack_acc"] = None
         claim["footnote"] = "AutoAttack by its authors' package has not been run"
-    elif found.get("precision", "fp32") != "fp32":
-        claim["footnote"] = f"attacks in {found.get('precision')}, verified in fp32"
-    elif found.get("examples") != images.test_size(run.recipe):
-        claim["footnote"] = f"first {found.get('examples')} test images only"
+    elif report.get("precision", "fp32") != "fp32":
+        claim["footnote"] = f"attacks in {report.get('precision')}, verified in fp32"
+    elif report.get("examples") != images.test_size(run.recipe):
+        claim["footnote"] = f"first {report.get('examples')} test images only"
     return claim
 
 
@@ -111,7 +111,7 @@ def model_card(
         measured=_measured(recipe, report) if published else [],
         published=published,
         found=report,
-        summary=run.read_json("summary.json"),
+        summary=found.summary(run),
         environment=run.read_json("environment.json"),
         masking=run.read_json("masking.json"),
         eps=as_written(recipe.threat.eps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from .. import files
 from ..errors import EngineError
 from ..text import printable
 from ..training.checkpoint import save_tensors
-from . import evaluate, graphs, hub
+from . import evaluate, found, graphs, hub
 from .build import build_model
 from .card import claim_of, model_card
 from .folder import Run
@@ -85,7 +86,7 @@ class _Job:
 
     @classmethod
     def of(cls, run: Run) -> _Job:
-        report = run.read_json("evaluation.json")
+        report = found.evaluation(run)
         if not report:
             raise EngineError(f"{run.path} has not been evaluated: engine eval {run.path}")
         checkpoint = "last" if report.get("checkpoint") == "last" else "best"
@@ -125,8 +126,11 @@ def _write_robustbench(job: _Job, folder: Path) -> list[str]:
     tensors = {name: t.contiguous() for name, t in job.model.state_dict().items()}
     with files.summed(weights) as temporary:
         save_tensors(tensors, temporary, _METADATA)
+    # torch.save to a path ends in a RuntimeError on a full disk; this write ends in an OSError.
+    whole = io.BytesIO()
+    torch.save(tensors, whole)
     with files.summed(pickled) as temporary:
-        torch.save(tensors, temporary)
+        temporary.write_bytes(whole.getbuffer())
     files.write_json(folder / "claim.json", claim_of(job.run, job.report))
     _write_card(job, folder)
     copy = build_model(job.run.recipe, None, job.classes, job.shape).eval()
@@ -155,6 +159,9 @@ def _write_graph(job: _Job, folder: Path, format: Format) -> list[str]:
     with files.summed(path) as temporary:
         try:
             graph.write(job.model, job.images(2), temporary)
+        except OSError:
+            # `files.summed` reports it as a write that failed.
+            raise
         # The exporters raise exceptions of many types where they cannot follow a network.
         except Exception as error:
             raise EngineError(
@@ -165,7 +172,11 @@ def _write_graph(job: _Job, folder: Path, format: Format) -> list[str]:
 
 
 def _write_card(job: _Job, folder: Path, *, published: bool = False) -> None:
-    card = model_card(job.run, job.report, job.model, job.shape, job.classes, published=published)
+    # The card also reads summary.json, environment.json and masking.json.
+    with found.foreign_files(job.run):
+        card = model_card(
+            job.run, job.report, job.model, job.shape, job.classes, published=published
+        )
     files.write_text(folder / "README.md", printable(card, "\n\t"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -69,6 +70,11 @@ def _any_batch() -> tuple[dict[int, object]]:
     return ({0: torch.export.Dim("batch", min=1)},)
 
 
+def _write(whole: io.BytesIO, path: Path) -> None:
+    """Write a file by way of Python: PyTorch's own writers hide that the disk is full."""
+    path.write_bytes(whole.getbuffer())
+
+
 def _write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
     with _quiet("torch.onnx._internal.exporter._registration"), torch.no_grad():
         torch.onnx.export(
@@ -94,7 +100,9 @@ def _read_onnx(path: Path) -> Logits:
 def _write_torchscript(model: nn.Module, images: Tensor, path: Path) -> None:
     # PyTorch 2.13 calls TorchScript deprecated; docs/export.md says so.
     with _quiet(), torch.no_grad():
-        torch.jit.trace(model, images).save(str(path))
+        whole = io.BytesIO()
+        torch.jit.save(torch.jit.trace(model, images), whole)
+    _write(whole, path)
 
 
 def _read_torchscript(path: Path) -> Logits:
@@ -103,9 +111,11 @@ def _read_torchscript(path: Path) -> Logits:
 
 
 def _write_pt2(model: nn.Module, images: Tensor, path: Path) -> None:
-    with _quiet(), torch.no_grad(), path.open("wb") as file:
+    with _quiet(), torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=_any_batch())
-        torch.export.save(program, file)
+        whole = io.BytesIO()
+        torch.export.save(program, whole)
+    _write(whole, path)
 
 
 def _read_pt2(path: Path) -> Logits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import EngineError, cli
+from engine import EngineError, cli, recipes
 from engine.cli import bench
 from engine.data.loaders import dali
 from engine.runs.folder import Run
@@ -208,6 +209,58 @@ def test_train_help_lists_every_field_with_its_meaning(capsys, monkeypatch):
     out = capsys.readouterr().out
     for word in ("--attack.steps", "--threat.eps", "--objective.rho", "--optim.lr", "[pixel units"):
         assert word in out
+
+
+def test_help_shows_values_as_a_user_types_them(capsys):
+    """The values of the help, given back, are the defaults."""
+    assert cli.run(["train", "--help"]) == 0
+    shown = {
+        words[0].removeprefix("--"): words[1]
+        for words in map(str.split, capsys.readouterr().out.splitlines())
+        if len(words) > 1 and words[0].startswith("--")
+    }
+    assert shown["schedule.milestones"] == "0.5,0.75"
+    assert shown["log.to"] == "tensorboard"
+    typed = {name: shown[name] for name, *_ in recipes.options() if name != "name"}
+    found, default = recipes.load("quickstart", typed), recipes.Recipe(name="quickstart")
+    # The help shows six digits of eps.
+    assert found.threat.eps == pytest.approx(default.threat.eps, rel=1e-5)
+    assert dataclasses.replace(found, threat=default.threat) == default
+    assert cli.run(["train", "quickstart", "--log.to", "none", "--help", "log"]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[words.index("--log.to") + 1] == "none"
+
+
+def test_every_flag_has_a_text_and_names_its_default():
+    (commands,) = (
+        action.choices for action in cli.build_parser()._actions if action.dest == "command"
+    )
+    # `engine train --help` is written by hand; the test above reads it.
+    for command in set(commands) - {"train"}:
+        for action in commands[command]._actions:
+            what = f"{command} {action.option_strings or action.dest}"
+            assert action.help, what
+            if action.default not in (None, False, [], "==SUPPRESS=="):
+                text = action.help % {"default": action.default}
+                assert "default" in text, what
+                assert str(action.default) in text, what
+
+
+def test_flags_without_a_value_of_their_own_say_what_comes_instead(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(["compare", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default runs/NAME-DATE-TIME" in text
+    assert "runs at a time; default 1" in text
+    assert "default: the protocol's, or 3" in text
+
+
+def test_help_of_eval_names_every_field_of_the_evaluation(capsys):
+    with pytest.raises(SystemExit):
+        cli.run(["eval", "--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(recipes.Recipe().evaluation):
+        assert field.name in text
 
 
 def test_help_does_not_wait_for_torch():

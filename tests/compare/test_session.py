@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import weakref
@@ -85,10 +86,21 @@ def test_minutes_become_epochs_of_each_methods_own_length(tmp_path):
         ("base = 'quickstart'\nmethods = 3", "methods"),
         ("base = 'quickstart'\n[methods]", "methods"),
         ("[methods.a]", "base"),
-        ("base = 'quickstart'\nepochs = ['x']\n[methods.a]", "epochs"),
-        ("base = 'quickstart'\nscore = 'luck'\n[methods.a]", "score"),
+        ("[methods.a]", 'base is missing, and must be the name or the path of a recipe, "mnist"'),
+        (
+            "base = 'quickstart'\nepochs = ['x']\n[methods.a]",
+            "epochs is ['x'], and must be a list of whole numbers, [5, 15]",
+        ),
+        (
+            "base = 'quickstart'\nminutes = 2\n[methods.a]",
+            "minutes is 2, and must be a list of numbers, [1, 2.5]",
+        ),
+        (
+            "base = 'quickstart'\nscore = 'luck'\n[methods.a]",
+            """score is 'luck', and must be "test" or "validation\"""",
+        ),
         ("base = 'quickstart'\nseed = 1\n[methods.a]", "did you mean seeds"),
-        ("base = 'quickstart'\nseeds = 0\n[methods.a]", "--seeds"),
+        ("base = 'quickstart'\nseeds = 0\n[methods.a]", "toml: seeds is 0, and must be a whole"),
         ("base = 'quickstart'\nepochs = [0]\n[methods.a]", "above 0"),
         ("base = 'quickstart'\nepochs = [1]\nminutes = [1]\n[methods.a]", "not both"),
         ("base = 'quickstat'\n[methods.a]", "did you mean quickstart"),
@@ -247,6 +259,85 @@ def test_another_recipe_in_the_folder_is_refused(made, capsys):
     _, words = made
     assert cli.run([*words, "--data.validation", "60"]) == 2
     assert "another recipe" in capsys.readouterr().err
+
+
+def test_a_damaged_summary_of_a_run_is_named(made, tmp_path, capsys):
+    folder, words = made
+    shutil.copytree(folder / "out", tmp_path / "out")
+    (tmp_path / "out" / "ball-e1-s1" / "summary.json").write_text('{"note": "x"}')
+    capsys.readouterr()
+    assert cli.run([*words, "--out", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "ball-e1-s1/summary.json is damaged (train_seconds is missing)" in line
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Whether the methods' steps were timed; the timing ends the comparison here."""
+    calls = []
+
+    def time_steps(*_):
+        calls.append(True)
+        raise EngineError("timed")
+
+    monkeypatch.setattr(session, "_step_times", time_steps)
+    return calls
+
+
+def test_a_file_in_place_of_the_folder_shows_before_the_timing(tmp_path, timed, capsys):
+    path = tmp_path / "small.toml"
+    path.write_text(TWO)
+    assert cli.run(["compare", str(path), "--out", str(path)]) == 2
+    assert f"cannot write {path}: it is a file, not a folder" in capsys.readouterr().err
+    assert timed == []
+
+
+def test_a_read_only_folder_shows_before_the_timing(tmp_path, timed, monkeypatch, capsys):
+    path, out = tmp_path / "small.toml", tmp_path / "out"
+    path.write_text(TWO)
+
+    def refused(dir):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    # The superuser writes into every folder, so permissions would prove nothing.
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
+    assert cli.run(["compare", str(path), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == f"engine: cannot write {out}: Read-only file system\n"
+    assert timed == []
+
+
+def test_a_folder_that_can_be_written_leads_to_the_timing(tmp_path, timed):
+    path, out = tmp_path / "small.toml", tmp_path / "new" / "out"
+    path.write_text(TWO)
+    assert cli.run(["compare", str(path), "--out", str(out)]) == 2
+    assert timed == [True]
+    assert list(out.iterdir()) == []
+
+
+def test_a_study_is_no_recipe(tmp_path, capsys):
+    path = tmp_path / "small.toml"
+    path.write_text(TWO)
+    for words in (["train", str(path)], ["compare", str(path), "quickstart"]):
+        assert cli.run(words) == 2
+        line = capsys.readouterr().err
+        assert f"is a study of several methods, not a recipe: engine compare {path}\n" in line
+
+
+@pytest.mark.parametrize("target", ["7", "0", "-0.5", "nan", "1.01"])
+def test_a_target_is_a_share(target, capsys):
+    assert cli.run(["compare", "--from-store", "few", "--target", target]) == 2
+    assert "--target must be above 0 and at most 1" in capsys.readouterr().err
+
+
+def test_a_target_of_all_images_is_taken(capsys):
+    assert cli.run(["compare", "--from-store", "few", "--target", "1"]) == 0
+    assert "s to 100%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--out", "--jobs", "--seeds", "--epochs", "--minutes"])
+def test_stored_results_take_no_flag_of_a_training(flag, capsys):
+    assert cli.run(["compare", "--from-store", "few", flag, "1"]) == 2
+    assert f"{flag}: stored results cannot be changed" in capsys.readouterr().err
 
 
 def test_a_failing_run_is_named_and_the_others_are_made(tmp_path, monkeypatch, capsys):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import resource
 import subprocess
 import sys
 import warnings
@@ -252,6 +254,37 @@ def test_an_export_that_breaks_off_leaves_the_folder_alone(run, tmp_path, monkey
     with pytest.raises(EngineError, match="disk is full"):
         export(run, out)
     assert [p.name for p in tmp_path.rglob("*")] == (["out", "model.pt"] if existing else [])
+
+
+@contextlib.contextmanager
+def disk_with_room_for(size: int):
+    """Let no file grow beyond `size` bytes: a write fails as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_disk_is_one_line(run, tmp_path, capsys, format):
+    if format == "onnx":
+        pytest.importorskip("onnx")
+    # RobustBench's second file of weights, model.pt, is larger than its first.
+    weights = (run.path / "best.safetensors").stat().st_size
+    room = weights if format == "robustbench" else 1000
+    words = ["export", str(run.path), "--format", format, "--out", str(tmp_path / "out")]
+    with disk_with_room_for(room):
+        status = cli.run(words)
+    assert status == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("engine: ")]
+    assert len(lines) == 1
+    assert "cannot write" in lines[0]
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_for_a_hub_is_loaded_without_its_run(run, tmp_path):
