@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import EngineError
 from ..text import printable
-from .shared import Commands, add_command, add_import, parse_overrides
+from .shared import Commands, add_command, add_import, parse_overrides, path_of
 
 Row = Mapping[str, Any]
 
@@ -53,7 +53,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--jobs", type=int, help="runs at a time; default 1 [count]")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path_of,
         help="folder of the runs; finished runs in it are kept; default runs/NAME-DATE-TIME",
     )
     parser.add_argument(

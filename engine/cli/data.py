@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from ..errors import EngineError
 from ..text import printable
-from .shared import Commands, add_command
+from .shared import Commands, add_command, path_of
 
 
 def add(commands: Commands) -> None:
@@ -22,8 +21,8 @@ def add(commands: Commands) -> None:
         "and classes; label: pictures without labels, by a run's network",
     )
     parser.add_argument("name", nargs="?", help="a dataset by name, or the path of your own")
-    parser.add_argument("--run", type=Path, dest="run_dir", help="label: the run that labels")
-    parser.add_argument("--out", type=Path, help="label: the .npz to write, for data.extra")
+    parser.add_argument("--run", type=path_of, dest="run_dir", help="label: the run that labels")
+    parser.add_argument("--out", type=path_of, help="label: the .npz to write, for data.extra")
 
 
 def _data(arguments: argparse.Namespace) -> int:

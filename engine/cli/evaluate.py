@@ -6,12 +6,19 @@ import argparse
 import json
 import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import EngineError
 from . import result
-from .shared import Commands, add_command, add_import, exit_status, parse_overrides, print_rows
+from .shared import (
+    Commands,
+    add_command,
+    add_import,
+    exit_status,
+    parse_overrides,
+    path_of,
+    print_rows,
+)
 
 if TYPE_CHECKING:
     from ..device.distributed import World
@@ -33,7 +40,7 @@ def add(commands: Commands) -> None:
         "(fp32, bf16), batch_size; so does --threads. "
         "`engine train --help evaluation` lists their meanings.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("run_dir", type=path_of, metavar="RUN", help="folder of the run")
     parser.add_argument(
         "--checkpoint",
         choices=("best", "last"),
@@ -45,7 +52,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--transfer",
-        type=Path,
+        type=path_of,
         metavar="RUN",
         help="with --masking: also try adversaries of that run's network",
     )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..text import printable
-from .shared import Commands, add_command, add_import
+from .shared import Commands, add_command, add_import, path_of
 
 # Those of `runs.export`, which imports torch; a test compares them.
 FORMATS = ("robustbench", "hub", "onnx", "torchscript", "pt2")
@@ -16,7 +15,7 @@ def add(commands: Commands) -> None:
     parser = add_command(
         commands, "export", _export, "write a run's network for other tools: weights, ONNX, a card"
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("run_dir", type=path_of, metavar="RUN", help="folder of the run")
     add_import(parser)
     parser.add_argument(
         "--format",
@@ -25,7 +24,9 @@ def add(commands: Commands) -> None:
         help="robustbench (the default): weights, RobustBench's claim and a model card; hub: a "
         "folder for a hub of models; onnx, torchscript, pt2: one file with the graph",
     )
-    parser.add_argument("--out", type=Path, help="folder; default RUN/export, hub: RUN/export/hub")
+    parser.add_argument(
+        "--out", type=path_of, help="folder; default RUN/export, hub: RUN/export/hub"
+    )
 
 
 def _export(arguments: argparse.Namespace) -> int:

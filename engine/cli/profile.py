@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from ..errors import EngineError
-from .shared import Commands, add_command, add_import, parse_overrides
+from .shared import Commands, add_command, add_import, parse_overrides, path_of
 
 
 def add(commands: Commands) -> None:
@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--steps", type=int, default=20, help="steps to measure; default %(default)s [count]"
     )
-    parser.add_argument("--out", type=Path, help="folder; default runs/profile-RECIPE")
+    parser.add_argument("--out", type=path_of, help="folder; default runs/profile-RECIPE")
     add_import(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

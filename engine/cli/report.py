@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..text import printable
-from .shared import Commands, add_command, add_import
+from .shared import Commands, add_command, add_import, path_of
 
 
 def add(commands: Commands) -> None:
     parser = add_command(commands, "report", _report, "rebuild a run's report.html")
-    parser.add_argument("run_dir", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("run_dir", type=path_of, metavar="RUN", help="folder of the run")
     add_import(parser)
 
 

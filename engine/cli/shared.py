@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
 from ..errors import EngineError
@@ -54,6 +55,13 @@ def add_command(
     )
     parser.set_defaults(run=function, overridable=overridable)
     return parser
+
+
+def path_of(text: str) -> Path:
+    """Return the path that a word names; a shell variable that is not set leaves an empty word."""
+    if not text:
+        raise argparse.ArgumentTypeError("needs a path, got an empty word")
+    return Path(text)
 
 
 def add_import(parser: Parser) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import EngineError
 from ..text import printable
 from . import result, train_help
-from .shared import Commands, add_import, exit_status, parse_overrides
+from .shared import Commands, add_import, exit_status, parse_overrides, path_of
 
 if TYPE_CHECKING:
     from ..device.distributed import World
@@ -29,8 +29,8 @@ def add(commands: Commands) -> None:
     )
     parser.set_defaults(run=_train, overridable=True)
     parser.add_argument("recipe", nargs="?")
-    parser.add_argument("--run-dir", type=Path)
-    parser.add_argument("--resume", type=Path, metavar="RUN")
+    parser.add_argument("--run-dir", type=path_of)
+    parser.add_argument("--resume", type=path_of, metavar="RUN")
     parser.add_argument("--nproc", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-eval", action="store_true")

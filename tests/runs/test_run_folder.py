@@ -112,3 +112,23 @@ def test_a_folder_that_may_not_be_searched_is_one_line(tmp_path, capsys, monkeyp
     assert err.startswith("engine: cannot use ")
     assert "Permission denied" in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "quickstart", "--run-dir", ""],
+        ["train", "--resume", ""],
+        ["eval", ""],
+        ["export", ""],
+        ["report", ""],
+        ["compare", "quickstart", "--out", ""],
+        ["profile", "quickstart", "--out", ""],
+    ],
+    ids=" ".join,
+)
+def test_a_variable_that_is_not_set_does_not_name_this_folder(words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(words) == 2
+    assert "needs a path, got an empty word" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
