@@ -510,6 +510,21 @@ def test_a_known_folder_is_described_without_its_files(capsys):
         )
 
 
+def test_the_list_folds_no_path(tmp_path, monkeypatch, capsys):
+    """A path of several lines cannot be copied, and no script can read it."""
+    root = tmp_path / "a folder of a long name" / ("deep" * 30)
+    (root / "imagenette").mkdir(parents=True)
+    monkeypatch.setenv("ENGINE_DATA", str(root))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run(["data", "list"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == list(data.names())
+    place = head.index("lies in")
+    held = dict(zip(data.names(), rows, strict=True))
+    assert held["imagenette"][place:] == str(root / "imagenette")
+    assert held["imagenet"][place:] == "not fetched"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
