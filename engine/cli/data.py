@@ -28,26 +28,10 @@ def add(commands: Commands) -> None:
 def _data(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from rich.table import Table
-
     from .. import data
-    from ..progress import stdout
 
     if arguments.action == "list":
-        table = Table("dataset", "images", "training", "test", "classes", box=None, pad_edge=False)
-        table.add_column("lies in", overflow="fold")
-        for name in data.names():
-            about = data.info(name, read=False)
-            table.add_row(
-                name,
-                "x".join(map(str, about.shape)) if about.shape else "any size",
-                str(about.train),
-                str(about.test),
-                str(len(about.classes)),
-                _place(about),
-            )
-        stdout.print(table)
-        return 0
+        return _list()
     if arguments.name is None:
         known = ", ".join(data.names())
         raise EngineError(f"engine data {arguments.action}: which dataset? {known}")
@@ -69,6 +53,24 @@ def _data(arguments: argparse.Namespace) -> int:
     for check in checks:
         print(printable(f"{'ok ' if check.ok else 'BAD'} {check.file}: {check.detail}"))
     return 0 if all(check.ok for check in checks) else 2
+
+
+def _list() -> int:
+    from .. import data
+
+    head = ("dataset", "images", "training", "test", "classes", "lies in")
+    rows: list[tuple[str, ...]] = [head]
+    for name in data.names():
+        about = data.info(name, read=False)
+        shape = "x".join(map(str, about.shape)) if about.shape else "any size"
+        counts = map(str, (about.train, about.test, len(about.classes)))
+        rows.append((name, shape, *counts, _place(about)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    # The path comes last and is never folded: a terminal wraps it so that it can still be copied.
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(printable("  ".join(cells).rstrip()))
+    return 0
 
 
 def _label(arguments: argparse.Namespace) -> int:

@@ -10,8 +10,10 @@ import difflib
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ..errors import EngineError
+from .folders import KNOWN
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,9 @@ def find_spec(name: str) -> Spec:
     """Return the data set called `name`; EngineError, with the nearest name, for an unknown one."""
     if name in SPECS:
         return SPECS[name]
-    near = difflib.get_close_matches(str(name).lower(), SPECS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SPECS)}"
+    known = (*SPECS, *KNOWN)
+    near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    if name and Path(name).is_dir():
+        hint = f"the folder of that name is given as ./{name} ({hint})"
     raise EngineError(f"unknown data set {name!r}: {hint}")

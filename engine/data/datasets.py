@@ -91,8 +91,8 @@ def photos(
     """
     folder = folder_of(name)
     if folder is None:
-        if own.is_path(name) and not Path(own.absolute(name)).exists():
-            raise EngineError(f"{own.absolute(name)}: no such file or folder")
+        if own.is_path(name):
+            own.check_exists(Path(own.absolute(name)))
         raise EngineError(
             f"data.size streams folders of pictures, and {name} is none: drop data.size"
         )
@@ -261,12 +261,13 @@ def _sources(spec: Spec, split: str, root: Path | str | None) -> list[Path]:
 def verify(name: str, root: Path | str | None = None) -> list[FileCheck]:
     """Read and check every file of a data set; report damaged and missing ones too.
 
-    EngineError: unknown name only.
+    EngineError: an unknown name, or a path where nothing lies.
     """
     if (pictures := folder_of(name, root)) is not None:
         return [FileCheck(*found) for found in folders.faults(pictures)]
     if own.is_path(name):
         path = Path(own.absolute(name))
+        own.check_exists(path)
         return [
             FileCheck(f"{path}: {split}", *_outcome(partial(own.read, path, split)))
             for split in get_args(Split)

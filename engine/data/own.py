@@ -27,7 +27,7 @@ import numpy as np
 from ..errors import EngineError
 from . import readers
 from .photos.decode import FORMATS
-from .photos.listing import SUFFIXES, fixed_order
+from .photos.listing import SUFFIXES, announce_others, fixed_order, is_image, no_images
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +62,17 @@ def absolute(name: str) -> str:
     return str(Path(name).expanduser().absolute()) if is_path(name) else name
 
 
-def files(path: Path) -> list[Path]:
-    """Return the files of the data set, to notice a change. EngineError where there are none."""
-    if path.is_dir():
-        return [file for split in SPLITS for file, _ in _images(path, split)[0]]
+def check_exists(path: Path) -> None:
+    """Raise EngineError where there is no such file or folder."""
     if not path.exists():
         raise EngineError(f"{path}: no such file or folder")
+
+
+def files(path: Path) -> list[Path]:
+    """Return the files of the data set, to notice a change. EngineError where there are none."""
+    check_exists(path)
+    if path.is_dir():
+        return [file for split in SPLITS for file, _ in _images(path, split)[0]]
     return [path]
 
 
@@ -100,8 +105,7 @@ def read_images(path: Path) -> np.ndarray:
 
 def has_splits(path: Path) -> bool:
     """Return whether a file of arrays holds a whole data set, and not extra images."""
-    if not path.exists():
-        raise EngineError(f"{path}: no such file or folder")
+    check_exists(path)
     if path.suffix == ".npz":
         try:
             with (
@@ -132,27 +136,41 @@ def read_extra(path: Path, classes: int) -> Arrays:
 def _images(path: Path, split: str) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     """Return every image of a split with its label, and the training split's class names.
 
-    Test images come in `fixed_order`, so that the first N are of all classes.
+    Test images come in `fixed_order`, so that the first N are of all classes. EngineError: a class
+    folder without an image; the test split may lack the folder of a class.
     """
     try:
         names = _folders(path / "train")
         folder = path / "train" if split == "train" else _test_folder(path)
         if unknown := sorted(set(_folders(folder)) - set(names)):
             raise EngineError(f"{folder / unknown[0]}: a class that {path / 'train'} has not")
-        found = [
-            (file, label)
-            for label, name in enumerate(names)
-            if (folder / name).is_dir()
-            for file in sorted((folder / name).iterdir())
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-        ]
+        found: list[tuple[Path, int]] = []
+        others: list[str] = []
+        for label, name in enumerate(names):
+            if (folder / name).is_dir():
+                images, more = _of_class(folder / name)
+                found += [(file, label) for file in images]
+                others += more
     except OSError as e:
         raise EngineError(f"{e.filename or path}: cannot read it: {e.strerror or e}") from None
     if not found:
         raise EngineError(f"{folder}: no images in class folders ({', '.join(SUFFIXES)})")
+    announce_others(folder, others)
     if split != "train":
         found = [found[row] for row in fixed_order(len(found)).tolist()]
     return found, tuple(names)
+
+
+def _of_class(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return a class folder's images in the order of their names, and its other files' names."""
+    entries = sorted(e for e in folder.iterdir() if not e.name.startswith("."))
+    images = [entry for entry in entries if is_image(entry.name)]
+    others = [entry for entry in entries if not is_image(entry.name)]
+    files = [entry.name for entry in others if not entry.is_dir()]
+    if not images:
+        below = "; folders below a class are read with data.size = 224"
+        raise no_images(folder, files, below if len(files) < len(others) else "")
+    return images, files
 
 
 @cache
@@ -258,17 +276,29 @@ def _npz(path: Path, wanted: Names) -> dict[str, np.ndarray]:
                 if entry.filename not in names:
                     continue
                 with archive.open(entry) as member:
-                    found[entry.filename.removesuffix(".npy")] = _npy(
-                        member, f"{path}: {entry.filename}"
-                    )
+                    name = entry.filename.removesuffix(".npy")
+                    found[name] = _npy(member, f"{path}: {entry.filename}", _remedy(name))
     # A hostile header makes the two libraries raise BadZipFile and many others.
     except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, *_ANY_FAULT) as e:
         raise EngineError(f"{path}: damaged .npz ({_line(e)})") from None
     return found
 
 
-def _npy(member: Any, title: str) -> np.ndarray:
-    """Return an array of whole numbers; read the bytes that its header announces and no more."""
+def _remedy(name: str) -> str:
+    """Return how to save the array called `name`, which does not hold whole numbers."""
+    if "label" in name or name.startswith("y_"):
+        return (
+            "save labels as int64, one number from 0 for each image (one-hot labels: "
+            "labels.argmax(1))"
+        )
+    return "save images as uint8 in 0..255, and let model.normalise normalise them"
+
+
+def _npy(member: Any, title: str, remedy: str) -> np.ndarray:
+    """Return an array of whole numbers; read the bytes that its header announces and no more.
+
+    EngineError: begins with `title`; for numbers that are not whole, ends with `remedy`.
+    """
     version = np.lib.format.read_magic(member)
     read_header = {
         (1, 0): np.lib.format.read_array_header_1_0,
@@ -278,10 +308,7 @@ def _npy(member: Any, title: str) -> np.ndarray:
         raise EngineError(f"{title}: an .npy of version {version[0]}.{version[1]}")
     shape, fortran, dtype = read_header[version](member, max_header_size=10_000)
     if dtype.hasobject or dtype.kind not in "iu":
-        raise EngineError(
-            f"{title}: holds {dtype}, not whole numbers: save images as uint8 in 0..255, and let "
-            "model.normalise normalise them"
-        )
+        raise EngineError(f"{title}: holds {dtype}, not whole numbers: {remedy}")
     size = prod(shape) * dtype.itemsize
     if size > LIMIT or any(n < 0 for n in shape):
         raise EngineError(f"{title}: {size:,} bytes; at most {LIMIT:,} fit")
@@ -304,7 +331,9 @@ def _safetensors(path: Path, wanted: Names) -> dict[str, np.ndarray]:
         raise EngineError(f"{path}: damaged ({_line(e)})") from None
     for name, array in held.items():
         if array.dtype.kind not in "iu":
-            raise EngineError(f"{path}: {name}: holds {array.dtype}, not whole numbers")
+            raise EngineError(
+                f"{path}: {name}: holds {array.dtype}, not whole numbers: {_remedy(name)}"
+            )
     return held
 
 
@@ -331,7 +360,11 @@ def _checked(images: np.ndarray, labels: np.ndarray, classes: int, path: Path) -
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or len(labels) != len(images):
-        raise EngineError(f"{path}: {len(images):,} images, but labels are {list(labels.shape)}")
+        one_hot = labels.ndim == 2 and len(labels) == len(images)
+        raise EngineError(
+            f"{path}: {len(images):,} images, but labels are {list(labels.shape)}"
+            + (": save one-hot labels as labels.argmax(1)" if one_hot else "")
+        )
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if bad.size:
         raise EngineError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -57,6 +58,13 @@ def _pair(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) else value
 
 
+def _count_or_share(value: Any) -> Any:
+    """Refuse 1.0 and more with a point, which may mean a share of all or a count of one."""
+    if isinstance(value, str | float) and re.fullmatch(r"\s*\+?0*[1-9][\d_]*\.\d*\s*", str(value)):
+        raise ValueError("a count is written 1, without a point, and a share lies below 1")
+    return value
+
+
 _Side = Annotated[int, Field(ge=1, le=1 << 14)]
 _Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -92,6 +100,7 @@ class Data:
     ] = "digits"
     validation: Annotated[
         Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
+        BeforeValidator(_count_or_share),
         Field(
             description="training images held out to choose the best checkpoint "
             "[count, or share 0..1]"

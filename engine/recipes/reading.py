@@ -99,6 +99,7 @@ def parse(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     if isinstance(tree.get("objective"), Mapping):
         tree["objective"] = {"name": _DEFAULT_OBJECTIVE, **tree["objective"]}
     try:
+        _check_no_truth_values(tree)
         recipe = _ADAPTER.validate_python(tree)
         _check_sizes(_ADAPTER.dump_python(recipe))
         recipe.objective.check(recipe.attack)
@@ -328,6 +329,23 @@ def _reject_unknown(tree: Mapping[str, Any]) -> None:
         elif key not in known:
             choices = [*sections, *(n for n in known if "." not in n)]
             raise EngineError(f"recipe: unknown field {shown(key)}{nearest(key, choices)}")
+
+
+def _check_no_truth_values(tree: Mapping[str, Any]) -> None:
+    """Refuse true and false where a field holds numbers: pydantic would read them as 1 and 0."""
+    for dotted, hint, *_ in options(_objective_of(tree)):
+        value: Any = tree
+        for part in dotted.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        values = value if isinstance(value, list | tuple) else [value]
+        truth = next((v for v in values if isinstance(v, bool)), None)
+        if truth is not None and _is_numeric(hint):
+            raise EngineError(f"{dotted}: must be a number, got {str(truth).lower()}")
+
+
+def _is_numeric(hint: Any) -> bool:
+    """Return whether a field's type holds int or float, alone, in a union or in a tuple."""
+    return hint is int or hint is float or any(map(_is_numeric, get_args(hint)))
 
 
 def complaint(error: ValidationError) -> str:

@@ -151,7 +151,9 @@ def test_debians_files_are_read_where_they_lie(monkeypatch, tmp_path, root):
 
 def test_unknown_names():
     assert "did you mean fashion-mnist?" in refused("fashionmnist", "train")
-    assert "known are digits" in refused("imagenet-21k", "train")
+    assert "did you mean imagenet?" in refused("imagenet-21k", "train")
+    known = refused("flowers", "train").removeprefix("unknown data set 'flowers': known are ")
+    assert known.split(", ") == list(data.names())
     assert "it is train or test" in refused("digits", "val")
     for call in (data.info, data.verify, data.fetch):
         with pytest.raises(EngineError, match=r"did you mean cifar10\?"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -140,7 +141,15 @@ def test_it_trains_from_any_folder(tmp_path, monkeypatch, capsys):
             lambda p: (p / "train/cat/2.png").unlink() or (p / "train/cat/2.png").mkdir(),
             "cat/2.png: ",
         ),
-        (lambda p: [f.unlink() for f in p.glob("train/*/*")], "no images in class folders"),
+        (lambda p: [f.unlink() for f in p.glob("train/*/*")], "train/cat: holds no image: images"),
+        (
+            lambda p: [f.unlink() for f in p.glob("train/dog/*")],
+            "train/dog: holds no image: images",
+        ),
+        (
+            lambda p: [shutil.rmtree(f) for f in p.glob("train/*")],
+            "train: no images in class folders (.jpg",
+        ),
         (lambda p: (p / "train").rename(p / "training"), "train: missing"),
         (lambda p: (p / "train/cat").rename(p / "train/cow"), "test/cat: a class that"),
     ],
@@ -149,6 +158,59 @@ def test_faults_of_a_folder_name_the_file(tmp_path, spoil, said):
     path = folder(tmp_path / "pets")
     spoil(path)
     assert said in refused(path, "test" if "class that" in said else "train")
+
+
+def to_tiff(path, names):
+    """Save images anew as TIFF, which is not read."""
+    for file in path.glob(names):
+        Image.open(file).save(file.with_suffix(".tiff"))
+        file.unlink()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_class_of_an_unread_format_is_refused(tmp_path, split, capsys):
+    """Such a class would train or be judged with no image, and nobody would be told."""
+    path = folder(tmp_path / "pets", classes=("cat", "cow", "dog"))
+    to_tiff(path, f"{split}/dog/*.png")
+    (path / split / "dog" / ".hidden").write_text("")
+    message = refused(path, split)
+    assert message.startswith(
+        f"{path / split / 'dog'}: holds no image, but 3 other files (3 .tiff)"
+    )
+    assert ".jpg, .jpeg, .png" in message
+    assert cli.run(["data", "verify", str(path)]) == 2
+    assert f"{split}/dog: holds no image, but 3 other files (3 .tiff)" in capsys.readouterr().out
+    words = ["train", "quickstart", "--data.name", str(path), "--optim.epochs", "1"]
+    assert cli.run([*words, "--run-dir", str(tmp_path / "run"), "--no-eval"]) == 2
+    assert "dog: holds no image" in capsys.readouterr().err
+
+
+def test_files_beside_images_are_counted_once_and_labels_are_not(tmp_path, caplog):
+    path = folder(tmp_path / "pets", per_class=4)
+    to_tiff(path, "train/dog/[12].png")
+    to_tiff(path, "train/cat/0.png")
+    for name in ("Thumbs.db", "notes.txt", ".DS_Store", "0.gif", "README"):
+        (path / "train" / "dog" / name).write_text("")
+    assert data.load(str(path), "train").labels.tolist() == [0, 0, 0, 1, 1]
+    assert [check.ok for check in data.verify(str(path))] == [True, True]
+    lines = [r.getMessage() for r in caplog.records if "does not read" in r.getMessage()]
+    said = "does not read 5 other files (3 .tiff, 1 .gif, 1 without a suffix) in its class folders"
+    assert len(lines) == 1
+    assert lines[0].startswith(f"{path / 'train'}: the engine {said}: images end in .jpg")
+
+
+def test_the_test_images_in_memory_may_lack_a_class(tmp_path):
+    path = folder(tmp_path / "pets")
+    shutil.rmtree(path / "test" / "dog")
+    assert data.load(str(path), "test").labels.tolist() == [0, 0, 0]
+
+
+def test_images_in_folders_below_a_class_are_met_with_how_to_read_them(tmp_path):
+    path = folder(tmp_path / "pets")
+    (path / "train/dog").rename(tmp_path / "below")
+    (path / "train/dog").mkdir()
+    (tmp_path / "below").rename(path / "train/dog/below")
+    assert refused(path).endswith("; folders below a class are read with data.size = 224")
 
 
 def cut(file, size):
@@ -224,6 +286,33 @@ def test_faults_of_an_npz_name_it(tmp_path, content, said):
     assert said in message
 
 
+@pytest.mark.parametrize(
+    ("name", "array", "said"),
+    [
+        ("train_labels", np.zeros(12), "holds float64, not whole numbers: save labels as int64"),
+        ("train_labels", np.eye(3)[np.arange(12) % 3], "labels.argmax(1)"),
+        ("train_labels", OBJECTS, "holds object, not whole numbers: save labels as int64"),
+        ("train_labels", np.array(["cat"] * 12), "save labels as int64"),
+        (
+            "train_labels",
+            np.eye(3, dtype=int)[np.arange(12) % 3],
+            "labels are [12, 3]: save one-hot labels as labels.argmax(1)",
+        ),
+        ("train_images", np.zeros((12, 8, 8)), "holds float64, not whole numbers: save images as"),
+    ],
+)
+@pytest.mark.parametrize("keras", [False, True])
+def test_the_advice_is_about_the_array_at_fault(tmp_path, name, array, said, keras):
+    held = {**arrays(), name: array}
+    if keras:
+        names = dict(zip(held, ("x_train", "y_train", "x_test", "y_test"), strict=True))
+        held = {names[key]: value for key, value in held.items()}
+    np.savez(tmp_path / "set.npz", **held)
+    message = refused(tmp_path / "set.npz")
+    assert said in message
+    assert ("images as uint8" in message) == (name == "train_images")
+
+
 def test_test_labels_lie_within_the_training_sets(tmp_path):
     held = arrays()
     held["test_labels"] = held["test_labels"] + 1
@@ -253,6 +342,26 @@ def test_what_is_no_data_set(tmp_path):
     assert not own.is_path("fashion-mnist")
     with pytest.raises(EngineError, match="unknown data set"):
         data.load("flowers", "train")
+
+
+@pytest.mark.parametrize("action", ["verify", "info"])
+def test_a_path_where_nothing_lies(tmp_path, monkeypatch, capsys, action):
+    monkeypatch.chdir(tmp_path)
+    for name in ("./none", "none.npz"):
+        assert cli.run(["data", action, name]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.endswith("none: no such file or folder\n" if name == "./none" else "folder\n")
+
+
+@pytest.mark.parametrize("action", ["verify", "info", "fetch"])
+def test_a_folder_without_its_dot_is_met_with_how_to_give_it(tmp_path, monkeypatch, capsys, action):
+    folder(tmp_path / "docs")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["data", action, "docs"]) == 2
+    err = capsys.readouterr().err
+    assert "unknown data set 'docs': the folder of that name is given as ./docs" in err
+    assert err.count("\n") == 1
 
 
 def test_verify_names_what_is_wrong(tmp_path, capsys):

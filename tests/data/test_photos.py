@@ -441,7 +441,11 @@ def move(source: Path, target: Path) -> None:
         (lambda p: (p / "val/more").mkdir(), "val has the class folder more and train has not"),
         (lambda p: move(p / "train", p / "training"), "train: missing"),
         (lambda p: move(p / "val", p / "valid"), "val: missing"),
-        (lambda p: [f.unlink() for f in p.glob("train/*/*")], "no pictures in class folders"),
+        (lambda p: [f.unlink() for f in p.glob("train/*/*")], "train/class0: holds no image: "),
+        (
+            lambda p: [move(f, f.with_suffix(".tiff")) for f in p.glob("train/class1/*")],
+            "train/class1: holds no image, but 2 other files (2 .tiff): images end in .jpg",
+        ),
         (
             lambda p: (
                 move(p / "train/class1", p.parent / "else"),
@@ -508,6 +512,33 @@ def test_a_known_folder_is_described_without_its_files(capsys):
         datasets.photos(
             "imagenette", "train", size=(64, 64), resize=73, damaged="refuse", threads=1
         )
+
+
+def test_the_list_folds_no_path(tmp_path, monkeypatch, capsys):
+    """A path of several lines cannot be copied, and no script can read it."""
+    root = tmp_path / "a folder of a long name" / ("deep" * 30)
+    (root / "imagenette").mkdir(parents=True)
+    monkeypatch.setenv("ENGINE_DATA", str(root))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run(["data", "list"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == list(data.names())
+    place = head.index("lies in")
+    held = dict(zip(data.names(), rows, strict=True))
+    assert held["imagenette"][place:] == str(root / "imagenette")
+    assert held["imagenet"][place:] == "not fetched"
+
+
+def test_files_beside_pictures_are_counted_once(tmp_path, caplog):
+    path = folder(tmp_path / "set", classes=2, train=3, test=1)
+    move(path / "train/class1/0.jpg", path / "train/class1/0.heic")
+    (path / "train/class0/below").mkdir()
+    move(path / "train/class0/0.jpg", path / "train/class0/below/0.TIFF")
+    (path / "train/class0/boxes.txt").write_text("0 0 1 1")
+    assert len(photos(path)) == len(photos(path)) == 4
+    lines = [r.getMessage() for r in caplog.records if "does not read" in r.getMessage()]
+    assert len(lines) == 1
+    assert "train: the engine does not read 2 other files (1 .tiff, 1 .heic)" in lines[0]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,10 @@ MISTAKES = [
     ({"data.erase": "1.5"}, "data.erase"),
     ({"data.erase": "0.5", "data.cutout": "3"}, "data.erase and data.cutout"),
     ({"data.jitter": "1"}, "data.jitter"),
+    ({"data.validation": "1.0"}, "data.validation: a count is written 1, without a point"),
+    ({"data.validation": "1000.0"}, "a share lies below 1, got '1000.0'"),
+    ({"data.validation": "1.5"}, "data.validation: a count is written 1"),
+    ({"data.validation": "0.0"}, "data.validation"),
     ({"objective.label_smoothing": "1"}, "objective.label_smoothing"),
     ({"data.extra_share": "0"}, "data.extra_share"),
     ({"data.extra_share": "1"}, "data.extra_share"),
@@ -105,6 +109,16 @@ FILES = [
     ('extends = "../../etc/passwd"\n', "extends"),
     ('[objective]\nname = ["a"]\n', "objective"),
     ("[objective]\nrho = 0.0\n", "objective.rho"),
+    ("[data]\nvalidation = 1.0\n", "data.validation: a count is written 1, without a point"),
+    ("[data]\nvalidation = true\n", "data.validation: must be a number, got true"),
+    ("[data]\nsize = [true, 32]\n", "data.size: must be a number, got true"),
+    ("[optim]\nepochs = true\n", "optim.epochs: must be a number, got true"),
+    ("[optim]\nlr = true\n", "optim.lr: must be a number, got true"),
+    ("[evaluation]\nexamples = true\n", "evaluation.examples: must be a number, got true"),
+    ("[schedule]\nmilestones = [0.5, false]\n", "schedule.milestones: must be a number, got false"),
+    ("[objective]\nrho = true\n", "objective.rho: must be a number, got true"),
+    ('objective = {name = "trades", beta = true}\n', "objective.beta: must be a number, got true"),
+    ("seed = true\n", "seed: must be a number, got true"),
 ]
 
 
@@ -116,6 +130,25 @@ def test_mistakes_in_a_file(tmp_path, text, said):
         recipes.load(str(path))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("written", "read"), [("1", 1), ("0.5", 0.5), ("0.25", 0.25), ("8", 8)])
+def test_validation_is_a_count_or_a_share(tmp_path, written, read):
+    path = tmp_path / "mine.toml"
+    path.write_text(f'extends = "quickstart"\n[data]\nvalidation = {written}\n')
+    for loaded in (
+        recipes.load(str(path)),
+        recipes.load("quickstart", {"data.validation": written}),
+    ):
+        assert loaded.data.validation == read
+        assert type(loaded.data.validation) is type(read)
+
+
+def test_truth_values_stay_where_they_have_a_meaning(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[data]\nflip = true\n[step]\ncompile = true\n")
+    loaded = recipes.load(str(path))
+    assert (loaded.data.flip, loaded.step.compile) == (True, "on")
 
 
 def test_missing_or_binary_file(tmp_path):

@@ -6,8 +6,10 @@ does is a fault.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +17,14 @@ import torch
 from torch import Tensor
 
 from ...errors import EngineError
+from ...progress import announce_once
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm")
+_SUFFIX_RULE = f"images end in {', '.join(SUFFIXES)}"
+# Labels and notes lie beside pictures, and file managers leave Thumbs.db and desktop.ini.
+_COMPANIONS = (".txt", ".csv", ".json", ".xml", ".md", ".db", ".ini")
 
 
 @dataclass
@@ -43,8 +51,8 @@ def list_files(folder: Path, split: str) -> Listing:
     """List the files of "train" or "test"; without a folder `test` of classes, `val` is read.
 
     Raises:
-        EngineError: where a folder is missing, the two splits have different classes, a class
-            folder leads out of `folder`, or there is no file at all.
+        EngineError: where a folder is missing, the two splits have different classes, or a class
+            folder leads out of `folder` or has no picture.
     """
     try:
         root = folder.resolve()
@@ -58,21 +66,60 @@ def list_files(folder: Path, split: str) -> Listing:
             )
         listing = Listing(root, tuple(classes))
         part = root / "train" if split == "train" else test
+        others: list[str] = []
         for label, name in enumerate(classes):
             if _leads_out(part / name, root):
                 raise EngineError(
                     f"{folder / part.name / name}: a symbolic link that leads out of {folder}: "
                     "put the pictures there, or name the folder they are in"
                 )
-            _list_class(listing, part / name, label)
+            others += _list_class(listing, part / name, label)
     except OSError as error:
         reason = error.strerror or error
         raise EngineError(f"{error.filename or folder}: cannot read it: {reason}") from None
-    if not listing.names and not listing.faults:
-        raise EngineError(
-            f"{folder / part.name}: no pictures in class folders ({', '.join(SUFFIXES)})"
-        )
+    announce_others(folder / part.name, others)
     return listing
+
+
+def is_image(name: str) -> bool:
+    """Return whether a file's name has the suffix of a picture that is read."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def no_images(folder: Path, others: Collection[str], hint: str = "") -> EngineError:
+    """Return the error of a class folder that has no picture.
+
+    Args:
+        others: the names of the files in it.
+        hint: a clause that the line ends with.
+    """
+    found = f", but {_by_suffix(others)}" if others else ""
+    return EngineError(f"{folder}: holds no image{found}: {_SUFFIX_RULE}{hint}")
+
+
+def announce_others(part: Path, others: Collection[str]) -> None:
+    """Say once how many files in a split's class folders are not read.
+
+    Args:
+        others: the names of the files that are no pictures; labels and notes among them are usual,
+            and are not counted.
+    """
+    if unread := [name for name in others if not name.lower().endswith(_COMPANIONS)]:
+        announce_once(
+            log,
+            f"{part}: the engine does not read {_by_suffix(unread)} in its class folders: "
+            f"{_SUFFIX_RULE}",
+        )
+
+
+def _by_suffix(names: Collection[str]) -> str:
+    """Return "3 other files (2 .tiff, 1 .gif)", the most frequent suffixes first."""
+    counts = Counter(Path(name).suffix.lower() or "without a suffix" for name in names)
+    parts = [f"{count:,} {suffix}" for suffix, count in counts.most_common(5)]
+    if len(counts) > len(parts):
+        parts.append("...")
+    total = counts.total()
+    return f"{total:,} other file{'s' if total > 1 else ''} ({', '.join(parts)})"
 
 
 def fixed_order(count: int) -> Tensor:
@@ -106,9 +153,15 @@ def _subfolders(part: Path) -> list[str]:
         return sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir())
 
 
-def _list_class(listing: Listing, folder: Path, label: int) -> None:
+def _list_class(listing: Listing, folder: Path, label: int) -> list[str]:
+    """Add a class's pictures to the listing; return the names of the other files."""
+    others = []
+    before = len(listing.names) + len(listing.faults)
     for entry in _files(folder):
         name = os.path.relpath(entry.path, listing.folder)
+        if not is_image(entry.name):
+            others.append(entry.name)
+            continue
         if entry.is_symlink() and _leads_out(Path(entry.path), listing.folder):
             listing.faults.append((name, "a symbolic link that leads out of the folder"))
         elif not entry.is_file():
@@ -120,10 +173,13 @@ def _list_class(listing: Listing, folder: Path, label: int) -> None:
             listing.labels.append(label)
             listing.sizes.append(status.st_size)
             listing.times.append(status.st_mtime_ns)
+    if len(listing.names) + len(listing.faults) == before:
+        raise no_images(folder, others)
+    return others
 
 
 def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Give the entries with a picture's suffix, from the folders below too, in order of names."""
+    """Give the files that are not hidden, from the folders below too, in order of names."""
     with os.scandir(folder) as entries:
         ordered = sorted(entries, key=lambda entry: entry.name)
     for entry in ordered:
@@ -131,7 +187,7 @@ def _files(folder: Path) -> Iterator[os.DirEntry[str]]:
             continue
         if entry.is_dir(follow_symlinks=False):
             yield from _files(Path(entry.path))
-        elif entry.name.lower().endswith(SUFFIXES):
+        else:
             yield entry
 
 
