@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ..errors import EngineError
 from .folders import KNOWN
@@ -261,6 +261,6 @@ def find_spec(name: str) -> Spec:
     known = (*SPECS, *KNOWN)
     near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-    if name and Path(name).is_dir():
+    if name and os.path.isdir(name):  # Path.is_dir raises OSError for a name that is too long
         hint = f"the folder of that name is given as ./{name} ({hint})"
     raise EngineError(f"unknown data set {name!r}: {hint}")

@@ -154,6 +154,7 @@ def test_unknown_names():
     assert "did you mean imagenet?" in refused("imagenet-21k", "train")
     known = refused("flowers", "train").removeprefix("unknown data set 'flowers': known are ")
     assert known.split(", ") == list(data.names())
+    assert "unknown data set" in refused("a" * 300, "train")
     assert "it is train or test" in refused("digits", "val")
     for call in (data.info, data.verify, data.fetch):
         with pytest.raises(EngineError, match=r"did you mean cifar10\?"):
