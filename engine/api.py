@@ -122,13 +122,16 @@ def train(
             raise EngineError(f"{name.lower()} must be an engine.{name}, got {shown(given)}")
     if validation is not None:
         validation = arrays.pair(validation, device) or validation
-        _check_attacked(model, *validation)
+        check_pair(*validation)
+        check_pixels(validation[0])
+        _check_attacked(model, *validation, device)
     torch.manual_seed(seed)
     memory: AdversaryMemory | None = None
     feed: Loader
     if tensors := arrays.pair(data, device):
         images, labels = tensors
-        _check_attacked(model, images, labels)
+        check_pair(images, labels)
+        _check_attacked(model, images, labels, device)
         memory = _memory(images, threat, attack, cutmix=cutmix, seed=seed, device=device)
         feed = ResidentLoader(
             images,
@@ -231,16 +234,14 @@ def _check_ranges(section: type, **values: object) -> None:
         raise EngineError(complaint(error)) from None
 
 
-def _check_attacked(model: nn.Module, x: Tensor, y: Tensor) -> None:
+def _check_attacked(model: nn.Module, x: Tensor, y: Tensor, device: torch.device) -> None:
     """Raise an EngineError where a network cannot be attacked on images, uint8 or float32.
 
-    The images may lie on another device: training brings them over.
+    Args:
+        device: of the network; the images may lie on another, as training brings them over.
     """
-    check_pair(x, y)
-    check_pixels(x)
-    first = (x[:1] if x.is_floating_point() else x[:1].float() / 255).to(
-        device_of(model) or x.device
-    )
+    first = x[:1].to(device)
+    first = first if first.is_floating_point() else first.float() / 255
     with evaluation_mode(model):
         check_network(model, first, y)
 
@@ -275,8 +276,9 @@ def attack(
     device = device_of(model)
     x, y = arrays.pair((x, y), device or _CPU) or (x, y)
     check_pair(x, y)
+    check_pixels(x)
     check_device(x, y, device)
-    _check_attacked(model, x, y)
+    _check_attacked(model, x, y, x.device)
     with evaluation_mode(model):
         adversary, _ = Attack(steps=steps, alpha=alpha)(
             model, x, y, threat, state=rng.state(seed, x.device)
